@@ -1,0 +1,56 @@
+"""The peers' environments: virtual environments of their own below `.bench/`, never a dependency of kgraph."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent / ".bench"
+PACKAGES = {
+    "jax": ["keras==3.15.1", "jax", "scipy"],
+    "peers": ["keras==3.15.1", "jax", "onnxruntime", "openvino", "onnx", "scipy"],
+    "export": ["keras==3.15.1", "tensorflow-cpu", "tf2onnx", "onnx"],
+    "export-torch": ["keras==3.15.1", "torch==2.13.0", "onnx", "onnxscript"],
+}
+
+
+def python(name: str) -> Path:
+    """The interpreter of environment `name`; it is made on first use."""
+    path = ROOT / name / "bin" / "python"
+    if not path.exists():
+        print(f"making the environment {name}: {' '.join(PACKAGES[name])}", file=sys.stderr)
+        venv.create(ROOT / name, with_pip=True)
+        subprocess.run([path, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+    return path
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """The environment of a peer's process: nothing of this one's Python settings."""
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "KERAS_", "KGRAPH_", "VIRTUAL_ENV"))
+    }
+    environment.update(TF_CPP_MIN_LOG_LEVEL="3", **extra)
+    return environment
+
+
+def onnx_folder() -> Path:
+    """The folder of exported models; missing ones are exported, by TensorFlow first and by PyTorch where that fails."""
+    folder = ROOT / "onnx"
+    script = Path(__file__).resolve().parent / "export_onnx.py"
+    import models
+
+    missing = [name for name in models.MODELS if not (folder / f"{name}.onnx").exists()]
+    for name, backend in (("export", "tensorflow"), ("export-torch", "torch")):
+        if missing:
+            environment = clean_environment(KERAS_BACKEND=backend)
+            subprocess.run([python(name), script, folder, *missing], env=environment, check=False)
+            missing = [m for m in missing if not (folder / f"{m}.onnx").exists()]
+    return folder
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or list(PACKAGES):
+        print(python(wanted))

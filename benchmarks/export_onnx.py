@@ -1,0 +1,45 @@
+"""Writes the models as ONNX files for ONNX Runtime and OpenVINO; run in an export environment."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import models
+
+
+def _check_operators(path: Path) -> None:
+    """Raise ValueError for operators that are not ONNX's: converters leave what they cannot convert."""
+    import onnx
+
+    graph = onnx.load(str(path), load_external_data=False).graph
+    unknown = {n.op_type for n in graph.node if n.domain in ("", "ai.onnx") and not onnx.defs.has(n.op_type)}
+    if unknown:
+        raise ValueError(f"not operators of ONNX: {sorted(unknown)}")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    names = sys.argv[2:] or list(models.MODELS)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = folder / f"{name}.onnx"
+        if path.exists():
+            continue
+        import keras
+
+        keras.backend.clear_session()
+        try:
+            model = models.build(name)
+            model(models.example_inputs(name, 1))  # Keras exports only what has been called
+            model.export(str(path), format="onnx", verbose=False)
+            _check_operators(path)
+            print(f"{name}: written", flush=True)
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The models that are measured: built with plain Keras, on whatever backend the process runs.
+
+Weights are drawn from a generator seeded by the weight's path and shape, so that every engine computes the same
+function without weights being passed around.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one batch size. `inputs(batch, rng)` gives the arrays of one call."""
+
+    name: str
+    model: str
+    batch: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}@{self.batch}"
+
+
+def tiny_mlp():
+    import keras
+
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((32,)),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(1),
+        ],
+        name="tiny_mlp",
+    )
+
+
+def mlp():
+    import keras
+
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            layers.Dense(512, activation="relu"),
+            layers.Dropout(0.2),
+            layers.Dense(512, activation="relu"),
+            layers.Dropout(0.2),
+            layers.Dense(10, activation="softmax"),
+        ],
+        name="mlp",
+    )
+
+
+def convnet():
+    import keras
+
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Conv2D(64, 3, activation="relu"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dropout(0.5),
+            layers.Dense(10, activation="softmax"),
+        ],
+        name="convnet",
+    )
+
+
+def resnet20():
+    """CIFAR ResNet-20: three stages of three residual blocks with 16, 32 and 64 filters."""
+    import keras
+
+    layers = keras.layers
+
+    def conv_bn(x, filters, stride=1, size=3):
+        x = layers.Conv2D(filters, size, strides=stride, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    inputs = keras.Input((32, 32, 3))
+    x = layers.ReLU()(conv_bn(inputs, 16))
+    for stage, filters in enumerate((16, 32, 64)):
+        for block in range(3):
+            stride = 2 if stage and not block else 1
+            y = layers.ReLU()(conv_bn(x, filters, stride))
+            y = conv_bn(y, filters)
+            shortcut = conv_bn(x, filters, stride, 1) if stride > 1 else x
+            x = layers.ReLU()(layers.Add()([y, shortcut]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, activation="softmax")(x), name="resnet20")
+
+
+def transformer(blocks=4, width=256, heads=8, feed_forward=1024, tokens=128, vocabulary=8000):
+    """Pre-norm encoder over token ids, mean-pooled to two classes."""
+    import keras
+
+    layers = keras.layers
+
+    class PositionEmbedding(layers.Layer):
+        def build(self, input_shape):
+            self.embeddings = self.add_weight(shape=(tokens, width), initializer="normal", name="embeddings")
+
+        def call(self, x):
+            return x + self.embeddings
+
+    inputs = keras.Input((tokens,), dtype="int32")
+    x = layers.Embedding(vocabulary, width)(inputs)
+    x = PositionEmbedding()(x)
+    for _ in range(blocks):
+        y = layers.LayerNormalization(epsilon=1e-6)(x)
+        y = layers.MultiHeadAttention(heads, width // heads)(y, y)
+        x = x + y
+        y = layers.LayerNormalization(epsilon=1e-6)(x)
+        y = layers.Dense(feed_forward, activation="gelu")(y)
+        x = x + layers.Dense(width)(y)
+    x = layers.LayerNormalization(epsilon=1e-6)(x)
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, layers.Dense(2, activation="softmax")(x), name="transformer")
+
+
+def lstm():
+    import keras
+
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((100,), dtype="int32"),
+            layers.Embedding(20000, 128),
+            layers.Bidirectional(layers.LSTM(64, return_sequences=True)),
+            layers.Bidirectional(layers.LSTM(64)),
+            layers.Dense(1, activation="sigmoid"),
+        ],
+        name="lstm",
+    )
+
+
+def _application(name: str) -> Callable:
+    def build():
+        import keras
+
+        return getattr(keras.applications, name)(weights=None)
+
+    return build
+
+
+MODELS: dict[str, Callable] = {
+    "tiny_mlp": tiny_mlp,
+    "mlp": mlp,
+    "convnet": convnet,
+    "resnet20": resnet20,
+    "transformer": transformer,
+    "lstm": lstm,
+    "resnet50": _application("ResNet50"),
+    "mobilenetv2": _application("MobileNetV2"),
+    "efficientnetb0": _application("EfficientNetB0"),
+}
+
+CASES = [
+    Case("infer", model, batch)
+    for model, batch in [
+        ("tiny_mlp", 1),
+        ("mlp", 1),
+        ("mlp", 256),
+        ("convnet", 64),
+        ("resnet20", 1),
+        ("transformer", 1),
+        ("transformer", 16),
+        ("lstm", 1),
+        ("lstm", 64),
+        ("resnet50", 1),
+        ("resnet50", 8),
+        ("mobilenetv2", 1),
+        ("efficientnetb0", 1),
+    ]
+]
+
+VOCABULARY = {"transformer": 8000, "lstm": 20000}
+
+
+def build(name: str):
+    """The model called `name` with its reproducible weights."""
+    model = MODELS[name]()
+    fill_weights(model)
+    return model
+
+
+def fill_weights(model, seed: int = 0) -> None:
+    """Set every float weight to values that keep activations in range; integer state stays as it is."""
+    values = []
+    for position, variable in enumerate(model.weights):
+        shape, path = tuple(variable.shape), variable.path
+        if "float" not in str(variable.dtype):
+            values.append(np.asarray(variable))
+            continue
+        rng = np.random.default_rng([seed, position, zlib.crc32(repr(shape).encode())])
+        last = path.rsplit("/", 1)[-1]
+        if last in ("moving_variance", "variance"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif last in ("gamma", "scale"):
+            value = rng.uniform(0.7, 1.3, shape)
+        elif last in ("beta", "bias", "moving_mean", "mean"):
+            value = rng.normal(0, 0.1, shape)
+        else:
+            depthwise = "depthwise" in path
+            fan_in = np.prod(shape[:-2] if depthwise else shape[:-1]) if len(shape) > 1 else 1
+            value = rng.normal(0, 1, shape) * np.sqrt(1.5 / max(fan_in, 1))
+        values.append(value.astype("float32"))
+    model.set_weights(values)
+
+
+def example_inputs(name: str, batch: int, seed: int = 0) -> np.ndarray:
+    """The array of one call."""
+    rng = np.random.default_rng(seed)
+    shapes = {"tiny_mlp": (32,), "mlp": (784,), "convnet": (28, 28, 1), "resnet20": (32, 32, 3)}
+    if name in VOCABULARY:
+        length = 128 if name == "transformer" else 100
+        return rng.integers(0, VOCABULARY[name], (batch, length)).astype("int32")
+    shape = shapes.get(name, (224, 224, 3))
+    scale = 255.0 if name == "efficientnetb0" else 1.0
+    return (rng.random((batch, *shape)) * scale).astype("float32")

@@ -1,0 +1,227 @@
+"""Times kgraph side by side with its peers: `python -m benchmarks.run`.
+
+Every engine runs in a process of its own; the cases are timed interleaved, round by round, and medians and ratios
+are printed. Results go to `benchmarks/results/` with the machine and the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import environments
+import models
+
+HERE = Path(__file__).resolve().parent
+
+
+class Worker:
+    """An engine in its own process."""
+
+    def __init__(self, engine: str, folder: Path, cache: Path | None):
+        self.engine = engine
+        if engine == "kgraph":
+            environment = dict(os.environ, KERAS_BACKEND="kgraph")
+            if cache is not None:
+                environment["KGRAPH_CACHE_DIR"] = str(cache)
+            interpreter = sys.executable
+        else:
+            environment = environments.clean_environment(KERAS_BACKEND="jax")
+            interpreter = environments.python("peers")
+        self.process = subprocess.Popen(
+            [interpreter, HERE / "worker.py", engine, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+
+    def ask(self, do: str, **fields) -> dict:
+        self.process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": f"process ended with {self.process.wait()}"}
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+
+
+def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, folder: Path) -> dict:
+    """One case on all engines: medians of interleaved rounds, compile times cold and cached, memory, roofline."""
+    request = {"name": case.name, "model": case.model, "batch": case.batch}
+    out: dict = {"case": case.key, "engines": {}}
+    with tempfile.TemporaryDirectory() as scratch:
+        if "kgraph" in engines:
+            cold = Worker("kgraph", folder, Path(scratch) / "cache")
+            reply = cold.ask("load", case=request)
+            cold.close()
+            out["compile_cold_s"] = reply.get("compile_s")
+        workers = {
+            engine: Worker(engine, folder, Path(scratch) / "cache" if engine == "kgraph" else None)
+            for engine in engines
+        }
+        samples: dict[str, list[float]] = {}
+        for engine, worker in workers.items():
+            reply = worker.ask("load", case=request)
+            out["engines"][engine] = reply
+            if "error" not in reply:
+                samples[engine] = []
+        for engine in samples:
+            workers[engine].ask("time", seconds=seconds / 2)
+        for _ in range(rounds):
+            for engine in samples:
+                reply = workers[engine].ask("time", seconds=seconds)
+                samples[engine].extend(reply.get("ms", []))
+        results = {}
+        for engine, ms in samples.items():
+            entry = out["engines"][engine]
+            if not ms:
+                continue
+            entry["median_ms"] = statistics.median(ms)
+            entry["p10_ms"] = float(np.percentile(ms, 10))
+            entry["calls"] = len(ms)
+            path = Path(scratch) / f"{engine}.npy"
+            workers[engine].ask("result", path=str(path))
+            results[engine] = np.load(path)
+            entry.update(workers[engine].ask("memory"))
+        if "kgraph" in samples:
+            out["engines"]["kgraph"].update(workers["kgraph"].ask("roofline"))
+            reference = next((results[e] for e in ("jax", "onnxruntime", "openvino") if e in results), None)
+            if reference is not None:
+                out["difference"] = float(np.abs(results["kgraph"] - reference.reshape(results["kgraph"].shape)).max())
+        for worker in workers.values():
+            worker.close()
+    return out
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    versions = {name: metadata.version(name) for name in ("keras", "numpy", "llvmlite", "numba")}
+    try:
+        listing = subprocess.run(
+            [environments.python("peers"), "-m", "pip", "list", "--format=json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        wanted = {"jax", "onnxruntime", "openvino"}
+        versions.update({p["name"]: p["version"] for p in json.loads(listing.stdout) if p["name"] in wanted})
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit.strip(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+PEAK_GFLOPS_PER_CORE = 115.0  # AVX-512 FMA at 3.5 GHz on the reference machine
+BANDWIDTH_GBS = 92.0  # copy bandwidth of a core, read and write
+
+
+def table(results: list[dict], engines: list[str]) -> str:
+    """Markdown table of medians, the ratio to the best peer and the share of the roofline."""
+    peers = [e for e in engines if e != "kgraph"]
+    head = [
+        "case",
+        "kgraph ms",
+        *[f"{p} ms" for p in peers],
+        "best peer",
+        "ratio",
+        "roofline",
+        "cold s",
+        "cached s",
+        "MB",
+    ]
+    rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    ratios = []
+    cores = len(os.sched_getaffinity(0))
+    for result in results:
+        entries = result["engines"]
+        ours = entries.get("kgraph", {}).get("median_ms")
+        times = {p: entries[p]["median_ms"] for p in peers if "median_ms" in entries.get(p, {})}
+        best = min(times, key=times.get) if times else None
+        ratio = ours / times[best] if ours and best else None
+        if ratio:
+            ratios.append(ratio)
+        profile = entries.get("kgraph", {}).get("profile") or {}
+        share = None
+        if ours and profile:
+            bound = max(
+                profile["flops"] / (PEAK_GFLOPS_PER_CORE * cores * 1e6),
+                profile["bytes"] / (BANDWIDTH_GBS * cores * 1e6),
+            )
+            share = bound / ours
+        cells = [
+            result["case"],
+            f"{ours:.3f}" if ours else entries.get("kgraph", {}).get("error", "")[:60],
+            *[f"{times[p]:.3f}" if p in times else "-" for p in peers],
+            best or "-",
+            f"{ratio:.2f}" if ratio else "-",
+            f"{share:.0%}" if share else "-",
+            f"{result['compile_cold_s']:.2f}" if result.get("compile_cold_s") else "-",
+            f"{entries.get('kgraph', {}).get('compile_s', 0):.2f}",
+            f"{entries.get('kgraph', {}).get('peak_mb', 0):.0f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    if ratios:
+        rows.append(f"\nGeometric mean of the ratios: {float(np.exp(np.mean(np.log(ratios)))):.2f}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", default="", help="comma-separated, such as resnet50@1; all by default")
+    parser.add_argument("--engines", default="kgraph,jax,onnxruntime,openvino")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per engine, case and round")
+    parser.add_argument("--output", default="", help="name of the results file, without extension")
+    arguments = parser.parse_args()
+    engines = arguments.engines.split(",")
+    wanted = [c for c in arguments.cases.split(",") if c]
+    cases = [c for c in models.CASES if not wanted or c.key in wanted or c.model in wanted]
+    folder = environments.onnx_folder() if {"onnxruntime", "openvino"} & set(engines) else environments.ROOT / "onnx"
+    results = []
+    for case in cases:
+        start = time.perf_counter()
+        results.append(measure(case, engines, arguments.rounds, arguments.seconds, folder))
+        print(table(results[-1:], engines).splitlines()[2], f"({time.perf_counter() - start:.0f} s)", flush=True)
+    text = table(results, engines)
+    print("\n" + text)
+    if arguments.output:
+        target = HERE / "results" / f"{arguments.output}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        info = machine()
+        header = f"{info['date']}, commit {info['commit']}, {info['cpu']} x {info['cores']}, Python {info['python']}, "
+        header += ", ".join(f"{k} {v}" for k, v in info["versions"].items())
+        target.with_suffix(".md").write_text(f"# Inference, side by side\n\n{header}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""One engine in one process: loads a case, then times calls on request (JSON lines on stdin and stdout).
+
+Run by `benchmarks.run`; not meant to be started by hand. Only NumPy and the engine itself are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import models
+
+
+def load_kgraph(case: dict, folder: Path):
+    start = time.perf_counter()
+    import keras
+
+    keras_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    import kgraph
+
+    import_seconds = time.perf_counter() - start
+    model = models.build(case["model"])
+    start = time.perf_counter()
+    compiled = kgraph.compile(model)
+    x = models.example_inputs(case["model"], case["batch"])
+    compiled(x)
+    seconds = time.perf_counter() - start
+    stats = compiled.stats()
+    extra = {"import_s": import_seconds, "keras_import_s": keras_seconds, "stats": stats}
+    del keras
+    return compiled, seconds, extra
+
+
+def load_jax(case: dict, folder: Path):
+    import jax
+    import keras
+
+    model = models.build(case["model"])
+    start = time.perf_counter()
+    trainable = [v.value for v in model.trainable_variables]
+    other = [v.value for v in model.non_trainable_variables]
+
+    @jax.jit
+    def forward(trainable, other, x):
+        return model.stateless_call(trainable, other, x, training=False)[0]
+
+    def call(x):
+        return np.asarray(forward(trainable, other, x))
+
+    call(models.example_inputs(case["model"], case["batch"]))
+    del keras
+    return call, time.perf_counter() - start, {}
+
+
+def load_onnxruntime(case: dict, folder: Path):
+    import onnxruntime
+
+    start = time.perf_counter()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = onnxruntime.InferenceSession(
+        str(folder / f"{case['model']}.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    call = lambda x: session.run(None, {name: x})[0]
+    call(models.example_inputs(case["model"], case["batch"]))
+    return call, time.perf_counter() - start, {}
+
+
+def load_openvino(case: dict, folder: Path):
+    import openvino
+
+    start = time.perf_counter()
+    core = openvino.Core()
+    model = core.read_model(str(folder / f"{case['model']}.onnx"))
+    shape = models.example_inputs(case["model"], case["batch"]).shape
+    model.reshape(list(shape))
+    compiled = core.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+    call = lambda x: request.infer([x])[compiled.output(0)]
+    call(models.example_inputs(case["model"], case["batch"]))
+    return call, time.perf_counter() - start, {}
+
+
+LOADERS = {
+    "kgraph": load_kgraph,
+    "jax": load_jax,
+    "onnxruntime": load_onnxruntime,
+    "openvino": load_openvino,
+}
+
+
+def time_calls(call, x, seconds: float) -> list[float]:
+    """Milliseconds of single calls for about `seconds`; very short calls are timed in groups."""
+    start = time.perf_counter()
+    call(x)
+    once = max(time.perf_counter() - start, 1e-6)
+    group = max(1, int(2e-4 / once))
+    samples = []
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline or len(samples) < 3:
+        start = time.perf_counter()
+        for _ in range(group):
+            call(x)
+        samples.append((time.perf_counter() - start) / group * 1e3)
+    return samples
+
+
+def main() -> None:
+    engine, folder = sys.argv[1], Path(sys.argv[2])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print goes to stderr
+    call = x = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "load":
+                call = None
+                call, seconds, extra = LOADERS[engine](request["case"], folder)
+                x = models.example_inputs(request["case"]["model"], request["case"]["batch"])
+                reply = {"compile_s": seconds, **extra}
+            elif request["do"] == "time":
+                reply = {"ms": time_calls(call, x, request["seconds"])}
+            elif request["do"] == "result":
+                np.save(request["path"], np.asarray(call(x)))
+                reply = {}
+            elif request["do"] == "memory":
+                reply = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            elif request["do"] == "roofline":
+                reply = {"flops": call.stats().get("flops"), "profile": roofline(call, x)}
+            else:
+                reply = {"error": f"unknown request {request['do']}"}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        out.write(json.dumps(reply) + "\n")
+        out.flush()
+
+
+def roofline(compiled, x) -> dict:
+    """Sum of floating-point operations and bytes of one call, from kgraph's own accounting."""
+    profile = compiled.profile(x)
+    return {"flops": profile.flops, "bytes": profile.bytes, "kernel_ms": profile.milliseconds}
+
+
+if __name__ == "__main__":
+    main()

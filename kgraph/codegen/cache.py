@@ -1,0 +1,158 @@
+"""Disk cache of kernel objects, shared by all processes of a user.
+
+One file per kernel, named by a digest of everything that its code depends on. Files are written aside and renamed into
+place, so a reader sees a whole file or none; a checksum guards against damage. Where: `KGRAPH_CACHE_DIR`, else the
+user's cache directory. `KGRAPH_CACHE=0` switches it off, `KGRAPH_CACHE_SIZE` is its limit in MiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import llvmlite
+import platformdirs
+
+from kgraph.codegen.kernel import KernelSpec
+from kgraph.codegen.target import Target, host_target
+
+_MAGIC = b"kgraph-object-1\n"
+_CHECKSUM_BYTES = 16
+_DEFAULT_LIMIT_MIB = 512
+# An entry's time of last use is written at most this often.
+_TOUCH_SECONDS = 3600.0
+# The size limit is looked at on the first write of a process and then once per this many writes.
+_WRITES_PER_SWEEP = 200
+
+
+@functools.cache
+def source_digest() -> str:
+    """Digest of the sources that generate code: any change of them makes all earlier entries unreachable."""
+    import kgraph.runtime.layout as layout
+
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(root.rglob("*.py")), Path(layout.__file__)]:
+        digest.update(path.relative_to(root.parent).as_posix().encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _environment_digest(target: Target) -> bytes:
+    return hashlib.sha256(repr((source_digest(), llvmlite.__version__, sys.platform, target)).encode()).digest()
+
+
+def spec_key(spec: KernelSpec, target: Target | None = None) -> str:
+    """Name of a kernel's entry: equal for equal specs, sources, LLVM and target, different otherwise."""
+    digest = hashlib.sha256(_environment_digest(target or host_target()))
+    digest.update(repr((spec.name, spec.template, spec.params)).encode())
+    return digest.hexdigest()[:40]
+
+
+class DiskCache:
+    """Entries by key under one directory. All faults of the file system count as a miss, never as an error."""
+
+    def __init__(self, directory: Path, limit_bytes: int):
+        self.directory, self.limit_bytes = directory, limit_bytes
+        self._writes = 0
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:2] / key[2:]
+
+    def get(self, key: str) -> bytes | None:
+        """The entry's bytes, or None. A damaged entry is removed."""
+        path = self._path(key)
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+                age = time.time() - os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return None
+        head = len(_MAGIC) + _CHECKSUM_BYTES
+        payload = data[head:]
+        if data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC) : head] != _checksum(key, payload):
+            _remove(path)
+            return None
+        if age > _TOUCH_SECONDS:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return payload
+
+    def put(self, key: str, payload: bytes) -> bool:
+        """Store an entry; False where the file system does not let us."""
+        path = self._path(key)
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+            with os.fdopen(handle, "wb") as file:
+                file.write(_MAGIC + _checksum(key, payload) + payload)
+            os.replace(temporary, path)
+        except OSError:
+            if temporary is not None:
+                _remove(Path(temporary))
+            return False
+        if self._writes % _WRITES_PER_SWEEP == 0:
+            self.sweep()
+        self._writes += 1
+        return True
+
+    def sweep(self) -> int:
+        """Remove the entries used least recently until the cache is within its limit; gives the bytes removed."""
+        entries = []
+        total = 0
+        now = time.time()
+        for path in self.directory.glob("??/*"):
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            if path.name.startswith(".new-"):
+                if now - status.st_mtime > _TOUCH_SECONDS:  # left by a process that was killed
+                    _remove(path)
+                continue
+            entries.append((status.st_mtime, status.st_size, path))
+            total += status.st_size
+        removed = 0
+        if total > self.limit_bytes:
+            # Below the limit by a margin, so that not every later write sweeps again.
+            goal = self.limit_bytes * 4 // 5
+            for _, size, path in sorted(entries, key=lambda entry: entry[0]):
+                if total - removed <= goal:
+                    break
+                _remove(path)
+                removed += size
+        return removed
+
+
+def _checksum(key: str, payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=_CHECKSUM_BYTES, key=key.encode()).digest()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def disk_cache() -> DiskCache | None:
+    """The cache that the environment asks for now; None where it is switched off."""
+    if os.environ.get("KGRAPH_CACHE", "1").lower() in ("0", "off", "no", "false"):
+        return None
+    directory = os.environ.get("KGRAPH_CACHE_DIR") or platformdirs.user_cache_dir("kgraph", appauthor=False)
+    try:
+        limit = int(os.environ.get("KGRAPH_CACHE_SIZE", _DEFAULT_LIMIT_MIB))
+    except ValueError:
+        limit = _DEFAULT_LIMIT_MIB
+    return _open(Path(directory) / "objects", limit << 20)
+
+
+@functools.cache
+def _open(directory: Path, limit_bytes: int) -> DiskCache:
+    return DiskCache(directory, limit_bytes)

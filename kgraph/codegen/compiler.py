@@ -1,0 +1,308 @@
+"""From kernel specs to object code: disk cache first, then rendering and LLVM, in several processes where that helps.
+
+llvmlite serialises all calls into LLVM by one lock, and rendering holds the GIL, so threads gain nothing; forked
+children do. They only render and compile, and hand the bytes back through a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import select
+import signal
+import struct
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import llvmlite.binding as llvm
+
+from kgraph.codegen.cache import disk_cache, spec_key
+from kgraph.codegen.kernel import KernelSpec
+from kgraph.codegen.target import Target, host_target, initialize_llvm
+from kgraph.errors import CompileError
+from kgraph.runtime.threads import available_cpus
+
+# Below this many kernels a fork costs more than it saves.
+_MIN_KERNELS_PER_PROCESS = 3
+_MAX_PROCESSES = 16
+# A child that says nothing for this long is given up; its kernels are compiled here.
+_CHILD_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass
+class _Stats:
+    hits: int = 0
+    misses: int = 0
+    seconds_rendering: float = 0.0
+    seconds_compiling: float = 0.0
+    seconds_loading: float = 0.0
+
+
+_stats = _Stats()
+
+
+def stats() -> dict:
+    """Kernels of this process so far: cache hits and misses, and the seconds spent (summed over processes)."""
+    return dict(vars(_stats))
+
+
+def compile_spec(spec: KernelSpec) -> bytes:
+    """Object code of one kernel."""
+    return compile_specs([spec])[spec_key(spec)]
+
+
+def compile_specs(specs: Iterable[KernelSpec], progress: Callable[[int, int], None] | None = None) -> dict[str, bytes]:
+    """Object code of all `specs` by `spec_key`, from the disk cache or compiled now (and then stored).
+
+    The result is keyed by `spec_key` and not by the spec, because specs that differ in `0.0` and `-0.0`, or in `1` and
+    `True`, compare equal. progress: called as `progress(done, total)` while kernels are compiled.
+    Raises CompileError naming the kernel whose renderer or IR fails.
+    """
+    target = host_target()
+    cache = disk_cache()
+    start = time.perf_counter()
+    out: dict[str, bytes] = {}
+    missing: dict[str, KernelSpec] = {}
+    for spec in specs:
+        key = spec_key(spec, target)
+        if key in out or key in missing:
+            continue
+        found = cache.get(key) if cache is not None else None
+        if found is None:
+            missing[key] = spec
+        else:
+            out[key] = found
+    _stats.hits += len(out)
+    _stats.misses += len(missing)
+    _stats.seconds_loading += time.perf_counter() - start
+    if not missing:
+        return out
+    total = len(missing)
+    for done, (key, payload) in enumerate(_compile_all(missing, target), 1):
+        out[key] = payload
+        if cache is not None:
+            cache.put(key, payload)
+        if progress is not None:
+            progress(done, total)
+    return out
+
+
+def compile_ir(text: str, *, name: str = "kernel", target: Target | None = None, vectorize: bool = True) -> bytes:
+    """Relocatable object code of LLVM IR text, optimised for `target`.
+
+    vectorize: whether LLVM's own loop vectoriser looks at scalar loops. Raises CompileError for IR that does not parse.
+    """
+    target = target or host_target()
+    initialize_llvm()
+    machine, builder = _pipeline(target, vectorize)
+    context = llvm.create_context()
+    try:
+        module = llvm.parse_assembly(text, context)
+        module.triple = target.triple
+        module.data_layout = target.data_layout
+        module.verify()
+    except RuntimeError as error:
+        raise CompileError(f"kernel {name}: LLVM refuses its IR: {error}") from error
+    builder.getModulePassManager().run(module, builder)
+    return machine.emit_object(module)
+
+
+@functools.cache
+def _pipeline(target: Target, vectorize: bool):
+    machine = llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=2, reloc="pic", codemodel="small"
+    )
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = vectorize
+    options.slp_vectorization = False
+    options.loop_interleaving = vectorize
+    return machine, llvm.create_pass_builder(machine, options)
+
+
+def _renderer_module(name: str):
+    """The module of a template, named in full or as a module of `kgraph.codegen.cpu`."""
+    return importlib.import_module(name if name.startswith("kgraph.") else f"kgraph.codegen.cpu.{name}")
+
+
+def render(spec: KernelSpec, target: Target) -> str:
+    """The kernel's LLVM IR text. Raises CompileError with the renderer's fault as its cause."""
+    module, _, function = spec.template.partition(":")
+    try:
+        renderer = getattr(_renderer_module(module), function)
+        return renderer(spec.params, target)
+    except Exception as error:
+        raise CompileError(f"kernel {spec.name}: its renderer {spec.template} failed: {error}") from error
+
+
+def _compile_one(spec: KernelSpec, target: Target) -> bytes:
+    start = time.perf_counter()
+    text = render(spec, target)
+    rendered = time.perf_counter()
+    payload = compile_ir(text, name=spec.name, target=target)
+    _stats.seconds_rendering += rendered - start
+    _stats.seconds_compiling += time.perf_counter() - rendered
+    return payload
+
+
+def _compile_all(missing: dict[str, KernelSpec], target: Target):
+    """Yields (key, object bytes) in any order."""
+    keys = list(missing)
+    processes = min(_num_processes(), len(keys) // _MIN_KERNELS_PER_PROCESS)
+    if processes > 1:
+        yield from _compile_forked(keys, missing, target, processes)
+    else:
+        for key in keys:
+            yield key, _compile_one(missing[key], target)
+
+
+def _num_processes() -> int:
+    """Processes to compile in: `KGRAPH_COMPILE_PROCESSES`, else the cores granted to this process."""
+    if not sys.platform.startswith("linux"):
+        return 1
+    text = os.environ.get("KGRAPH_COMPILE_PROCESSES", "")
+    return min(int(text) if text.isdigit() and int(text) > 0 else available_cpus(), _MAX_PROCESSES)
+
+
+# -- compiling in children -------------------------------------------------------------------------------------------
+# Work is handed out through a pipe that holds the indices of all kernels: whoever is free reads the next one (a read of
+# four bytes is never torn). A child answers with frames of (index, seconds rendering, seconds compiling, length,
+# whether it succeeded) and the bytes.
+_FRAME = struct.Struct("<IddI?")
+
+
+def _compile_forked(keys: list[str], missing: dict[str, KernelSpec], target: Target, processes: int):
+    # What every child needs is made ready once, before the fork.
+    for spec in missing.values():
+        try:
+            _renderer_module(spec.template.partition(":")[0])
+        except ImportError as error:
+            raise CompileError(f"kernel {spec.name}: there is no renderer {spec.template}") from error
+    initialize_llvm()
+    _pipeline(target, True)
+    queue_read, queue_write = os.pipe()
+    left = set(range(len(keys)))
+    children: dict[int, _Child] = {}
+    try:
+        # A pipe holds 64 KiB, 16384 indices; what exceeds it is compiled here in the end.
+        os.set_blocking(queue_write, False)
+        os.write(queue_write, b"".join(struct.pack("<I", i) for i in range(min(len(keys), 16000))))
+        os.close(queue_write)
+        queue_write = -1
+        for _ in range(processes - 1):
+            child = _start_child(queue_read, [missing[key] for key in keys], target)
+            if child is None:
+                break
+            children[child.pipe] = child
+        while True:
+            token = os.read(queue_read, 4)
+            if not token:
+                break
+            index = struct.unpack("<I", token)[0]
+            payload = _compile_one(missing[keys[index]], target)
+            left.discard(index)
+            yield keys[index], payload
+            for done, answer in _collect(children, 0.0):
+                left.discard(done)
+                yield keys[done], answer
+        deadline = time.monotonic() + _CHILD_TIMEOUT_SECONDS
+        while children and time.monotonic() < deadline:
+            for done, answer in _collect(children, 1.0):
+                deadline = time.monotonic() + _CHILD_TIMEOUT_SECONDS
+                left.discard(done)
+                yield keys[done], answer
+    finally:
+        os.close(queue_read)
+        if queue_write >= 0:
+            os.close(queue_write)
+        for child in children.values():
+            child.stop()
+    # What a child took and did not deliver (it was killed, or failed): here the error shows with its own traceback.
+    for index in sorted(left):
+        yield keys[index], _compile_one(missing[keys[index]], target)
+
+
+@dataclass
+class _Child:
+    pid: int
+    pipe: int
+    data: bytearray
+
+    def stop(self) -> None:
+        os.close(self.pipe)
+        with contextlib.suppress(OSError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.reap()
+
+    def reap(self) -> None:
+        with contextlib.suppress(OSError):  # the application may reap all children itself
+            os.waitpid(self.pid, 0)
+
+
+def _start_child(queue: int, specs: list[KernelSpec], target: Target) -> _Child | None:
+    read, write = os.pipe()
+    try:
+        # llvmlite's lock is held across the fork: no other thread can be inside LLVM at that moment, and the child owns
+        # the lock and can go on.
+        with llvm.ffi.lib._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+            if pid == 0:
+                _child_main(queue, write, specs, target)
+    except OSError:
+        os.close(read)
+        os.close(write)
+        return None
+    os.close(write)
+    return _Child(pid, read, bytearray())
+
+
+def _child_main(queue: int, write: int, specs: list[KernelSpec], target: Target) -> None:
+    """Never returns. Leaves by `_exit`, so that nothing of the parent's clean-up runs twice."""
+    status = 1
+    try:
+        while token := os.read(queue, 4):
+            index = struct.unpack("<I", token)[0]
+            before = _stats.seconds_rendering, _stats.seconds_compiling
+            try:
+                payload, good = _compile_one(specs[index], target), True
+            except Exception:
+                payload, good = traceback.format_exc().encode(), False
+            seconds = _stats.seconds_rendering - before[0], _stats.seconds_compiling - before[1]
+            frame = _FRAME.pack(index, *seconds, len(payload), good) + payload
+            while frame:
+                frame = frame[os.write(write, frame) :]
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _collect(children: dict[int, _Child], timeout: float) -> list[tuple[int, bytes]]:
+    """What children have finished, waiting up to `timeout` seconds for something. Children at their end are dropped."""
+    out = []
+    ready = select.select(list(children), [], [], timeout)[0] if children else []
+    for pipe in ready:
+        child = children[pipe]
+        chunk = os.read(pipe, 1 << 20)
+        if not chunk:
+            del children[pipe]
+            os.close(pipe)
+            child.reap()
+            continue
+        child.data += chunk
+        while len(child.data) >= _FRAME.size:
+            index, rendering, compiling, length, good = _FRAME.unpack_from(child.data)
+            if len(child.data) < _FRAME.size + length:
+                break
+            payload = bytes(child.data[_FRAME.size : _FRAME.size + length])
+            del child.data[: _FRAME.size + length]
+            if good:
+                _stats.seconds_rendering += rendering
+                _stats.seconds_compiling += compiling
+                out.append((index, payload))
+    return out

@@ -1,0 +1,263 @@
+"""Depthwise convolutions: every channel by itself, vectors along the channels, with a fused epilogue.
+
+One unit of work is one row of output positions. A tile is some neighbouring positions times one vector of channels;
+each input vector is loaded once per row of the window and used for all positions that it meets. Nothing is copied:
+rows of the window outside of the image are left out of the loop over rows, and positions at the sides have code of
+their own without the taps that are outside. Images of symbolic width test each tap of the positions at the sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
+from kgraph.codegen.cpu.epilogue import Epilogue, Parts
+from kgraph.codegen.cpu.microkernel import multiply_add
+from kgraph.codegen.cpu.pack import accumulate_dtype, widen
+from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.ir import Dim, Node
+from kgraph.ir.dims import product
+
+MOST_SEGMENTS = 8  # kinds of tiles along a row, beyond which sides test their taps at run time
+MOST_UNROLLED = 49  # taps along a row whose code is written out
+
+
+def takes(node: Node) -> bool:
+    """Whether a grouped conv node has one channel per group and no input dilation."""
+    w = node.inputs[1]
+    undilated = all(d == 1 for d in node.attrs["lhs_dilation"])
+    return undilated and w.shape[-2] == 1 and w.shape[-3] <= MOST_UNROLLED
+
+
+class DepthwisePlan(NamedTuple):
+    """Params of `render_depthwise`: three spatial axes. Sizes are `int` or ("size", slot).
+
+    origins: minus the padding below, per axis. window: taps; steps, reaches: strides and window dilations. multiplier:
+    filters per channel. positions: of a tile.
+    """
+
+    accumulate: str
+    dtype: str
+    sizes: tuple
+    out_sizes: tuple
+    origins: tuple
+    channels: int
+    multiplier: int
+    window: tuple
+    steps: tuple
+    reaches: tuple
+    positions: int
+    lanes: int
+    epilogue: tuple
+
+
+def lower_parts(parts: Parts, target) -> list[KernelCall]:
+    """The call that computes the node."""
+    node = parts.node
+    x, w = node.inputs
+    attrs, missing = node.attrs, 5 - x.type.rank
+    accumulate = accumulate_dtype(x.dtype, parts.result.dtype)
+    channels, filters = x.shape[-1], w.shape[-1]
+    table = SizeTable()
+
+    def three(values, fill) -> tuple:
+        return (fill,) * missing + tuple(values)
+
+    lows = [p[0] for p in attrs["padding"]]
+    out_sizes = three(parts.result.shape[1:-1], 1)
+    plan = DepthwisePlan(
+        accumulate=accumulate,
+        dtype=x.dtype,
+        sizes=table.all(three(x.shape[1:-1], 1)),
+        out_sizes=table.all(out_sizes),
+        origins=table.all(three([-low for low in lows], 0)),
+        channels=channels,
+        multiplier=filters // channels,
+        window=three(w.shape[:-2], 1),
+        steps=three(attrs["strides"], 1),
+        reaches=three(attrs["rhs_dilation"], 1),
+        positions=7 if target.num_vector_registers >= 32 else 4,
+        lanes=target.vector_bytes // itemsize(accumulate),
+        epilogue=tuple(parts.epilogue(accumulate, filters, 2)),
+    )
+    rows = x.shape[0] * (out_sizes[0] * out_sizes[1])
+    return [
+        KernelCall(
+            spec=KernelSpec("depthwise" + parts.name, "kgraph.codegen.cpu.depthwise:render_depthwise", tuple(plan)),
+            operands=[*parts.operands, *(v for _, v in parts.extras), *parts.outputs],
+            outputs=len(parts.outputs),
+            sizes=list(table.values),
+            extent=rows,
+            flops=2 * rows * out_sizes[2] * filters * product(plan.window),
+            bytes=x.type.nbytes + w.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
+            notes={"inplace": parts.inplace(2)},
+        )
+    ]
+
+
+def render_depthwise(params: tuple, target) -> str:
+    """Kernel (x, weight, extras..., outputs...); see `DepthwisePlan`."""
+    b = KernelBuilder("depthwise", target)
+    _Depthwise(b, DepthwisePlan(*params)).emit()
+    return b.ir_text()
+
+
+class _Depthwise:
+    """Emits the loops of a depthwise convolution."""
+
+    def __init__(self, b: KernelBuilder, plan: DepthwisePlan):
+        self.b, self.plan = b, plan
+        self.sizes, self.out_sizes = resolve_all(b, plan.sizes), resolve_all(b, plan.out_sizes)
+        self.origins = resolve_all(b, plan.origins)
+        self.x, self.weight = b.operand(0, plan.dtype), b.operand(1, plan.dtype)
+        self.filters = plan.channels * plan.multiplier
+        self.epilogue = Epilogue(*plan.epilogue)
+
+    def emit(self) -> None:
+        b, plan = self.b, self.plan
+        with b.loop(b.begin, b.end) as unit:
+            row, rest = unit % self.out_sizes[1], unit // self.out_sizes[1]
+            plane, image = rest % self.out_sizes[0], rest // self.out_sizes[0]
+            self.starts = [at * s + o for at, s, o in zip((plane, row), plan.steps, self.origins)]
+            self.ranges = [self._inside(axis) for axis in (0, 1)]
+            self.image, self.first_pixel = image, unit * self.out_sizes[2]
+            segments = self._segments()
+            if segments is None:
+                self._dynamic_row()
+            else:
+                for first, count, size, taps in segments:
+                    self._repeat(first, count, size, lambda p, k, taps=taps: taps[p][k])
+
+    def _inside(self, axis: int) -> tuple:
+        """[lo, hi): taps along `axis` that fall into the image."""
+        b, reach = self.b, self.plan.reaches[axis]
+        start, window = self.starts[axis], self.plan.window[axis]
+        lo = b.min(b.ceil_div(b.max(0 - start, 0), reach), window)
+        hi = b.min(b.ceil_div(b.max(self.sizes[axis] - start, 0), reach), window)
+        return lo, hi
+
+    def _repeat(self, first, count, size: int, present: Callable) -> None:
+        """`count` tiles of one kind, the first at position `first`."""
+        if isinstance(count, int) and count == 1:
+            self._tile(first, size, present)
+        else:
+            with self.b.loop(first, first + count * size, size) as position:
+                self._tile(position, size, present)
+
+    def _segments(self) -> list[tuple] | None:
+        """(first position, tiles, positions of a tile, which taps are inside): a row of static width, cut into tiles."""
+        plan = self.plan
+        width, out_width, origin = self.sizes[2], self.out_sizes[2], self.origins[2]
+        if not all(isinstance(s, int) for s in (width, out_width, origin)):
+            return None
+        segments: list[list] = []
+        position = 0
+        while position < out_width:
+            size = min(plan.positions, out_width - position)
+            taps = tuple(
+                tuple(
+                    0 <= (position + p) * plan.steps[2] + origin + k * plan.reaches[2] < width
+                    for k in range(plan.window[2])
+                )
+                for p in range(size)
+            )
+            if segments and segments[-1][2:] == [size, taps]:
+                segments[-1][1] += 1
+            else:
+                segments.append([position, 1, size, taps])
+            position += size
+        return [tuple(s) for s in segments] if len(segments) <= MOST_SEGMENTS else None
+
+    def _dynamic_row(self) -> None:
+        """Positions at the sides one by one, with tests; those between in whole tiles, then singly."""
+        b, plan = self.b, self.plan
+        step, reach, window, origin = plan.steps[2], plan.reaches[2], plan.window[2], self.origins[2]
+        out_width = self.out_sizes[2]
+        # All taps are inside from `inner` on (first tap not below 0) and before `outer` (last tap below the width).
+        inner = b.min(b.ceil_div(b.max(0 - origin, 0), step), out_width)
+        last_tap = (window - 1) * reach
+        outer = b.min(b.ceil_div(b.max(self.sizes[2] - last_tap - origin, 0), step), out_width)
+        outer = b.max(outer, inner)
+        size = plan.positions
+        tiles = (outer - inner) // size
+        whole = inner + tiles * size
+        always = lambda p, k: True
+        for first, stop, width, present in (
+            (0, inner, 1, None),
+            (inner, whole, size, always),
+            (whole, outer, 1, always),
+            (outer, out_width, 1, None),
+        ):
+            with b.loop(first, stop, width) as position:
+                self._tile(position, width, present)
+
+    def _tile(self, position, size: int, present: Callable | None) -> None:
+        """`size` positions from `position` on, all channels. present(p, k): whether position p meets tap k inside of
+        the image; None tests it at run time."""
+        b, plan = self.b, self.plan
+        # Offset of tap 0 of the first position, which may lie outside of the image.
+        first = position * plan.steps[2] + self.origins[2]
+
+        def channels(c, mask, slot) -> None:
+            zero = b.constant(0, plan.accumulate, plan.lanes)
+            acc = [b.variable(zero) for _ in range(size)]
+            with b.loop(*self.ranges[0]) as kd, b.loop(*self.ranges[1]) as kh:
+                d = self.starts[0] + kd * plan.reaches[0]
+                h = self.starts[1] + kh * plan.reaches[1]
+                line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2]
+                taps = (kd * plan.window[1] + kh) * plan.window[2]
+                self._row(acc, line, first, taps, c, mask, present)
+            buffers = b.function.args[0]
+            bound = self.epilogue.bind(b, buffers, lambda e: resolve(b, e), c, [mask], plan.lanes)
+            for p in range(size):
+                bound.apply(self.first_pixel + position + p, [acc[p].get()])
+
+        b.vector_loop(0, self.filters, plan.lanes, channels)
+
+    def _row(self, acc: list, line, first, taps, c, mask, present) -> None:
+        """Adds one row of the window: input row `line`, whose element `first` is tap 0 of the first position."""
+        b, plan = self.b, self.plan
+        weights: dict[int, object] = {}
+        inputs: dict[int, object] = {}
+
+        def weight(k: int):
+            if k not in weights:
+                value = b.load(self.weight, (taps + k) * self.filters + c, plan.lanes, mask)
+                weights[k] = widen(b, value, plan.dtype, plan.accumulate)
+            return weights[k]
+
+        def element(offset: int):
+            if offset not in inputs:
+                inputs[offset] = self._load(line + first + offset, c, mask)
+            return inputs[offset]
+
+        for k in range(plan.window[2]):
+            for p, variable in enumerate(acc):
+                offset = p * plan.steps[2] + k * plan.reaches[2]
+                if present is None:
+                    at = b.int(first + offset)
+                    with b.if_then(b.ir.and_(at >= 0, at < self.sizes[2])):
+                        value = b.load(self.weight, (taps + k) * self.filters + c, plan.lanes, mask)
+                        value = widen(b, value, plan.dtype, plan.accumulate)
+                        variable.set(multiply_add(b, self._load(line + at, c, mask), value, variable.get()))
+                elif present(p, k):
+                    variable.set(multiply_add(b, element(offset), weight(k), variable.get()))
+
+    def _load(self, pixel, c, mask):
+        """The channels that filters c, c + 1, ... read, of one input pixel."""
+        b, plan = self.b, self.plan
+        at = self.x + pixel * plan.channels
+        if plan.multiplier == 1:
+            value = b.load(at, c, plan.lanes, mask)
+        else:
+            # Lanes beyond the last filter read the last channel; their results are not stored.
+            scalars = [
+                b.load(at, b.min(Int(b, b.i64(c)) + lane, self.filters - 1) // plan.multiplier)
+                for lane in range(plan.lanes)
+            ]
+            value = b.vector(scalars)
+        return widen(b, value, plan.dtype, plan.accumulate)
+
+

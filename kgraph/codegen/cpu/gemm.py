@@ -1,0 +1,454 @@
+"""Matrix products: `dot_general` of any layout, reduced to batches of A[M, K] x B[K, N], with a fused epilogue.
+
+One unit of work is a block of rows times a few panels of columns. B is read in packed panels: made ahead of the calls
+where it is a weight (`packing_for` names the layout, `kgraph.ops.packing` does it), by a kernel of its own where it is
+an activation with enough rows to pay for it, else in place. A is read where it lies if its rows are contiguous and
+their distance is known and harmless to the caches; otherwise each unit copies its block of A to scratch first, which
+also converts and transposes it. M, N, K and the batch may all be symbolic.
+
+Interface for the layout pass: for a node whose second operand is a weight, `packing_for(node, target)` gives
+`((operand_index, layout), ...)` or None. The pass replaces operand `operand_index` of a `fusion` node (a plain
+`dot_general` is first wrapped into one of kind "dot") by `pack(operand, layout=layout)` and sets the node's attribute
+`packed` to those pairs; the node's body keeps the unpacked types. `lower` takes it from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
+from kgraph.codegen.cpu.epilogue import Epilogue, Parts, take_apart
+from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileRange, TileSet, register_tile
+from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, batch_offset, copy_run
+from kgraph.codegen.cpu.strided import SizeTable, collapse, dense_strides, resolve, resolve_all
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
+from kgraph.ir.dims import ceil_div, product
+from kgraph.ops.packing import padded_columns, panels_layout
+
+KC = 1024  # steps of k in a block, where K is cut: a panel of B of this depth stays in the second-level cache
+RUNTIME_KC = 512
+BLOCK_BYTES = 384 << 10  # of A that a unit keeps in the second-level cache
+UNITS = 48  # of work, at least, so that many threads balance
+ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
+
+
+def accepts(node: Node) -> str | None:
+    """None where `lower` takes the node, else why not."""
+    parts = take_apart(node, "dot_general")
+    if isinstance(parts, str):
+        return parts
+    if accumulate_dtype(parts.node.inputs[0].dtype, parts.result.dtype) is None:
+        return f"no products of {parts.node.inputs[0].dtype}"
+    return None
+
+
+def packing_for(node: Node, target) -> tuple | None:
+    """((operand index, layout),) in which `lower` wants the second operand if it is a weight; None to leave it."""
+    parts = take_apart(node, "dot_general")
+    if isinstance(parts, str) or any(parts.packed):
+        return None
+    lhs, rhs = parts.node.inputs
+    if not rhs.type.is_static or 0 in rhs.shape:
+        return None
+    accumulate = accumulate_dtype(lhs.dtype, parts.result.dtype)
+    axes = _Axes(parts.node)
+    lanes = target.vector_bytes // itemsize(accumulate)
+    panel = register_tile(target)[1] * lanes
+    layout = panels_layout(
+        rhs.shape, axes.rhs_batch, axes.rhs_contract, axes.rhs_free, 1, panel, lanes, accumulate
+    )
+    return ((node.inputs.index(parts.operands[1]), layout),)
+
+
+class _Axes:
+    """The axes of a dot_general, contracted ones in an order that suits the first operand."""
+
+    def __init__(self, node: Node):
+        lhs, rhs = node.inputs
+        self.lhs_batch, self.rhs_batch = tuple(node.attrs["lhs_batch"]), tuple(node.attrs["rhs_batch"])
+        pairs = sorted(zip(node.attrs["lhs_contract"], node.attrs["rhs_contract"]))
+        self.lhs_contract = tuple(left for left, _ in pairs)
+        self.rhs_contract = tuple(right for _, right in pairs)
+        self.lhs_free = _others(lhs.type.rank, self.lhs_batch, self.lhs_contract)
+        self.rhs_free = _others(rhs.type.rank, self.rhs_batch, self.rhs_contract)
+
+
+def _others(rank: int, *taken: tuple) -> tuple:
+    return tuple(a for a in range(rank) if not any(a in t for t in taken))
+
+
+@dataclass
+class MatrixView:
+    """An operand as matrices [batch, outer, inner]: the value and its strides in elements.
+
+    batch: strides of the batch axes. outer, inner: strides of the collapsed axes.
+    """
+
+    value: Value
+    batch: tuple
+    outer: int | Dim
+    inner: int | Dim
+
+
+def _view(value: Value, batch: tuple, outer: tuple, inner: tuple, target) -> tuple[list[KernelCall], MatrixView]:
+    """The operand seen as matrices; calls that transpose it first where its axes do not collapse in place."""
+    strides = dense_strides(value.shape)
+    single = []
+    for axes in (outer, inner):
+        left = collapse((value.shape[a], strides[a]) for a in axes)
+        if len(left) > 1:
+            return _transposed(value, batch, outer, inner, target)
+        single.append(left[0][1] if left else 1)
+    return [], MatrixView(value, tuple(strides[a] for a in batch), *single)
+
+
+def _transposed(value: Value, batch: tuple, outer: tuple, inner: tuple, target) -> tuple[list[KernelCall], MatrixView]:
+    from kgraph.codegen import families
+
+    node = make_node(PRIMITIVES["transpose"], (value,), {"permutation": (*batch, *outer, *inner)})
+    calls = families.family_of(node).lower(node, target)
+    count, rows = len(batch), len(outer)
+    order = tuple(range(value.type.rank))
+    _, view = _view(node.output, order[:count], order[count : count + rows], order[count + rows :], target)
+    return calls, view
+
+
+class GemmPlan(NamedTuple):
+    """Params of `render_gemm`. Sizes and strides are `int` or ("size", slot); strides in elements.
+
+    accumulate, a_dtype: dtypes of the sums and of A in memory. batch: batch sizes, with a_batch and b_batch strides
+    (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
+    b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
+    row by row, "columns" column by column (A is contiguous along M). block: rows of a unit. chunk: steps of k between
+    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. tile: rows of a full tile.
+    vectors: of a full panel.
+    """
+
+    accumulate: str
+    a_dtype: str
+    batch: tuple
+    a_batch: tuple
+    b_batch: tuple
+    rows: int | tuple
+    columns: int | tuple
+    depth: int | tuple
+    a_row: int | tuple
+    a_step: int | tuple
+    b_step: int | tuple | None
+    copy: str
+    block: int
+    chunk: int
+    group: int
+    lanes: int
+    tile: int
+    vectors: int
+    epilogue: tuple
+
+    @property
+    def chunked(self) -> bool:
+        return not isinstance(self.depth, int) or self.depth > self.chunk
+
+    @property
+    def copy_pitch(self) -> int:
+        """Distance of rows (or columns) of the copied block: an odd number of cache lines, so that they spread."""
+        inner = self.chunk if self.copy == "rows" else self.block
+        line = 64 // itemsize(self.accumulate)
+        return (-(-inner // line) | 1) * line
+
+    @property
+    def copy_bytes(self) -> int:
+        outer = self.block if self.copy == "rows" else self.chunk
+        return outer * self.copy_pitch * itemsize(self.accumulate) if self.copy else 0
+
+    @property
+    def sums_bytes(self) -> int:
+        count = self.group * self.block if self.chunked else self.tile
+        return count * self.vectors * self.lanes * itemsize(self.accumulate)
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """The calls that compute the node: perhaps a transposition, perhaps packing of B, the product."""
+    parts = take_apart(node, "dot_general")
+    if isinstance(parts, str):
+        raise ValueError(parts)
+    axes = _Axes(parts.node)
+    lhs, rhs = parts.node.inputs
+    batch = tuple(lhs.shape[a] for a in axes.lhs_batch)
+    rows = product(lhs.shape[a] for a in axes.lhs_free)
+    depth = product(lhs.shape[a] for a in axes.lhs_contract)
+    columns = product(rhs.shape[a] for a in axes.rhs_free)
+    calls, a = _view(parts.operands[0], axes.lhs_batch, axes.lhs_free, axes.lhs_contract, target)
+    if parts.packed[1] is not None:
+        b = parts.operands[1]
+    else:
+        more, b = _view(parts.operands[1], axes.rhs_batch, axes.rhs_contract, axes.rhs_free, target)
+        calls = calls + more
+    return calls + product_calls(parts, a, b, batch, rows, columns, depth, target)
+
+
+def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, depth, target) -> list[KernelCall]:
+    """Calls for A x B. b: the packed Value, or the MatrixView (outer = K, inner = N) of an unpacked one."""
+    accumulate = accumulate_dtype(a.value.dtype, parts.result.dtype)
+    lanes = target.vector_bytes // itemsize(accumulate)
+    tile, vectors = register_tile(target)
+    calls: list[KernelCall] = []
+    in_place = None
+    if isinstance(b, MatrixView):
+        unit = not isinstance(b.inner, Dim) and (b.inner == 1 or columns == 1)
+        few = not isinstance(rows, Dim) and rows < ROWS_TO_PACK
+        if unit and few and b.value.dtype == accumulate:
+            in_place, b_value = b, b.value
+        else:
+            calls.append(pack_call(b, batch, depth, columns, accumulate, lanes, vectors))
+            b_value = calls[-1].operands[1]
+    else:
+        b_value = b
+
+    copy = _copy_mode(a, rows, columns, depth, accumulate)
+    chunk = _chunk(depth)
+    block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, accumulate)
+    table = SizeTable()
+    epilogue = parts.epilogue(accumulate, table(columns), 2)
+    plan = GemmPlan(
+        accumulate=accumulate,
+        a_dtype=a.value.dtype,
+        batch=table.all(batch),
+        a_batch=table.all(a.batch),
+        b_batch=table.all(in_place.batch) if in_place else (),
+        rows=table(rows),
+        columns=table(columns),
+        depth=table(depth),
+        a_row=table(a.outer),
+        a_step=table(a.inner),
+        b_step=table(in_place.outer) if in_place else None,
+        copy=copy,
+        block=block,
+        chunk=chunk,
+        group=group,
+        lanes=lanes,
+        tile=tile,
+        vectors=vectors,
+        epilogue=tuple(epilogue),
+    )
+    entries = product(batch)
+    panels = ceil_div(columns, vectors * lanes)
+    flops = 2 * entries * rows * columns * depth
+    calls.append(
+        KernelCall(
+            spec=KernelSpec("gemm" + parts.name, "kgraph.codegen.cpu.gemm:render_gemm", tuple(plan)),
+            operands=[a.value, b_value, *(v for _, v in parts.extras), *parts.outputs],
+            outputs=len(parts.outputs),
+            sizes=list(table.values),
+            extent=entries * ceil_div(rows, block) * ceil_div(panels, group),
+            flops=flops,
+            bytes=a.value.type.nbytes + b_value.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
+            scratch_bytes=plan.copy_bytes + plan.sums_bytes,
+            notes={"algorithm": "gemm", "inplace": parts.inplace(2)},
+        )
+    )
+    return calls
+
+
+def pack_call(b: MatrixView, batch, depth, columns, accumulate: str, lanes: int, vectors: int) -> KernelCall:
+    """The call that packs B into a Temporary."""
+    table = SizeTable()
+    width = vectors * lanes
+    plan = PackPlan(
+        batch=table.all(batch),
+        batch_strides=table.all(b.batch),
+        depth=table(depth),
+        columns=table(columns),
+        k_stride=table(b.outer),
+        n_stride=table(b.inner),
+        dtype=b.value.dtype,
+        accumulate=accumulate,
+        width=width,
+        lanes=lanes,
+    )
+    padded = ceil_div(columns, width) * width if isinstance(columns, Dim) else ceil_div(columns, lanes) * lanes
+    out = Temporary(TensorType((*batch, depth, padded), accumulate))
+    return KernelCall(
+        spec=KernelSpec("pack_panels", "kgraph.codegen.cpu.pack:render_pack", tuple(plan)),
+        operands=[b.value, out],
+        outputs=1,
+        sizes=list(table.values),
+        extent=product(batch) * ceil_div(columns, width),
+        flops=0,
+        bytes=b.value.type.nbytes + out.type.nbytes,
+        notes={"algorithm": "pack"},
+    )
+
+
+def _chunk(depth) -> int:
+    """Steps of k in one block: all of them unless there are many."""
+    if isinstance(depth, Dim):
+        return RUNTIME_KC
+    if depth <= 2 * KC:
+        return max(depth, 1)
+    count = -(-depth // KC)
+    return -(-depth // (16 * count)) * 16
+
+
+def _copy_mode(a: MatrixView, rows, columns, depth, accumulate: str) -> str:
+    """Whether blocks of A are copied before they are multiplied, and in which direction."""
+    contiguous = not isinstance(a.inner, Dim) and (a.inner == 1 or depth == 1)
+    if not contiguous and not isinstance(a.outer, Dim) and a.outer == 1:
+        return "columns"
+    if not contiguous or a.value.dtype != accumulate or isinstance(a.outer, Dim):
+        return "rows"
+    few = not isinstance(rows, Dim) and rows <= 4
+    narrow = not isinstance(columns, Dim) and columns <= 32
+    # Rows a multiple of 2 KiB apart fall into the same few sets of the first-level cache.
+    return "rows" if not few and not narrow and a.outer * itemsize(accumulate) % 2048 == 0 else ""
+
+
+def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate) -> tuple[int, int]:
+    """(rows, panels) of one unit of work."""
+    size = itemsize(accumulate)
+    chunked = isinstance(depth, Dim) or depth > chunk
+    resident = chunk if copy and chunked else depth
+    most = max(BLOCK_BYTES // (resident * size), 1) if resident else tile
+    block = min(max(most // tile, 1), 8) * tile
+    panels = None if isinstance(columns, Dim) else -(-columns // width)
+    # A copied block is copied again by every unit that needs it unless units are consecutive and K is in one chunk.
+    group = min(panels or 8, 8) if copy and chunked else 1
+    if isinstance(rows, Dim):
+        return block, group
+    entries = 1 if any(isinstance(s, Dim) for s in batch) else product(batch)
+    while block > tile and entries * -(-rows // block) * -(-(panels or 8) // group) < UNITS:
+        block -= tile
+    count = max(-(-rows // block), 1)
+    return max(-(-rows // (count * tile)) * tile, tile), group
+
+
+def render_gemm(params: tuple, target) -> str:
+    """Kernel (A, B, extras..., outputs...); see `GemmPlan`."""
+    plan = GemmPlan(*params)
+    b = KernelBuilder("gemm", target)
+    _Gemm(b, plan).emit()
+    return b.ir_text()
+
+
+class _Gemm:
+    """Emits the loops of a product around its tiles."""
+
+    def __init__(self, b: KernelBuilder, plan: GemmPlan):
+        self.b, self.plan = b, plan
+        self.rows, self.columns, self.depth = (resolve(b, s) for s in (plan.rows, plan.columns, plan.depth))
+        self.batch = resolve_all(b, plan.batch)
+        self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes, None)
+        static = isinstance(self.rows, int)
+        self.row_tiles = TileRange.static(self.rows, plan.tile) if static else TileRange.dynamic(plan.tile)
+        if plan.copy == "rows":
+            col_pitch, a_step = plan.copy_pitch, 1
+        elif plan.copy == "columns":
+            col_pitch, a_step = 1, plan.copy_pitch
+        else:
+            col_pitch, a_step = plan.a_row, plan.a_step
+        code = TileCode(
+            dtype=plan.accumulate,
+            lanes=plan.lanes,
+            row_pitch=0,
+            col_pitch=col_pitch,
+            a_step=a_step,
+            loops=(),
+            run=None if plan.chunked else plan.depth,
+            b_step=plan.b_step,
+            pixel_row_pitch=0,
+            pixel_col_pitch=1,
+            partial=plan.chunked,
+        )
+        self.tiles = TileSet(b, code, Epilogue(*plan.epilogue))
+        self.a = b.operand(0, plan.a_dtype)
+        self.bp = b.operand(1, plan.accumulate)
+        self.block_of_a = b.scratch(plan.accumulate)
+        self.sums = b.scratch(plan.accumulate, plan.copy_bytes)
+
+    def emit(self) -> None:
+        b, plan = self.b, self.plan
+        groups = b.ceil_div(self.panels.count(), plan.group)
+        blocks = b.ceil_div(self.rows, plan.block)
+        copied = b.variable(b.i64(-1))
+        with b.loop(b.begin, b.end) as unit:
+            group, place = unit % groups, unit // groups
+            entry, first_row = place // blocks, (place % blocks) * plan.block
+            a = self.a + batch_offset(b, entry, self.batch, resolve_all(b, plan.a_batch))
+            a = a + first_row * resolve(b, plan.a_row)
+            if plan.b_step is not None:
+                bp = self.bp + batch_offset(b, entry, self.batch, resolve_all(b, plan.b_batch))
+            else:
+                bp = self.bp + entry * (self.depth * self.panels.packed_columns())
+            rows = b.min(plan.block, self.rows - first_row)
+            pixel = entry * self.rows + first_row
+            if plan.chunked:
+                self._chunks(a, bp, group, rows, pixel)
+            else:
+                if plan.copy:
+                    with b.if_then(b.ir.icmp_signed("!=", b.i64(place), copied.get())):
+                        self._copy(a, rows, self.depth)
+                        copied.set(b.i64(place))
+                self._columns(a, bp, group, rows, pixel, 0, self.depth, 1, 1)
+
+    def _chunks(self, a, bp, group, rows, pixel) -> None:
+        """A unit whose sums over k are made chunk by chunk."""
+        b, plan = self.b, self.plan
+        chunks = b.max(b.ceil_div(self.depth, plan.chunk), 1)
+        with b.loop(0, chunks) as c:
+            start = c * plan.chunk
+            steps = b.min(plan.chunk, self.depth - start)
+            if plan.copy:
+                self._copy(a + start * resolve(b, plan.a_step), rows, steps)
+            first, last = c.equals(0), c.equals(chunks - 1)
+            self._columns(a, bp, group, rows, pixel, start, steps, first, last)
+
+    def _copy(self, a, rows, steps) -> None:
+        """Brings a block of A into scratch."""
+        b, plan = self.b, self.plan
+        a_row, a_step = resolve(b, plan.a_row), resolve(b, plan.a_step)
+        outer, inner = (rows, steps) if plan.copy == "rows" else (steps, rows)
+        outer_stride, inner_stride = (a_row, a_step) if plan.copy == "rows" else (a_step, a_row)
+        with b.loop(0, outer) as i:
+            copy_run(b, self.block_of_a + i * plan.copy_pitch, a + i * outer_stride, inner, inner_stride)
+
+    def _columns(self, a, bp, group, rows, pixel, start, steps, first, last) -> None:
+        """All panels of a unit, for one chunk of k that begins at `start`."""
+        b, plan, panels = self.b, self.plan, self.panels
+        begin = group * plan.group
+        end = b.min(begin + plan.group, panels.count())
+        whole = panels.columns // panels.width
+        with b.loop(begin, b.min(end, whole)) as panel:
+            self._panel(a, bp, panel, begin, panels.vectors, False, rows, pixel, start, steps, first, last)
+        if isinstance(whole, int) and panels.columns % panels.width == 0:
+            return
+        with b.if_then(b.int(end) > whole):
+            # Where panels are not narrowed, the last one may be any part of a panel.
+            masked = not (isinstance(panels.columns, int) and panels.columns % plan.lanes == 0)
+            vectors = panels.tail_vectors
+            self._panel(a, bp, whole, begin, vectors, masked, rows, pixel, start, steps, first, last)
+
+    def _panel(self, a, bp, panel, begin, vectors, masked, rows, pixel, start, steps, first, last) -> None:
+        b, plan, panels = self.b, self.plan, self.panels
+        column = panel * panels.width
+        if plan.b_step is not None:
+            bp = bp + (column + start * resolve(b, plan.b_step))
+        else:
+            bp = bp + (column * self.depth + start * (vectors * plan.lanes))
+        remaining = panels.columns - column
+
+        def tile(row, size):
+            if plan.copy:
+                at = self.block_of_a + row * (plan.copy_pitch if plan.copy == "rows" else 1)
+            else:
+                at = a + (row * plan.a_row + start * plan.a_step)
+            sums = self.sums
+            if plan.chunked:
+                sums = sums + (((panel - begin) * plan.block + row) * panels.width)
+            shape = Tile(1, size, vectors, masked)
+            self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, steps, first, last)
+
+        self.row_tiles.walk(b, rows, tile)
+
+

@@ -1,0 +1,260 @@
+"""Elementwise kernels: fused nodes of kind "loop", lone elementwise nodes, iota and full.
+
+Axes over which all operands behave alike are merged, so nearly every kernel is one of three:
+- "flat": one axis, each operand spans it or is a scalar; a unit of the extent is a chunk of elements.
+- "periodic": two axes of which the inner is short and of known size (channels): the flat loop runs over whole periods
+  of lcm(channels, lanes) elements, and operands that live on the channels stay in registers.
+- "rows": any number of axes; a unit is (a block of) a row along the innermost axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu import expressions, regions
+from kgraph.codegen.cpu.builder import I32, I64, Int, KernelBuilder, Pointer
+from kgraph.codegen.cpu.regions import Leaf
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.ir import Node
+from kgraph.ir.dims import ceil_div, product
+
+CHUNK = 512  # elements of a unit of a flat loop
+BLOCK = 4096  # elements of a row that make a unit
+PERIODIC_REGISTERS = 16  # vector registers given to operands that live on the channels
+TEMPLATE = "kgraph.codegen.cpu.loop:render_{}"
+
+
+def accepts(node: Node) -> str | None:
+    """None where the node is elementwise over one output shape with scalar code for all that is in it."""
+    result = _encode(node)
+    return result if isinstance(result, str) else None
+
+
+def _encode(node: Node):
+    """(expression, leaves over the output's axes), or the reason why not."""
+    inputs, outer, nodes, outputs = regions.body_of(node)
+    shape = node.outputs[0].shape
+    if any(o.shape != shape for o in node.outputs):
+        return "the outputs of an elementwise kernel need one shape"
+    for value in inputs:
+        if len(value.shape) > len(shape):
+            return f"an operand {value.type} has more axes than the output"
+    inner, leaves, kept = regions.leaves_and_nodes(inputs, outer, nodes, shape)
+    expression = expressions.encode_nodes(kept, inner, outputs)
+    return expression if isinstance(expression, str) else (expression, leaves)
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """One kernel call for the node. Sizes are run-time values; see the module's docstring for the units."""
+    encoded = _encode(node)
+    if isinstance(encoded, str):
+        raise ValueError(f"{node.name}: {encoded}")
+    expression, leaves = encoded
+    return lower_expression(expression, leaves, node.outputs[0].shape, node.outputs, target)
+
+
+def lower_expression(
+    expression: tuple, leaves: Sequence[Leaf], shape: Sequence, outputs: Sequence, target
+) -> list[KernelCall]:
+    """The kernel call that stores an expression of `leaves` over `shape` to `outputs` (Values or Temporaries)."""
+    sizes, spans = regions.collapse(shape, [leaf.spans for leaf in leaves])
+    leaves = [Leaf(leaf.value, leaf.dtype, s) for leaf, s in zip(leaves, spans, strict=True)]
+    operands = [leaf.value for leaf in leaves if not leaf.is_coordinate] + list(outputs)
+    if not sizes:
+        sizes, leaves = [1], [Leaf(leaf.value, leaf.dtype, (False,)) for leaf in leaves]
+    kind, extra, extent = _schedule(sizes, leaves, expression, target)
+    described = tuple((leaf.dtype, leaf.spans, leaf.is_coordinate) for leaf in leaves)
+    name = regions.kernel_name("", expression) or "copy"
+    dtypes = tuple(o.type.dtype for o in outputs)
+    total = product(shape)
+    return [
+        KernelCall(
+            spec=KernelSpec(name, TEMPLATE.format(kind), (name, expression, described, dtypes, extra)),
+            operands=operands,
+            outputs=len(outputs),
+            sizes=list(sizes),
+            extent=extent,
+            flops=total * max(1, expressions.flops(expression)),
+            bytes=regions.total_bytes(operands),
+            notes={"inplace": regions.inplace_pairs(leaves, outputs, len(operands) - len(outputs))},
+        )
+    ]
+
+
+def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[str, tuple, object]:
+    """(kind, its static parameters, extent)"""
+    lanes = expressions.lanes(expression, target)
+    if len(sizes) == 1:
+        size = sizes[0]
+        return "flat", (_fitting(lanes, size),), ceil_div(size, CHUNK)
+    inner = sizes[-1]
+    periodic = _period(sizes, leaves, lanes)
+    if periodic:
+        unit = lanes * periodic * max(1, CHUNK // (lanes * periodic))
+        return "periodic", (lanes, inner, periodic, unit), ceil_div(product(sizes), unit)
+    rows = product(sizes[:-1])
+    lanes = _fitting(lanes, inner)
+    if isinstance(inner, int) and inner <= BLOCK:
+        return "rows", (lanes, 0), rows
+    return "rows", (lanes, BLOCK), rows * ceil_div(inner, BLOCK)
+
+
+def _fitting(lanes: int, size) -> int:
+    """Fewer lanes where a known size does not fill one vector."""
+    while isinstance(size, int) and lanes > 1 and lanes // 2 >= size:
+        lanes //= 2
+    return lanes
+
+
+def _period(sizes: list, leaves: Sequence[Leaf], lanes: int) -> int:
+    """Vectors in a period of the channels if the periodic kernel fits, else 0."""
+    inner = sizes[-1]
+    if len(sizes) != 2 or not isinstance(inner, int) or inner == 0:
+        return 0
+    if any(leaf.spans == (True, False) or leaf.is_coordinate for leaf in leaves):
+        return 0
+    period = math.lcm(inner, lanes) // lanes
+    columns = sum(leaf.spans == (False, True) for leaf in leaves)
+    return period if period <= 8 and period * columns <= PERIODIC_REGISTERS else 0
+
+
+# -- renderers --------------------------------------------------------------------------------------------------------
+class _Kernel:
+    """What the three renderers share: operands, and the code for one vector."""
+
+    def __init__(self, params: tuple, target):
+        name, self.expression, self.leaves, dtypes, self.extra = params
+        self.b = KernelBuilder(name, target)
+        self.pointers: list[Pointer | None] = []
+        number = 0
+        for dtype, _, is_coordinate in self.leaves:
+            self.pointers.append(None if is_coordinate else self.b.operand(number, dtype))
+            number += not is_coordinate
+        self.outputs = [self.b.operand(number + i, dtype) for i, dtype in enumerate(dtypes)]
+        # Short bodies are unrolled to keep loads ahead of stores; long ones overlap by themselves.
+        self.unroll = 4 if expressions.flops(self.expression) <= 8 else 1
+
+    def emit(self, values: list[ir.Value], lanes: int, index, mask) -> None:
+        results = expressions.emit_lanes(self.b, self.expression, values, lanes)
+        for pointer, value in zip(self.outputs, results, strict=True):
+            self.b.store(pointer, index, value, mask)
+
+
+def render_flat(params: tuple, target) -> str:
+    k = _Kernel(params, target)
+    b, (lanes,) = k.b, k.extra
+    scalars = [
+        b.load_broadcast(p, 0, lanes) if p is not None and not spans[0] else None
+        for p, (_, spans, _) in zip(k.pointers, k.leaves)
+    ]
+
+    def body(i, mask, slot):
+        values = []
+        for pointer, scalar, (dtype, spans, is_coordinate) in zip(k.pointers, scalars, k.leaves):
+            if is_coordinate:
+                values.append(regions.coordinate(b, i if spans[0] else 0, dtype, lanes, spans[0]))
+            else:
+                values.append(b.load(pointer, i, lanes, mask) if scalar is None else scalar)
+        k.emit(values, lanes, i, mask)
+
+    b.vector_loop(b.begin * CHUNK, b.min(b.end * CHUNK, b.size(0)), lanes, body, k.unroll if lanes > 1 else 1)
+    return b.ir_text()
+
+
+def render_periodic(params: tuple, target) -> str:
+    k = _Kernel(params, target)
+    b, (lanes, inner, period, unit) = k.b, k.extra
+    fixed = []
+    for pointer, (_, spans, _) in zip(k.pointers, k.leaves):
+        if spans == (False, True):
+            columns = [[(slot * lanes + lane) % inner for lane in range(lanes)] for slot in range(period)]
+            fixed.append([_load_lanes(b, pointer, c) for c in columns])
+        else:
+            fixed.append([b.load_broadcast(pointer, 0, lanes)] * period if spans == (False, False) else None)
+
+    def body(i, mask, slot):
+        values = [b.load(p, i, lanes, mask) if f is None else f[slot] for p, f in zip(k.pointers, fixed)]
+        k.emit(values, lanes, i, mask)
+
+    start, stop = b.begin * unit, b.min(b.end * unit, b.size(0) * inner)
+    whole = start + (stop - start) // (period * lanes) * (period * lanes)
+    with b.loop(start, whole, period * lanes) as i:
+        for slot in range(period):
+            body(i + slot * lanes, None, slot)
+    with b.if_then(whole < stop):
+        for slot in range(period):
+            rest = stop - (whole + slot * lanes)
+            with b.if_then(rest > 0):
+                body(whole + slot * lanes, b.tail_mask(rest, lanes) if lanes > 1 else None, slot)
+    return b.ir_text()
+
+
+def _load_lanes(b: KernelBuilder, pointer: Pointer, indices: list[int]) -> ir.Value:
+    """Elements at fixed indices, one per lane."""
+    if len(indices) == 1:
+        return b.load(pointer, indices[0])
+    if indices == list(range(indices[0], indices[0] + len(indices))):
+        return b.load(pointer, indices[0], len(indices))
+    return b.gather(pointer, ir.Constant(ir.VectorType(I32, len(indices)), indices))
+
+
+def render_rows(params: tuple, target) -> str:
+    k = _Kernel(params, target)
+    b, (lanes, block) = k.b, k.extra
+    rank = len(k.leaves[0][1]) if k.leaves else 2
+    sizes = [b.size(a) for a in range(rank)]
+    strides = [regions.row_strides(b, sizes, spans) for _, spans, _ in k.leaves]
+    inner = sizes[-1]
+    blocks = b.ceil_div(inner, block) if block else 1
+    row = b.begin // blocks
+    odometer = regions.Odometer(b, sizes[:-1], row)
+    position = b.variable(b.i64(b.begin % blocks)) if block else None
+    base = b.variable((row * inner).value)
+
+    with b.loop(b.begin, b.end):
+        first: int | Int = b.int(position.get()) * block if block else 0
+        last = b.min(first + block, inner) if block else inner
+        _row(k, odometer.indices(), strides, b.int(base.get()), first, last, lanes)
+        if block:
+            following = b.int(position.get()) + 1
+            position.set(following.value)
+            with b.if_then(following >= blocks):
+                position.set(b.constant_of(I64, 0))
+                odometer.advance()
+                base.set((b.int(base.get()) + inner).value)
+        else:
+            odometer.advance()
+            base.set((b.int(base.get()) + inner).value)
+    return b.ir_text()
+
+
+def _row(k: _Kernel, indices: list, strides: list, base, first, last, lanes: int) -> None:
+    """Elements [first, last) of the row at outer `indices`, which starts at element `base` of the outputs."""
+    b = k.b
+    sources = []
+    for pointer, (dtype, spans, is_coordinate), stride in zip(k.pointers, k.leaves, strides):
+        if is_coordinate:
+            axis = spans.index(True) if True in spans else None
+            fixed = None
+            if axis is None or axis < len(indices):
+                fixed = regions.coordinate(b, 0 if axis is None else indices[axis], dtype, lanes, False)
+            sources.append((None, fixed))
+        else:
+            at = pointer + regions.dot(indices, stride[:-1])
+            sources.append((at, None if spans[-1] else b.load_broadcast(at, 0, lanes)))
+
+    def body(i, mask, slot):
+        values = []
+        for (at, fixed), (dtype, _, _) in zip(sources, k.leaves):
+            if fixed is not None:
+                values.append(fixed)
+            elif at is None:
+                values.append(regions.coordinate(b, i, dtype, lanes, True))
+            else:
+                values.append(b.load(at, i, lanes, mask))
+        k.emit(values, lanes, base + i, mask)
+
+    b.vector_loop(first, last, lanes, body, k.unroll if lanes > 1 else 1)

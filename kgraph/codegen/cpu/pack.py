@@ -1,0 +1,143 @@
+"""Copies that bring an operand of a contraction into the form its kernel reads: panels of B, blocks of A.
+
+Both convert to the dtype of the sums on the way. Panels of a weight are made ahead of the calls (`kgraph.ops.packing`,
+the same layout); the kernel here makes those of an activation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu.builder import F64, Int, KernelBuilder, Pointer, compute_dtype, is_float
+from kgraph.codegen.cpu.microkernel import Panels
+from kgraph.codegen.cpu.strided import resolve, resolve_all
+
+
+def accumulate_dtype(operand: str, result: str) -> str | None:
+    """The dtype in which products of `operand` elements are summed for a `result`; None where there is no kernel."""
+    if operand in ("float16", "bfloat16", "float32"):
+        return "float64" if result == "float64" else "float32"
+    if operand == "float64":
+        return "float64"
+    if operand in ("int8", "uint8", "int16", "uint16", "int32", "uint32"):
+        return "int64" if result in ("int64", "uint64", "float64") else "int32"
+    return "int64" if operand in ("int64", "uint64") else None
+
+
+def widen(b: KernelBuilder, value: ir.Value, dtype: str, wide: str) -> ir.Value:
+    """A loaded value of `dtype` in the sum's dtype `wide`."""
+    target = b.type(wide, getattr(value.type, "count", 1))
+    if value.type == target:
+        return value
+    if is_float(value):
+        return b.ir.fpext(value, target)
+    if wide == "float64" and target in (F64,):
+        return b.ir.sitofp(value, target)
+    return b.ir.zext(value, target) if dtype.startswith("uint") else b.ir.sext(value, target)
+
+
+def copy_run(b: KernelBuilder, destination: Pointer, source: Pointer, count, stride=1) -> None:
+    """destination[i] = source[i * stride] for i below `count`, converted to the destination's dtype."""
+    unit = isinstance(stride, int) and stride == 1
+    lanes = b.target.vector_bytes // {"float32": 4, "int32": 4}.get(destination.dtype, 8) if unit else 1
+
+    def body(i, mask, slot):
+        value = b.load(source, i if unit else i * stride, lanes, mask)
+        b.store(destination, i, widen(b, value, source.dtype, destination.dtype), mask)
+
+    b.vector_loop(0, count, lanes, body, unroll=4 if unit else 1)
+
+
+class PackPlan(NamedTuple):
+    """Params of `render_pack`. Strides in elements; every size is an `int` or ("size", slot).
+
+    batch: sizes of the batch axes; batch_strides: theirs in the source. depth, columns: K and N. k_stride, n_stride: in
+    the source. dtype: of the source; accumulate: of the panels. width, lanes: of a panel and of a vector.
+    """
+
+    batch: tuple
+    batch_strides: tuple
+    depth: int | tuple
+    columns: int | tuple
+    k_stride: int | tuple
+    n_stride: int | tuple
+    dtype: str
+    accumulate: str
+    width: int
+    lanes: int
+
+
+def batch_offset(b: KernelBuilder, index, sizes: list, strides: list):
+    """Offset in elements of batch entry number `index` (row-major over `sizes`)."""
+    offset = 0
+    for axis in range(len(sizes) - 1, -1, -1):
+        here = index if axis == 0 else index % sizes[axis]
+        index = index if axis == 0 else index // sizes[axis]
+        offset = here * strides[axis] + offset
+    return offset
+
+
+def render_pack(params: tuple, target) -> str:
+    """Kernel (source) -> (panels): one unit is one panel of one batch entry."""
+    plan = PackPlan(*params)
+    b = KernelBuilder("pack", target)
+    source, out = b.operand(0, plan.dtype), b.operand(1, plan.accumulate)
+    depth, columns = resolve(b, plan.depth), resolve(b, plan.columns)
+    k_stride, n_stride = resolve(b, plan.k_stride), resolve(b, plan.n_stride)
+    batch, strides = resolve_all(b, plan.batch), resolve_all(b, plan.batch_strides)
+    panels = Panels(columns, plan.width, plan.lanes, None)
+    count, lanes = panels.count(), plan.lanes
+
+    with b.loop(b.begin, b.end) as unit:
+        panel, entry = unit % count, unit // count
+        first = panel * plan.width
+        at = source + (batch_offset(b, entry, batch, strides) + first * n_stride)
+        to = out + (entry * (depth * panels.packed_columns()) + panel * (depth * plan.width))
+        remaining = columns - first
+
+        def rows(vectors: int, masked: bool, at=at, to=to, remaining=remaining):
+            masks = [b.tail_mask(remaining - j * lanes, lanes) if masked else None for j in range(vectors)]
+            with b.loop(0, depth) as k:
+                for j in range(vectors):
+                    value = _column_vector(b, at + (k * k_stride + (j * lanes) * n_stride), n_stride, lanes, masks[j])
+                    b.store(to, k * (vectors * lanes) + j * lanes, widen(b, value, plan.dtype, plan.accumulate))
+
+        whole = columns // plan.width
+        if not isinstance(whole, int):
+            with b.if_else(panel < whole) as (full, tail):
+                with full:
+                    rows(panels.vectors, False)
+                with tail:
+                    rows(panels.vectors, True)
+        elif columns % plan.width == 0:
+            rows(panels.vectors, False)
+        else:
+            with b.if_else(b.int(panel) < whole) as (full, tail):
+                with full:
+                    rows(panels.vectors, False)
+                with tail:
+                    rows(panels.tail_vectors, True)
+    return b.ir_text()
+
+
+def _column_vector(b: KernelBuilder, at: Pointer, n_stride, lanes: int, mask) -> ir.Value:
+    """`lanes` elements that lie `n_stride` apart; lanes off in the mask give zero."""
+    if isinstance(n_stride, int) and n_stride == 1:
+        return b.load(at, 0, lanes, mask)
+    if compute_dtype(at.dtype) == at.dtype and at.dtype in ("float32", "float64", "int32", "int64"):
+        numbers = b.lane_numbers("int64", lanes)
+        indices = b.mul(numbers, b.broadcast(b.i64(n_stride), lanes))
+        return b.gather(at, indices, mask)
+    scalars = []
+    for lane in range(lanes):
+        index = lane * n_stride
+        if mask is not None:  # an absent lane reads element 0 instead of memory that may not exist
+            present = b.lane(mask, lane)
+            index = Int(b, b.ir.select(present, b.i64(index), b.i64(0)))
+        value = b.load(at, index)
+        if mask is not None:
+            value = b.select(present, value, 0)
+        scalars.append(value)
+    return b.vector(scalars)

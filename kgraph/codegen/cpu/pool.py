@@ -1,0 +1,358 @@
+"""reduce_window: maxima, minima and sums over sliding windows, with a fused elementwise epilogue (kind "pool").
+
+Axes that no window touches merge into a batch ahead of the windowed ones and into channels behind them; vectors run
+over the channels. A unit is one position of the first windowed axis: a row of pixels of an image. Windows are clipped
+to the source once per pixel; pixels whose window lies inside take a path without loops.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu import expressions
+from kgraph.codegen.cpu.builder import MEMORY_TYPES, Int, KernelBuilder, compute_dtype
+from kgraph.codegen.cpu.scalar_ops import EMITTERS
+from kgraph.codegen.cpu.strided import SizeTable, dense_strides, resolve, resolve_all
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.ir import Dim, Node, Value
+from kgraph.ir.dims import product
+
+COMBINE = {"max": "maximum", "min": "minimum", "sum": "add"}
+MOST_UNROLLED_TAPS = 16
+MOST_ACCUMULATORS = 4
+
+
+@dataclass
+class Parts:
+    """A pooling node taken apart. extras: further inputs of the epilogue; expression: of it, its input 0 the pooled."""
+
+    node: Node
+    source: Value
+    extras: list[Value]
+    outputs: tuple[Value, ...]
+    expression: tuple
+
+
+def accepts(node: Node) -> str | None:
+    """None where `lower` takes the node, else why not."""
+    parts = _take_apart(node)
+    if isinstance(parts, str):
+        return parts
+    attrs = parts.node.attrs
+    windows = (*attrs["window"], *attrs["strides"], *attrs["window_dilation"], *attrs["base_dilation"])
+    if any(isinstance(n, Dim) for n in (*windows, *(p for pair in attrs["padding"] for p in pair))):
+        return "a window of symbolic size"
+    if parts.source.dtype not in MEMORY_TYPES or parts.source.dtype == "bool":
+        return f"no pooling of {parts.source.dtype}"
+    groups = _groups(parts.node)
+    for value in parts.extras:
+        if _extra_strides(value, parts.node.output.shape, groups) is None:
+            return f"an epilogue operand {value.type} spans a part of a group of axes of {parts.node.output.type}"
+    return None
+
+
+def _take_apart(node: Node) -> Parts | str:
+    if node.name == "reduce_window":
+        expression = expressions.identity(node.output.dtype)
+        return Parts(node, node.inputs[0], [], node.outputs, expression)
+    if node.name != "fusion":
+        return f"{node.name} is no pooling"
+    body = node.attrs["body"]
+    cores = [n for n in body.nodes if n.name == "reduce_window"]
+    if len(cores) != 1 or cores[0].inputs[0] not in body.inputs:
+        return "a pooling kernel needs exactly one reduce_window, of an input"
+    core = cores[0]
+    rest = [n for n in body.nodes if n is not core]
+    if any(v.shape != core.output.shape for v in body.outputs):
+        return "the epilogue changes the shape"
+    outer = dict(zip(body.inputs, node.inputs, strict=True))
+    used = {v for n in rest for v in n.inputs}
+    extras = [v for v in body.inputs if v in used]
+    expression = expressions.encode_nodes(rest, [core.output, *extras], body.outputs)
+    if isinstance(expression, str):
+        return expression
+    return Parts(core, outer[core.inputs[0]], [outer[v] for v in extras], node.outputs, expression)
+
+
+def _groups(node: Node) -> tuple[int, int]:
+    """(first windowed axis, first axis of the channels): the axes between them are walked one by one."""
+    attrs, rank = node.attrs, node.inputs[0].type.rank
+    plain = [
+        (w, s, tuple(p), wd, bd) == (1, 1, (0, 0), wd, 1)
+        for w, s, p, wd, bd in zip(
+            attrs["window"],
+            attrs["strides"],
+            attrs["padding"],
+            attrs["window_dilation"],
+            attrs["base_dilation"],
+            strict=True,
+        )
+    ]
+    if all(plain):
+        return 0, 0
+    first = plain.index(False)
+    last = rank - plain[::-1].index(False)
+    return first, last
+
+
+def _extra_strides(value: Value, shape: tuple, groups: tuple[int, int]) -> tuple | None:
+    """Strides of an epilogue operand along (batch, windowed axes..., channels); None where it spans part of a group."""
+    first, last = groups
+    own = (1,) * (len(shape) - value.type.rank) + tuple(value.shape)
+    pieces = [slice(0, first), *(slice(k, k + 1) for k in range(first, last)), slice(last, len(shape))]
+    spans = []
+    for piece in pieces:
+        if own[piece] == tuple(shape[piece]):
+            spans.append(product(shape[piece]))
+        elif all(not isinstance(n, Dim) and n == 1 for n in own[piece]):
+            spans.append(None)
+        else:
+            return None
+    strides = dense_strides([1 if n is None else n for n in spans])
+    return tuple(0 if n is None else t for n, t in zip(spans, strides, strict=True))
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """The one call of a plain reduce_window or of a fused node around one."""
+    parts = _take_apart(node)
+    core, x, out = parts.node, parts.source, parts.node.output
+    first, last = _groups(core)
+    attrs = core.attrs
+    table = SizeTable()
+    axes = tuple(
+        (
+            table(x.shape[k]),
+            table(out.shape[k]),
+            attrs["window"][k],
+            attrs["strides"][k],
+            attrs["padding"][k][0],
+            attrs["window_dilation"][k],
+            attrs["base_dilation"][k],
+        )
+        for k in range(first, last)
+    )
+    channels = product(x.shape[last:])
+    extras = tuple((v.dtype, table.all(_extra_strides(v, out.shape, (first, last)))) for v in parts.extras)
+    lanes = expressions.lanes(parts.expression, target)
+    params = (
+        attrs["kind"],
+        x.dtype,
+        lanes,
+        axes,
+        table(channels),
+        extras,
+        tuple(v.dtype for v in parts.outputs),
+        parts.expression,
+    )
+    suffix = expressions.name(parts.expression)
+    taps = product(attrs["window"])
+    rows = product(x.shape[:first]) * (out.shape[first] if last > first else 1)
+    return [
+        KernelCall(
+            KernelSpec("_".join(filter(None, (f"pool_{attrs['kind']}", suffix))), "pool:render_pool", params),
+            [x, *parts.extras, *parts.outputs],
+            outputs=len(parts.outputs),
+            sizes=table.values,
+            extent=rows,
+            flops=out.type.size * (taps + expressions.flops(parts.expression)),
+            bytes=x.type.nbytes + sum((v.type.nbytes for v in (*parts.extras, *parts.outputs)), 0),
+        )
+    ]
+
+
+def identity(kind: str, dtype: str):
+    """The Python scalar that the reduction ignores."""
+    if kind == "sum":
+        return 0
+    if dtype.startswith(("float", "bfloat")):
+        return float("-inf" if kind == "max" else "inf")
+    bits = int(dtype.lstrip("uint"))
+    signed = dtype.startswith("int")
+    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+    return low if kind == "max" else high
+
+
+@dataclass
+class WindowAxis:
+    """One windowed axis of a kernel: sizes of source and result, the window, its placement; stride of the source."""
+
+    size: int | Int
+    out: int | Int
+    window: int
+    stride: int
+    low: int
+    window_dilation: int
+    base_dilation: int
+    source_stride: int | Int
+
+    def taps(self, b: KernelBuilder, position: Int):
+        """(first source position of the window, first tap inside, first tap behind)."""
+        start = position * self.stride - self.low
+        reach = (self.size - 1) * self.base_dilation + 1
+        dilation = self.window_dilation
+        if self.low <= 0:
+            first = 0
+        else:
+            first = b.ceil_div(b.max(0 - b.int(start), 0), dilation)
+        last = b.min(b.ceil_div(b.max(reach - start, 0), dilation), self.window)
+        return start, first, last
+
+
+class PoolKernel:
+    """What is known while the kernel is written."""
+
+    def __init__(self, params, target):
+        kind, self.dtype, self.lanes, axes, channels, extras, outputs, self.expression = params
+        b = self.b = KernelBuilder(f"pool_{kind}", target)
+        self.channels = resolve(b, channels)
+        self.combine_name, self.identity = COMBINE[kind], identity(kind, self.dtype)
+        self.source = b.operand(0, self.dtype)
+        sizes = [resolve(b, a[0]) for a in axes]
+        strides = dense_strides([*sizes, self.channels])
+        self.axes = [
+            WindowAxis(n, resolve(b, out), *rest, t)
+            for n, t, (_, out, *rest) in zip(sizes, strides, axes, strict=False)
+        ]
+        self.image = self.channels
+        for n in sizes:
+            self.image = n * self.image
+        self.out_strides = dense_strides([*(a.out for a in self.axes), self.channels])
+        self.out_image = self.channels
+        for axis in self.axes:
+            self.out_image = axis.out * self.out_image
+        self.extras = [
+            (b.operand(1 + k, dtype), resolve_all(b, strides)) for k, (dtype, strides) in enumerate(extras)
+        ]
+        self.outputs = [b.operand(1 + len(extras) + k, dtype) for k, dtype in enumerate(outputs)]
+
+    def combine(self, x, y):
+        compute = compute_dtype(self.dtype)
+        return EMITTERS[self.combine_name](self.b, [x, y], [compute] * 2, compute)
+
+    def render(self) -> str:
+        b = self.b
+        with b.loop(b.begin, b.end) as unit:
+            if self.axes:
+                batch, row = unit // self.axes[0].out, unit % self.axes[0].out
+                with ExitStack() as loops:
+                    inner = [loops.enter_context(b.loop(0, a.out)) for a in self.axes[1:]]
+                    self.pixel(batch, [b.int(row), *inner])
+            else:
+                self.pixel(unit, [])
+        return b.ir_text()
+
+    def pixel(self, batch, positions: list) -> None:
+        """All channels of one position of the result."""
+        b = self.b
+        at: int | Int = batch * self.out_image
+        for position, stride in zip(positions, self.out_strides, strict=False):
+            at = at + position * stride
+        windows = [axis.taps(b, b.int(p)) for axis, p in zip(self.axes, positions, strict=True)]
+        base: int | Int = batch * self.image
+        for axis, (start, _, _) in zip(self.axes, windows, strict=True):
+            if axis.base_dilation == 1:
+                base = base + start * axis.source_stride
+        extra_bases = []
+        for _, strides in self.extras:
+            place = batch * strides[0]
+            for position, stride in zip(positions, strides[1:-1], strict=True):
+                place = place + position * stride
+            extra_bases.append(place)
+
+        def finish(channel, masks: list, values: list) -> None:
+            self.epilogue(at, extra_bases, channel, masks, values)
+
+        count = 1
+        for axis in self.axes:
+            count *= axis.window
+        simple = count <= MOST_UNROLLED_TAPS and all(a.base_dilation == 1 for a in self.axes)
+        if not simple:
+            self.channel_blocks(lambda c, masks: finish(c, masks, self.looped(base, windows, c, masks)))
+            return
+        inside: ir.Value = ir.Constant(ir.IntType(1), True)
+        for axis, (_, first, last) in zip(self.axes, windows, strict=True):
+            inside = b.ir.and_(inside, b.int(first).equals(0))
+            inside = b.ir.and_(inside, b.int(last).equals(axis.window))
+        with b.if_else(inside, likely=True) as (then, otherwise):
+            with then:
+                self.channel_blocks(lambda c, masks: finish(c, masks, self.unrolled(base, c, masks)))
+            with otherwise:
+                self.channel_blocks(lambda c, masks: finish(c, masks, self.looped(base, windows, c, masks)))
+
+    def channel_blocks(self, body) -> None:
+        """Calls `body(first channel, masks)` for blocks of a few vectors that cover all channels."""
+        b, lanes, channels = self.b, self.lanes, self.channels
+        wide = lanes * MOST_ACCUMULATORS
+        if isinstance(channels, int):
+            whole = channels // wide * wide
+            if whole == wide:
+                body(0, [None] * MOST_ACCUMULATORS)
+            elif whole:
+                with b.loop(0, whole, wide) as c:
+                    body(c, [None] * MOST_ACCUMULATORS)
+            if channels > whole:
+                full, rest = divmod(channels - whole, lanes)
+                body(whole, [None] * full + ([b.tail_mask(rest, lanes)] if rest else []))
+            return
+        b.vector_loop(0, channels, lanes, lambda c, mask, slot: body(c, [mask]))
+
+    def load(self, at, masks: list) -> list[ir.Value]:
+        return [self.b.load(self.source, at + j * self.lanes, self.lanes, m) for j, m in enumerate(masks)]
+
+    def unrolled(self, base, channel, masks: list) -> list[ir.Value]:
+        """The window's result where all of it lies inside of the source."""
+        offsets = [0]
+        for axis in self.axes:
+            offsets = [o + t * axis.window_dilation * axis.source_stride for o in offsets for t in range(axis.window)]
+        values = None
+        for offset in offsets:
+            taps = self.load(base + offset + channel, masks)
+            values = taps if values is None else [self.combine(x, y) for x, y in zip(values, taps, strict=True)]
+        return values
+
+    def looped(self, base, windows, channel, masks: list) -> list[ir.Value]:
+        """The window's result by loops over the taps inside of the source."""
+        b = self.b
+        start = b.constant(self.identity, self.dtype, self.lanes)
+        accumulators = [b.variable(start) for _ in masks]
+
+        def walk(remaining: list, at) -> None:
+            if not remaining:
+                for variable, tap in zip(accumulators, self.load(at + channel, masks), strict=True):
+                    variable.set(self.combine(variable.get(), tap))
+                return
+            (axis, (begin, first, last)), *rest = remaining
+            with b.loop(first, last) as t:
+                if axis.base_dilation == 1:
+                    walk(rest, at + t * axis.window_dilation * axis.source_stride)
+                    return
+                place = begin + t * axis.window_dilation
+                with b.if_then(b.int(place % axis.base_dilation).equals(0)):
+                    walk(rest, at + place // axis.base_dilation * axis.source_stride)
+
+        walk(list(zip(self.axes, windows, strict=True)), base)
+        return [v.get() for v in accumulators]
+
+    def epilogue(self, at, extra_bases, channel, masks: list, values: list) -> None:
+        b, lanes = self.b, self.lanes
+        rounded = self.dtype in ("float16", "bfloat16") and self.expression[1]
+        for j, (value, mask) in enumerate(zip(values, masks, strict=True)):
+            column = channel + j * lanes
+            if rounded:
+                value = b.from_memory(b.to_memory(value, self.dtype), self.dtype)
+            operands = [value]
+            for (pointer, strides), base in zip(self.extras, extra_bases, strict=True):
+                if isinstance(strides[-1], int) and strides[-1] == 0:
+                    operands.append(b.load_broadcast(pointer, base, lanes))
+                else:
+                    operands.append(b.load(pointer, base + column, lanes, mask))
+            for pointer, result in zip(self.outputs, expressions.emit(b, self.expression, operands), strict=True):
+                b.store(pointer, at + column, result, mask)
+
+
+def render_pool(params, target) -> str:
+    """LLVM IR of a pooling kernel."""
+    return PoolKernel(params, target).render()

@@ -1,0 +1,452 @@
+"""Reduction kernels: fused nodes of kind "reduce" and lone reduce_*, argmax, argmin nodes.
+
+A node is an elementwise prologue over the operands' common shape, one or more reductions over the same axes, and an
+elementwise epilogue over what they leave. Axes are merged into runs of kept ("k") and reduced ("r") ones; then
+- "inner" kernels (innermost run reduced) make one result per unit, vectors running along the row;
+- "outer" kernels (innermost run kept) make a strip of neighbouring results per unit, one per lane, down the rows.
+Where there are few results and many operands, the outermost reduced run is cut into chunks of fixed length: a first
+kernel gives a row of partial results per chunk, a second one reduces those and applies the epilogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu import accumulators, expressions, regions
+from kgraph.codegen.cpu.accumulators import KINDS, POSITIONS
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, compute_dtype
+from kgraph.codegen.cpu.regions import Leaf
+from kgraph.codegen.cpu.scalar_ops import convert
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import Node, TensorType, Value
+from kgraph.ir.dims import ceil_div, product
+
+BLOCK_STEPS = 16  # vectors per accumulator added plainly before compensation
+SLOTS = 4  # independent accumulators along a row
+STRIP = 4  # vectors of neighbouring results of an outer kernel
+CHUNK_ELEMENTS = 32768  # operands per chunk of a two-stage reduction
+FEW_RESULTS = 64  # units below which two stages pay
+TEMPLATE = "kgraph.codegen.cpu.reduce:render_{}"
+
+
+@dataclass
+class Parts:
+    """A node taken apart.
+
+    shape, axes: of the reductions' operands. leaves, prologue: what the reductions read, over `shape`; one expression
+    output per reduction. reductions: (kind, dtype of the operand, dtype of the result). extras, epilogue: further
+    operands over the kept axes; the expression's inputs are the reductions, then the extras. outputs: values written.
+    """
+
+    shape: tuple
+    axes: tuple[int, ...]
+    leaves: list[Leaf]
+    prologue: tuple
+    reductions: tuple
+    extras: list[Leaf]
+    epilogue: tuple
+    outputs: Sequence[Value]
+
+
+def accepts(node: Node) -> str | None:
+    """None where the node is prologue, reductions over the same axes, epilogue, with scalar code for everything."""
+    parts = take_apart(node)
+    return parts if isinstance(parts, str) else None
+
+
+def take_apart(node: Node) -> Parts | str:
+    """The parts of a node, or the reason why it has none."""
+    inputs, outer, nodes, outputs = regions.body_of(node)
+    reductions = [n for n in nodes if n.name in KINDS]
+    if not reductions:
+        return f"{node.name} holds no reduction"
+    first = reductions[0]
+    shape, axes = first.inputs[0].shape, _axes(first)
+    keepdims = first.attrs.get("keepdims", False)
+    for n in reductions:
+        if n.inputs[0].shape != shape or _axes(n) != axes or n.attrs.get("keepdims", False) != keepdims:
+            return "the reductions of one kernel need the same operand shape, axes and keepdims"
+    stage = _stages(nodes)
+    if isinstance(stage, str):
+        return stage
+    before = regions.needed(nodes, [n.inputs[0] for n in reductions])
+    inner, leaves, kept = regions.leaves_and_nodes(
+        *regions.used_inputs(inputs, outer, before, [n.inputs[0] for n in reductions]), before, shape
+    )
+    prologue = expressions.encode_nodes(kept, inner, [n.inputs[0] for n in reductions])
+    if isinstance(prologue, str):
+        return prologue
+    result_shape = first.output.shape
+    if any(o.shape != result_shape for o in outputs):
+        return "the outputs of a reduction kernel need the reduced shape"
+    results = [n.output for n in reductions]
+    after = [n for n in regions.needed(nodes, outputs, stop=results) if n not in reductions]
+    inner, extras, kept = regions.leaves_and_nodes(
+        *regions.used_inputs(inputs, outer, after, outputs), after, result_shape
+    )
+    epilogue = expressions.encode_nodes(kept, [*results, *inner], outputs)
+    if isinstance(epilogue, str):
+        return epilogue
+    if any(leaf.is_coordinate for leaf in extras):
+        return "coordinates in the epilogue of a reduction"
+    extras = [Leaf(e.value, e.dtype, _kept_spans(e.spans, len(shape), axes, keepdims)) for e in extras]
+    kinds = tuple((KINDS[n.name], n.inputs[0].dtype, n.output.dtype) for n in reductions)
+    return Parts(shape, axes, leaves, prologue, kinds, extras, epilogue, node.outputs)
+
+
+def _axes(node: Node) -> tuple[int, ...]:
+    rank = len(node.inputs[0].shape)
+    if node.name in POSITIONS:
+        return (node.attrs["axis"] % rank,)
+    return tuple(sorted(a % rank for a in node.attrs["axes"]))
+
+
+def _stages(nodes: Sequence[Node]) -> str | None:
+    """A reason if a reduction depends on another one."""
+    reduced: set[Value] = set()
+    for n in nodes:
+        depends = any(v in reduced for v in n.inputs)
+        if depends and n.name in KINDS:
+            return "a reduction of another reduction's result"
+        if depends or n.name in KINDS:
+            reduced.update(n.outputs)
+    return None
+
+
+def _kept_spans(spans: tuple, rank: int, axes: tuple, keepdims: bool) -> tuple:
+    """Spans over the result's axes as spans over the operands' axes."""
+    if keepdims:
+        return spans
+    rest = iter(spans)
+    return tuple(False if a in axes else next(rest) for a in range(rank))
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """One kernel call, or two for few results of many operands; see the module's docstring."""
+    parts = take_apart(node)
+    if isinstance(parts, str):
+        raise ValueError(f"{node.name}: {parts}")
+    return lower_parts(parts, target)
+
+
+def lower_parts(parts: Parts, target) -> list[KernelCall]:
+    roles = tuple("r" if a in parts.axes else "k" for a in range(len(parts.shape)))
+    spans = [leaf.spans for leaf in parts.leaves] + [leaf.spans for leaf in parts.extras]
+    roled = [tuple(r == "k" for r in roles)]  # the results themselves, which also carry the roles through
+    sizes, merged = regions.collapse(parts.shape, spans + roled, roles)
+    kept = merged.pop() if merged else ()
+    if all(kept):  # nothing is left to reduce: one step over an axis of size 1
+        sizes, kept = [1, *sizes], (False, *kept)
+        merged = [(False, *m) for m in merged]
+    roles = tuple("k" if k else "r" for k in kept)
+    count = len(parts.leaves)
+    leaves = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.leaves, merged[:count])]
+    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.extras, merged[count:])]
+    plan = _Plan(sizes, roles, parts.prologue, target)
+    chunk = plan.chunk(parts.reductions)
+    if not chunk:
+        return [_call(plan, leaves, parts.prologue, parts.reductions, extras, parts.epilogue, parts.outputs, 0)]
+    chunks = ceil_div(sizes[plan.first_reduced], chunk)
+    kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
+    partial_dtypes = [compute_dtype(dtype) for _, dtype, _ in parts.reductions]
+    partials = [Temporary(TensorType((chunks, *kept_sizes), d)) for d in partial_dtypes]
+    untouched = (tuple(partial_dtypes), (), tuple(range(len(partials))))
+    same = tuple((kind, dtype, d) for (kind, dtype, _), d in zip(parts.reductions, partial_dtypes))
+    first = _call(plan, leaves, parts.prologue, same, [], untouched, partials, chunk)
+    kept_only = [(False, *(s for s, r in zip(x.spans, roles) if r == "k")) for x in extras]
+    sizes, merged = regions.collapse(
+        [chunks, *kept_sizes], [*kept_only, (False, *(True for _ in kept_sizes))], "r" + "k" * len(kept_sizes)
+    )
+    results = merged.pop()
+    if all(results):  # one chunk only
+        sizes, results, merged = [1, *sizes], (False, *results), [(False, *m) for m in merged]
+    plan = _Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target)
+    spans = tuple(not (isinstance(s, int) and s == 1) for s in sizes)
+    leaves = [Leaf(p, d, spans) for p, d in zip(partials, partial_dtypes)]
+    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(extras, merged)]
+    reductions = tuple((kind, d, result) for (kind, _, result), d in zip(parts.reductions, partial_dtypes))
+    return [first, _call(plan, leaves, untouched, reductions, extras, parts.epilogue, parts.outputs, 0)]
+
+
+class _Plan:
+    """How the axes of one kernel are walked."""
+
+    def __init__(self, sizes: list, roles: tuple, prologue: tuple, target):
+        self.sizes, self.roles = sizes, roles
+        self.first_reduced = roles.index("r")
+        self.inner = roles[-1] == "r"
+        lanes = expressions.lanes(prologue, target)
+        last = sizes[-1]
+        while isinstance(last, int) and lanes > 1 and lanes // 2 >= last:
+            lanes //= 2
+        self.lanes = lanes
+        strip = STRIP
+        if isinstance(last, int):
+            strip = max(1, min(STRIP, -(-last // lanes)))
+        self.strip = strip
+        kept = [s for s, r in zip(sizes, roles) if r == "k"]
+        if self.inner:
+            self.units = product(kept)
+        else:
+            self.units = product(kept[:-1]) * ceil_div(last, strip * lanes)
+
+    def chunk(self, reductions) -> int:
+        """Length of a chunk of the outermost reduced axis, or 0 for one stage."""
+        if any(kind in POSITIONS for kind, _, _ in reductions):
+            return 0
+        if not isinstance(self.units, int) or self.units >= FEW_RESULTS:
+            return 0
+        total = product(self.sizes)
+        if isinstance(total, int) and total <= 2 * CHUNK_ELEMENTS:
+            return 0
+        rest = product(s for a, s in enumerate(self.sizes) if a != self.first_reduced)
+        chunk = max(1, CHUNK_ELEMENTS // max(rest, 1)) if isinstance(rest, int) else 64
+        size = self.sizes[self.first_reduced]
+        return 0 if isinstance(size, int) and size <= chunk else chunk
+
+
+def _call(plan: _Plan, leaves, prologue, reductions, extras, epilogue, outputs, chunk: int) -> KernelCall:
+    describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
+    names = [kind if kind in POSITIONS else f"reduce_{kind}" for kind, _, _ in reductions]
+    name = regions.kernel_name("", prologue, *dict.fromkeys(names), epilogue, "partial" if chunk else "")
+    layout = (plan.roles, plan.lanes, plan.strip, chunk)
+    params = (name, prologue, describe(leaves), reductions, describe(extras), epilogue, layout)
+    operands = [x.value for x in (*leaves, *extras) if not x.is_coordinate] + list(outputs)
+    sizes = list(plan.sizes)
+    # A last axis of known size decides about masks, so it is part of the code.
+    static = plan.sizes[-1] if isinstance(plan.sizes[-1], int) and not plan.inner else None
+    extent = plan.units * ceil_div(plan.sizes[plan.first_reduced], chunk) if chunk else plan.units
+    return KernelCall(
+        spec=KernelSpec(name, TEMPLATE.format("inner" if plan.inner else "outer"), (*params, _whole(static, plan))),
+        operands=operands,
+        outputs=len(outputs),
+        sizes=sizes,
+        extent=extent,
+        flops=product(plan.sizes) * (len(reductions) + expressions.flops(prologue)),
+        bytes=regions.total_bytes(operands),
+    )
+
+
+def _whole(size: int | None, plan: _Plan) -> bool:
+    """Whether the strips of an outer kernel divide the axis, so that nothing is masked."""
+    return size is not None and size % (plan.lanes * plan.strip) == 0
+
+
+# -- renderers ------------------------------------------------------------------------------------------------------
+class _Kernel:
+    """What both renderers share: operands, addresses, the nest of loops over the reduced axes."""
+
+    def __init__(self, params: tuple, target):
+        name, self.prologue, self.leaves, self.reductions, self.extras, self.epilogue, layout, self.whole = params
+        self.roles, self.lanes, self.strip, self.chunk = layout
+        self.b = b = KernelBuilder(name, target)
+        number = 0
+        self.pointers: list[Pointer | None] = []
+        for dtype, _, is_coordinate in (*self.leaves, *self.extras):
+            self.pointers.append(None if is_coordinate else b.operand(number, dtype))
+            number += not is_coordinate
+        self.extra_pointers = self.pointers[len(self.leaves) :]
+        self.outputs = [b.operand(number + i, d) for i, d in enumerate(expressions.output_dtypes(self.epilogue))]
+        rank = len(self.roles)
+        self.sizes = [b.size(a) for a in range(rank)]
+        self.strides = [regions.row_strides(b, self.sizes, spans) for _, spans, _ in (*self.leaves, *self.extras)]
+        self.kept = [a for a in range(rank) if self.roles[a] == "k"]
+        self.reduced = [a for a in range(rank) if self.roles[a] == "r"]
+
+    def unit(self, number, kept: list[int]):
+        """(position of each axis in `kept`, chunk number) of a unit; chunks run slowest."""
+        rest = number
+        positions: dict[int, Int | int] = {}
+        for place, axis in enumerate(reversed(kept)):
+            size = self.kept_size(axis)
+            if place == len(kept) - 1 and not self.chunk:
+                positions[axis] = rest
+            else:
+                positions[axis], rest = rest % size, rest // size
+        return positions, rest if self.chunk else 0
+
+    def kept_size(self, axis: int):
+        """Units along a kept axis: strips along the innermost one of an outer kernel."""
+        if axis == len(self.roles) - 1:
+            return self.b.ceil_div(self.sizes[axis], self.lanes * self.strip)
+        return self.sizes[axis]
+
+    def reduced_range(self, axis: int, chunk_number):
+        """Where the loop over a reduced axis starts and stops."""
+        if self.chunk and axis == self.reduced[0]:
+            start = chunk_number * self.chunk
+            return start, self.b.min(start + self.chunk, self.sizes[axis])
+        return 0, self.sizes[axis]
+
+    def output_index(self, positions: dict, chunk_number):
+        """Element of the dense results at kept positions; partial results of a chunk lie together."""
+        index = chunk_number
+        for axis in self.kept:
+            index = index * self.sizes[axis] + positions[axis]
+        return index
+
+    def nest(self, positions: dict, chunk_number, innermost) -> None:
+        """Loops over all reduced axes but the last; `innermost(positions)` emits the code inside."""
+
+        def level(depth: int, at: dict) -> None:
+            if depth == len(self.reduced) - 1:
+                innermost(at)
+                return
+            axis = self.reduced[depth]
+            with self.b.loop(*self.reduced_range(axis, chunk_number)) as i:
+                level(depth + 1, {**at, axis: i})
+
+        level(0, dict(positions))
+
+    def address(self, number: int, positions: dict) -> Pointer | None:
+        """Leaf `number` at the given positions; axes without a position count 0."""
+        pointer = self.pointers[number]
+        if pointer is None:
+            return None
+        strides = self.strides[number]
+        axes = [a for a in positions if a < len(strides)]
+        return pointer + regions.dot([positions[a] for a in axes], [strides[a] for a in axes])
+
+    def coordinate(self, number: int, positions: dict, lanes: int) -> ir.Value:
+        """A coordinate leaf along an axis whose position is fixed."""
+        dtype, spans, _ = self.leaves[number]
+        at = positions.get(spans.index(True), 0) if True in spans else 0
+        return regions.coordinate(self.b, at, dtype, lanes, False)
+
+    def accumulate(self, lanes: int, slots: int, across_rows: bool = False) -> list[accumulators.Accumulator]:
+        return [accumulators.make(self.b, kind, dtype, lanes, slots, across_rows) for kind, dtype, _ in self.reductions]
+
+    def finished(self, values: list[ir.Value]) -> list[ir.Value]:
+        """Results of the accumulators in their result dtypes (positions are counted as int32)."""
+        return [
+            convert(self.b, value, "int32", result) if kind in POSITIONS else value
+            for value, (kind, _, result) in zip(values, self.reductions)
+        ]
+
+
+def render_inner(params: tuple, target) -> str:
+    k = _Kernel(params, target)
+    b, lanes = k.b, k.lanes
+    slots = SLOTS if lanes > 1 else 1
+    sums = k.accumulate(lanes, slots)
+    last = k.reduced[-1]
+    block = lanes * slots * BLOCK_STEPS
+
+    def innermost(chunk_number):
+        def row(positions):
+            sources = [k.address(n, positions) for n in range(len(k.leaves))]
+
+            def body(i, mask, slot):
+                values = []
+                for number, (at, (dtype, spans, is_coordinate)) in enumerate(zip(sources, k.leaves)):
+                    if is_coordinate and spans[-1]:
+                        values.append(regions.coordinate(b, i, dtype, lanes, True))
+                    elif is_coordinate:
+                        values.append(k.coordinate(number, positions, lanes))
+                    else:
+                        values.append(b.load(at, i, lanes, mask) if spans[-1] else b.load_broadcast(at, 0, lanes))
+                results = expressions.emit_lanes(b, k.prologue, values, lanes)
+                for accumulator, value in zip(sums, results):
+                    accumulator.step(slot, value, mask, i)
+
+            start, stop = k.reduced_range(last, chunk_number)
+            with b.loop(start, stop, block) as first:
+                for accumulator in sums:
+                    accumulator.begin_block()
+                b.vector_loop(first, b.min(first + block, stop), lanes, body, slots)
+                for accumulator in sums:
+                    accumulator.end_block()
+
+        return row
+
+    with b.loop(b.begin, b.end) as unit:
+        positions, chunk_number = k.unit(unit, k.kept)
+        for accumulator in sums:
+            accumulator.reset()
+        k.nest(positions, chunk_number, innermost(chunk_number))
+        values = k.finished([accumulator.scalar() for accumulator in sums])
+        for number, pointer in enumerate(k.extra_pointers, start=len(k.leaves)):
+            values.append(b.load(pointer + regions.dot(_at(positions, k), k.strides[number])))
+        index = k.output_index(positions, chunk_number)
+        for pointer, value in zip(k.outputs, expressions.emit_lanes(b, k.epilogue, values, 1)):
+            b.store(pointer, index, value)
+    return b.ir_text()
+
+
+def _at(positions: dict, k: _Kernel) -> list:
+    return [positions.get(a, 0) for a in range(len(k.roles))]
+
+
+def render_outer(params: tuple, target) -> str:
+    k = _Kernel(params, target)
+    b, width = k.b, k.lanes * k.strip
+    with b.loop(b.begin, b.end) as unit:
+        positions, chunk_number = k.unit(unit, k.kept)
+        column = positions[len(k.roles) - 1] * width
+        positions[len(k.roles) - 1] = column
+        if k.whole or k.lanes == 1:
+            _strip(k, positions, chunk_number, [None] * k.strip)
+        else:
+            rest = k.sizes[-1] - column
+            with b.if_else(rest >= width) as (full, partial):
+                with full:
+                    _strip(k, positions, chunk_number, [None] * k.strip)
+                with partial:
+                    masks = [b.tail_mask(rest - j * k.lanes, k.lanes) for j in range(k.strip)]
+                    _strip(k, positions, chunk_number, masks)
+    return b.ir_text()
+
+
+def _strip(k: _Kernel, positions: dict, chunk_number, masks: list) -> None:
+    """The results at one strip of columns."""
+    b, lanes = k.b, k.lanes
+    last = k.reduced[-1]
+    # Narrow strips add rows to several accumulators in turn, to hide the latency of additions.
+    turns = max(1, SLOTS // k.strip)
+    sums = [k.accumulate(lanes, turns, across_rows=True) for _ in masks]
+    every = [accumulator for column in sums for accumulator in column]
+    for accumulator in every:
+        accumulator.reset()
+    column_axis = len(k.roles) - 1
+
+    def rows(at):
+        sources = [k.address(n, at) for n in range(len(k.leaves))]
+
+        def body(i, _, slot):
+            for j, mask in enumerate(masks):
+                values = []
+                for number, (source, (dtype, spans, is_coordinate)) in enumerate(zip(sources, k.leaves)):
+                    if is_coordinate and spans[column_axis]:
+                        values.append(regions.coordinate(b, at[column_axis] + j * lanes, dtype, lanes, True))
+                    elif is_coordinate:
+                        values.append(k.coordinate(number, {**at, last: i}, lanes))
+                    else:
+                        here = source + i * k.strides[number][last]
+                        spanned = spans[column_axis]
+                        load = b.load(here, j * lanes, lanes, mask) if spanned else b.load_broadcast(here, 0, lanes)
+                        values.append(load)
+                for accumulator, value in zip(sums[j], expressions.emit_lanes(b, k.prologue, values, lanes)):
+                    accumulator.step(slot, value, None, i)
+
+        start, stop = k.reduced_range(last, chunk_number)
+        block = BLOCK_STEPS * turns
+        with b.loop(start, stop, block) as first:
+            for accumulator in every:
+                accumulator.begin_block()
+            b.vector_loop(first, b.min(first + block, stop), 1, body, turns)
+            for accumulator in every:
+                accumulator.end_block()
+
+    k.nest(positions, chunk_number, rows)
+    index = k.output_index(positions, chunk_number)
+    for j, mask in enumerate(masks):
+        values = k.finished([accumulator.total() for accumulator in sums[j]])
+        for number, pointer in enumerate(k.extra_pointers, start=len(k.leaves)):
+            at = pointer + regions.dot(_at(positions, k), k.strides[number])
+            spanned = k.extras[number - len(k.leaves)][1][column_axis]
+            values.append(b.load(at, j * lanes, lanes, mask) if spanned else b.load_broadcast(at, 0, lanes))
+        for pointer, value in zip(k.outputs, expressions.emit_lanes(b, k.epilogue, values, lanes)):
+            b.store(pointer, index + j * lanes, value, mask)

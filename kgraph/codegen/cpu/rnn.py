@@ -1,0 +1,474 @@
+"""Recurrent layers over whole sequences: LSTM, GRU and simple cells, one kernel for all steps.
+
+A unit is a block of sequences, which are independent of each other. Weights are packed once per call into panels in
+scratch. Time runs in chunks: the input projection of a chunk is one product over all its steps, then come the steps:
+the recurrent product on top of the projection, and the gates. Everything a step touches stays in cache.
+
+Several layers over equal shapes, such as both directions of a bidirectional one, run as one kernel (a fused node of
+kind "rnn" that holds nothing but them): the layer is the outer part of the extent, so layers run on several threads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu import vector_math
+from kgraph.codegen.cpu.block_product import BlockProduct, Panel
+from kgraph.codegen.cpu.builder import PTR, Int, KernelBuilder, Pointer, itemsize
+from kgraph.codegen.cpu.strided import SizeTable, resolve
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.ir import Dim, Node, Value
+from kgraph.ir.dims import ceil_div
+
+GATES = {"lstm": 4, "gru": 3, "simple": 1}
+STATES = {"lstm": 2, "gru": 1, "simple": 1}
+LARGE_WEIGHTS = 1 << 18  # elements of the recurrent weights from which on they come from beyond the L2 cache
+CHUNK_ELEMENTS = 1 << 15  # of the projected inputs of one chunk of steps
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+def _clip(b: KernelBuilder, x, low: float, high: float):
+    return vector_math.clamp_keep_nan(b, x, low, high)
+
+
+def _positive(b: KernelBuilder, x):
+    return b.select(b.compare("<", x, 0.0), 0.0, x)
+
+
+def _elu(b: KernelBuilder, x, alpha: float = 1.0):
+    negative = b.mul(vector_math.expm1(b, b.select(b.compare("<", x, 0.0), x, 0.0)), alpha)
+    return b.select(b.compare("<", x, 0.0), negative, x)
+
+
+ACTIVATIONS = {
+    "linear": lambda b, x: x,
+    "tanh": vector_math.tanh,
+    "sigmoid": vector_math.logistic,
+    "relu": _positive,
+    "relu6": lambda b, x: _clip(b, x, 0.0, 6.0),
+    "hard_sigmoid": lambda b, x: _clip(b, b.add(b.div(x, 6.0), 0.5), 0.0, 1.0),
+    "hard_tanh": lambda b, x: _clip(b, x, -1.0, 1.0),
+    "softsign": lambda b, x: b.div(x, b.add(vector_math.absolute(b, x), 1.0)),
+    "softplus": vector_math.softplus,
+    "elu": _elu,
+    "selu": lambda b, x: b.mul(_elu(b, x, SELU_ALPHA), SELU_SCALE),
+    "silu": lambda b, x: b.mul(x, vector_math.logistic(b, x)),
+    "exponential": vector_math.exp,
+}
+
+
+# -- lowering ---------------------------------------------------------------------------------------------------------
+class Shape(NamedTuple):
+    """Static structure of a kernel; `reverse` has one entry per layer."""
+
+    dtype: str
+    cell: str
+    activation: str
+    recurrent_activation: str
+    reset_after: bool
+    has_mask: bool
+    zero_output_for_mask: bool
+    features: int
+    units: int
+    reverse: tuple[bool, ...]
+
+    @property
+    def gates(self) -> int:
+        return GATES[self.cell]
+
+    @property
+    def states(self) -> int:
+        return STATES[self.cell]
+
+    @property
+    def inputs(self) -> int:
+        """Operands per layer."""
+        return 5 + self.states + self.has_mask
+
+
+def _layers(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ...]]]:
+    """(rnn node, its operands, its results) for each layer of a plain or fused node; empty where it is neither."""
+    if node.name == "rnn":
+        return [(node, node.inputs, node.outputs)]
+    if node.name != "fusion":
+        return []
+    body = node.attrs["body"]
+    outer = dict(zip(body.inputs, node.inputs, strict=True))
+    results = dict(zip(body.outputs, node.outputs, strict=True))
+    layers = []
+    for member in body.nodes:
+        whole = all(v in outer for v in member.inputs) and all(v in results for v in member.outputs)
+        if member.name != "rnn" or not whole:
+            return []
+        operands = tuple(outer[v] for v in member.inputs)
+        layers.append((member, operands, tuple(results[v] for v in member.outputs)))
+    return layers
+
+
+def _shape(node: Node) -> Shape:
+    attrs = node.attrs
+    names = ("cell", "activation", "recurrent_activation", "reset_after", "has_mask", "zero_output_for_mask")
+    x, recurrent_kernel = node.inputs[0], node.inputs[2]
+    fields = (attrs[n] for n in names)
+    return Shape(x.dtype, *fields, x.shape[2], recurrent_kernel.shape[0], (bool(attrs["reverse"]),))
+
+
+def accepts(node: Node) -> str | None:
+    """None where `lower` takes the node, else why not."""
+    layers = _layers(node)
+    if not layers:
+        return f"{node.name} is no recurrent layer, nor a group of independent ones"
+    shapes = [_shape(n) for n, _, _ in layers]
+    shape = shapes[0]
+    if shape.dtype not in ("float32", "float64"):
+        return f"no recurrent kernel for {shape.dtype}"
+    if isinstance(shape.features, Dim) or isinstance(shape.units, Dim):
+        return "symbolic features or units"
+    if any(s._replace(reverse=()) != shape._replace(reverse=()) for s in shapes):
+        return "recurrent layers of different structure"
+    if any(operands[0].shape != layers[0][1][0].shape for _, operands, _ in layers):
+        return "recurrent layers over different sizes"
+    return None
+
+
+class Layout(NamedTuple):
+    """Blocking, and offsets into the scratch of one thread in elements."""
+
+    lanes: int
+    vectors: int
+    rows: int
+    steps: int
+    padded: int
+    width: int
+    gates: int
+    projected: int
+    states: int
+    scaled: int
+    bias: int
+    kernel: int
+    recurrent: int
+    total: int
+
+
+def _layout(shape: Shape, target) -> Layout:
+    lanes = target.lanes(shape.dtype)
+    padded = -(-shape.units // lanes) * lanes
+    width = shape.gates * padded
+    rows = 16 if shape.units * width > LARGE_WEIGHTS else 8
+    steps = max(1, min(16, CHUNK_ELEMENTS // (rows * width)))
+    sizes = (
+        rows * width,
+        rows * steps * width,
+        shape.states * rows * padded,
+        rows * padded,
+        width + padded,
+        shape.features * width,
+        shape.units * width,
+    )
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + -(-size // lanes) * lanes)
+    vectors = 4 if target.num_vector_registers >= 32 else 2
+    return Layout(lanes, vectors, rows, steps, padded, width, *offsets)
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """The one call of a recurrent layer, or of several."""
+    layers = _layers(node)
+    shape = _shape(layers[0][0])
+    shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
+    batch, steps, features = layers[0][1][0].shape
+    layout = _layout(shape, target)
+    table = SizeTable()
+    params = (tuple(shape), table(batch), table(steps))
+    inputs = [v for _, operands, _ in layers for v in operands]
+    outputs = [v for _, _, results in layers for v in results]
+    width = shape.gates * shape.units
+    name = "_".join([shape.cell, *(["bidirectional"] if len(set(shape.reverse)) > 1 else [])])
+    return [
+        KernelCall(
+            KernelSpec(name, "rnn:render_rnn", params),
+            [*inputs, *outputs],
+            outputs=len(outputs),
+            sizes=table.values,
+            extent=ceil_div(batch, layout.rows) * len(layers),
+            flops=batch * steps * (2 * width * (features + shape.units) * len(layers)),
+            bytes=sum((v.type.nbytes for v in (*inputs, *outputs)), 0),
+            scratch_bytes=layout.total * itemsize(shape.dtype),
+        )
+    ]
+
+
+# -- the kernel -------------------------------------------------------------------------------------------------------
+class PackedWeights:
+    """Weights [k, gates * units] as panels in scratch, gates padded to whole vectors; products with them.
+
+    gates: which of the gates take part. a_stride, stride: between rows of the left operand, and of the initial sums.
+    """
+
+    def __init__(self, kernel: RecurrentKernel, name: str, at: Pointer, k: int, gates: range, a_stride, stride):
+        b, layout = kernel.b, kernel.layout
+        self.kernel, self.at, self.k, self.gates = kernel, at, k, gates
+        self.count = len(gates) * layout.padded // layout.lanes
+        self.whole, self.rest = divmod(self.count, layout.vectors)
+        self.products = {}
+        for vectors in {layout.vectors if self.whole else 0, self.rest} - {0}:
+            panel = Panel(
+                kernel.shape.dtype,
+                layout.lanes,
+                vectors,
+                a_stride,
+                vectors * layout.lanes,
+                layout.width,
+                start="initial",
+                initial_stride=stride,
+            )
+            self.products[vectors] = BlockProduct(b, f"{name}_{vectors}", panel)
+
+    def pack(self, source: Pointer) -> None:
+        """Copies the weights out of `source` [k, all gates * units]."""
+        b, layout, shape = self.kernel.b, self.kernel.layout, self.kernel.shape
+        lanes, blocks = layout.lanes, layout.padded // layout.lanes
+        row = shape.gates * shape.units
+
+        def copy(gate: int, block, mask) -> None:
+            number = block + (gate - self.gates.start) * blocks
+            panel, place = number // layout.vectors, number % layout.vectors
+            last = b.int(panel).equals(self.whole)
+            wide = Int(b, b.ir.select(last, b.i64(self.rest * lanes), b.i64(layout.vectors * lanes)))
+            to = self.at + (panel * (self.k * layout.vectors * lanes) + place * lanes)
+            at = source + (block * lanes + gate * shape.units)
+            with b.loop(0, self.k) as k:
+                b.store(to, k * wide, b.load(at, k * row, lanes, mask))
+
+        for gate in self.gates:
+            full = shape.units // lanes
+            with b.loop(0, full) as block:
+                copy(gate, block, None)
+            if shape.units % lanes:
+                copy(gate, b.int(full), b.tail_mask(shape.units % lanes, lanes))
+
+    def multiply(self, a: Pointer, c: Pointer, initial: Pointer, rows) -> None:
+        """c = initial + a @ weights, for `rows` rows; c and initial begin at the first of the gates."""
+        b, layout = self.kernel.b, self.kernel.layout
+        wide = layout.vectors * layout.lanes
+        if self.whole:
+            with b.loop(0, self.whole) as p:
+                product = self.products[layout.vectors]
+                product.emit(a, self.at + p * (self.k * wide), c + p * wide, rows, self.k, initial + p * wide)
+        if self.rest:
+            done = self.whole * wide
+            self.products[self.rest].emit(a, self.at + done * self.k, c + done, rows, self.k, initial + done)
+
+
+class RecurrentKernel:
+    """What is known while the kernel is written."""
+
+    def __init__(self, params, target):
+        shape, batch, steps = params
+        self.shape = shape = Shape(*shape)
+        self.layout = layout = _layout(shape, target)
+        b = self.b = KernelBuilder(shape.cell, target)
+        self.batch, self.steps = resolve(b, batch), resolve(b, steps)
+        self.activation = ACTIVATIONS[shape.activation]
+        self.recurrent_activation = ACTIVATIONS[shape.recurrent_activation]
+
+        def scratch(offset: int, name: str) -> Pointer:
+            return Pointer(b, b.scratch(shape.dtype, offset * itemsize(shape.dtype)).value, shape.dtype, name)
+
+        self.gates, self.projected = scratch(layout.gates, "gates"), scratch(layout.projected, "projected")
+        block = layout.rows * layout.padded
+        self.states = [scratch(layout.states + k * block, f"state{k}") for k in range(shape.states)]
+        self.scaled, self.bias = scratch(layout.scaled, "scaled"), scratch(layout.bias, "bias")
+        padded, time_stride = layout.padded, layout.steps * layout.width
+        self.kernel = PackedWeights(
+            self, "project", scratch(layout.kernel, "kernel"), shape.features, range(shape.gates), shape.features, 0
+        )
+        first = range(2 if shape.cell == "gru" else shape.gates)
+        recurrent = scratch(layout.recurrent, "recurrent")
+        self.recurrent = PackedWeights(self, "recur", recurrent, shape.units, first, padded, time_stride)
+        self.candidate = None
+        if shape.cell == "gru":
+            behind = recurrent + 2 * padded * shape.units
+            stride = 0 if shape.reset_after else time_stride
+            self.candidate = PackedWeights(self, "candidate", behind, shape.units, range(2, 3), padded, stride)
+
+    # -- operands of the layer in turn ----------------------------------------------------------------------------
+    def select_layer(self, layer) -> None:
+        """Makes `inputs` and `outputs` the operands of one layer."""
+        b, shape = self.b, self.shape
+        count = len(shape.reverse)
+        results = 1 + shape.states
+
+        def operand(place, name: str, dtype: str) -> Pointer:
+            if isinstance(place, int):
+                return b.operand(place, dtype)
+            at = b.ir.gep(b.function.args[0], [b.i64(place)], inbounds=True, source_etype=PTR)
+            return Pointer(b, b.ir.load(at, typ=PTR), dtype, name)
+
+        def dtype_of(k: int) -> str:
+            return "bool" if k == 5 + shape.states else shape.dtype
+
+        self.inputs = [operand(layer * shape.inputs + k, f"input{k}", dtype_of(k)) for k in range(shape.inputs)]
+        first = count * shape.inputs
+        self.outputs = [operand(layer * results + (first + k), f"output{k}", shape.dtype) for k in range(results)]
+
+    def render(self) -> str:
+        b, shape, layout = self.b, self.shape, self.layout
+        blocks = b.ceil_div(self.batch, layout.rows)
+        packed = b.variable(b.i64(-1))
+        with b.loop(b.begin, b.end) as unit:
+            layer, block = (unit // blocks, b.int(unit % blocks)) if len(shape.reverse) > 1 else (0, unit)
+            self.select_layer(layer)
+            backward: ir.Value = ir.Constant(ir.IntType(1), shape.reverse[0])
+            for number, reverse in enumerate(shape.reverse[1:], 1):
+                flag = ir.Constant(ir.IntType(1), reverse)
+                backward = b.ir.select(b.int(layer).equals(number), flag, backward)
+            with b.if_then(b.ir.icmp_signed("!=", packed.get(), b.i64(layer))):
+                self.pack()
+                packed.set(b.i64(layer))
+            first = block * layout.rows
+            self.sequences(first, b.min(self.batch - first, layout.rows), backward)
+        return b.ir_text()
+
+    def pack(self) -> None:
+        """Weights and biases of the current layer."""
+        b, shape, layout = self.b, self.shape, self.layout
+        _, kernel, recurrent, bias, recurrent_bias = self.inputs[:5]
+        self.kernel.pack(kernel)
+        self.recurrent.pack(recurrent)
+        if self.candidate is not None:
+            self.candidate.pack(recurrent)
+        apart = shape.cell == "gru" and shape.reset_after
+        for gate in range(shape.gates):
+            for to, at, mask in self.unit_vectors(gate * layout.padded, gate * shape.units):
+                value, extra = (b.load(p, at, layout.lanes, mask) for p in (bias, recurrent_bias))
+                if apart and gate == 2:
+                    b.store(self.bias, to + layout.padded, extra)
+                else:
+                    value = b.add(value, extra)
+                b.store(self.bias, to, value)
+
+    def unit_vectors(self, padded_at: int, at: int):
+        """(offset in padded gates, offset in dense gates, mask) of the vectors of one gate."""
+        shape, layout = self.shape, self.layout
+        for u in range(0, shape.units, layout.lanes):
+            valid = min(layout.lanes, shape.units - u)
+            yield padded_at + u, at + u, None if valid == layout.lanes else self.b.tail_mask(valid, layout.lanes)
+
+    # -- a block of sequences -------------------------------------------------------------------------------------
+    def sequences(self, first, rows, backward) -> None:
+        b, shape, layout = self.b, self.shape, self.layout
+        initial = self.inputs[5 : 5 + shape.states]
+        finals = self.outputs[1:]
+        self.copy_states(rows, first, initial, load=True)
+        with b.loop(0, self.steps, layout.steps) as start:
+            count = b.min(self.steps - start, layout.steps)
+            low = Int(b, b.ir.select(backward, b.i64(self.steps - start - count), b.i64(start)))
+            x = self.inputs[0]
+            with b.loop(0, rows) as r:
+                source = x + ((first + r) * self.steps + low) * shape.features
+                self.kernel.multiply(source, self.projected + r * (layout.steps * layout.width), self.bias, count)
+            with b.loop(0, count) as s:
+                place = Int(b, b.ir.select(backward, b.i64(count - 1 - s), b.i64(s)))
+                self.step(first, rows, low + place, self.projected + place * layout.width)
+        self.copy_states(rows, first, finals, load=False)
+
+    def copy_states(self, rows, first, dense: list[Pointer], load: bool) -> None:
+        """States [B, U] into their padded blocks, or back."""
+        b, shape, layout = self.b, self.shape, self.layout
+        with b.loop(0, rows) as r:
+            for block, outside in zip(self.states, dense, strict=True):
+                for to, at, mask in self.unit_vectors(0, 0):
+                    here, there = r * layout.padded + to, (first + r) * shape.units + at
+                    if load:
+                        b.store(block, here, b.load(outside, there, layout.lanes, mask))
+                    else:
+                        b.store(outside, there, b.load(block, here, layout.lanes), mask)
+
+    def step(self, first, rows, time, projected: Pointer) -> None:
+        """One time step of all rows; `projected` is the step's input projection of the first row."""
+        layout = self.layout
+        hidden = self.states[0]
+        self.recurrent.multiply(hidden, self.gates, projected, rows)
+        if self.shape.cell != "gru":
+            rule = self.lstm if self.shape.cell == "lstm" else self.simple
+            self.finish(first, rows, time, rule)
+            return
+        behind = self.gates + 2 * layout.padded
+        if self.shape.reset_after:
+            self.candidate.multiply(hidden, behind, self.bias + layout.width, rows)
+        else:
+            self.each_vector(rows, self.scale_by_reset)
+            self.candidate.multiply(self.scaled, behind, projected + 2 * layout.padded, rows)
+        self.projected_step = projected
+        self.finish(first, rows, time, self.gru)
+
+    def each_vector(self, rows, body) -> None:
+        """Calls `body(row, first unit, mask)` for all vectors of units of all rows."""
+        b, shape, lanes = self.b, self.shape, self.layout.lanes
+        with b.loop(0, rows) as r:
+            b.vector_loop(0, shape.units, lanes, lambda u, mask, slot: body(r, u, mask))
+
+    def gate(self, row, unit, number: int) -> ir.Value:
+        layout = self.layout
+        return self.b.load(self.gates, row * layout.width + (unit + number * layout.padded), layout.lanes)
+
+    def state(self, row, unit, number: int = 0) -> ir.Value:
+        return self.b.load(self.states[number], row * self.layout.padded + unit, self.layout.lanes)
+
+    def scale_by_reset(self, row, unit, mask) -> None:
+        b = self.b
+        reset = self.recurrent_activation(b, self.gate(row, unit, 1))
+        b.store(self.scaled, row * self.layout.padded + unit, b.mul(reset, self.state(row, unit)))
+
+    # -- the cells: new states of a vector of units ---------------------------------------------------------------
+    def simple(self, row, unit) -> list[ir.Value]:
+        return [self.activation(self.b, self.gate(row, unit, 0))]
+
+    def lstm(self, row, unit) -> list[ir.Value]:
+        b, inner, outer = self.b, self.recurrent_activation, self.activation
+        enter, forget, candidate, leave = (self.gate(row, unit, g) for g in range(4))
+        kept = b.mul(inner(b, forget), self.state(row, unit, 1))
+        cell = b.fma(inner(b, enter), outer(b, candidate), kept)
+        return [b.mul(inner(b, leave), outer(b, cell)), cell]
+
+    def gru(self, row, unit) -> list[ir.Value]:
+        b, layout = self.b, self.layout
+        update = self.recurrent_activation(b, self.gate(row, unit, 0))
+        candidate = self.gate(row, unit, 2)
+        if self.shape.reset_after:
+            reset = self.recurrent_activation(b, self.gate(row, unit, 1))
+            at = row * (layout.steps * layout.width) + (unit + 2 * layout.padded)
+            candidate = b.fma(reset, candidate, b.load(self.projected_step, at, layout.lanes))
+        candidate = self.activation(b, candidate)
+        return [b.fma(update, b.sub(self.state(row, unit), candidate), candidate)]
+
+    def finish(self, first, rows, time, rule) -> None:
+        """New states and output of a step, masks applied."""
+        b, shape, layout = self.b, self.shape, self.layout
+        sequence = self.outputs[0]
+
+        def body(row, unit, mask) -> None:
+            number = (first + row) * self.steps + time
+            new = rule(row, unit)
+            out = new[0]
+            if shape.has_mask:
+                valid = b.load(self.inputs[-1], number)
+                old = [self.state(row, unit, k) for k in range(shape.states)]
+                new = [b.ir.select(valid, n, o) for n, o in zip(new, old, strict=True)]
+                zero = b.constant(0, shape.dtype, layout.lanes)
+                out = b.ir.select(valid, out, zero) if shape.zero_output_for_mask else new[0]
+            for block, value in zip(self.states, new, strict=True):
+                b.store(block, row * layout.padded + unit, value)
+            b.store(sequence, number * shape.units + unit, out, mask)
+
+        self.each_vector(rows, body)
+
+
+def render_rnn(params, target) -> str:
+    """LLVM IR of a recurrent kernel."""
+    return RecurrentKernel(params, target).render()

@@ -1,0 +1,408 @@
+"""Kernels that look at a row several times: softmax and the normalisations.
+
+A row is everything that one statistic covers. It is read once, goes through the elementwise prologue, stays in vector
+registers (short rows of known length) or in the thread's scratch memory (all others), and is written once, through the
+elementwise epilogue. As in reduce.py, "inner" rows lie along the lanes, and in "outer" kernels every lane has a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu import accumulators, expressions, regions
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, compute_dtype, itemsize
+from kgraph.codegen.cpu.regions import Leaf
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.ir import Node, Value
+from kgraph.ir.dims import ceil_div, product
+
+SLOTS = 4  # independent accumulators along a row
+STRIP = 2  # vectors of rows of an outer kernel
+BLOCK_STEPS = 16
+REGISTER_VECTORS = 16  # of a row kept in registers, on machines with 32 of them
+
+
+@dataclass
+class Parts:
+    """A node taken apart around its core (softmax, layer_norm ...).
+
+    core: the node; shape, axes: of its operand and of the statistics. leaves, prologue: give the core's operand.
+    extras, epilogue: give the outputs; the expression's inputs are the core's result, then the extras.
+    outputs: values written. reduced: whether results have the shape left by the axes, rather than the operand's.
+    """
+
+    core: Node
+    shape: tuple
+    axes: tuple[int, ...]
+    leaves: list[Leaf]
+    prologue: tuple
+    extras: list[Leaf]
+    epilogue: tuple
+    outputs: Sequence[Value]
+    reduced: bool = False
+
+
+def take_apart(node: Node, cores: Sequence[str], axes_of: Callable, affine: Callable | None = None) -> Parts | str:
+    """The parts of a fused or lone node around the one core in it, or the reason why it has none.
+
+    axes_of(core): the axes of the statistics. affine(core, inputs, outers, rank) -> (leaves, instructions): parameters
+    of the core, applied to the normalised values (expression input 0) ahead of the epilogue.
+    """
+    inputs, outer, nodes, outputs = regions.body_of(node)
+    found = [n for n in nodes if n.name in cores]
+    if len(found) != 1:
+        return f"a kernel of this family needs exactly one of {', '.join(cores)}"
+    core = found[0]
+    shape = core.inputs[0].shape
+    rank = len(shape)
+    before = regions.needed(nodes, [core.inputs[0]])
+    inner, leaves, kept = regions.leaves_and_nodes(
+        *regions.used_inputs(inputs, outer, before, [core.inputs[0]]), before, shape
+    )
+    prologue = expressions.encode_nodes(kept, inner, [core.inputs[0]])
+    if isinstance(prologue, str):
+        return prologue
+    if any(o.shape != core.output.shape for o in outputs):
+        return f"the outputs need the shape of {core.name}"
+    reduced = core.name == "logsumexp"
+    if reduced and tuple(outputs) != core.outputs:
+        return "logsumexp takes no epilogue"
+    parameters: list[Leaf] = []
+    instructions: tuple = ()
+    if affine is not None:
+        outside = dict(zip(inputs, outer, strict=True))
+        if any(v not in outside for v in core.inputs[1:]):
+            return f"the parameters of {core.name} are computed inside of the fused node"
+        parameters, instructions = affine(core, [outside[v] for v in core.inputs[1:]], rank)
+    after = regions.needed(nodes, outputs, stop=core.outputs)
+    inner, extras, kept = regions.leaves_and_nodes(*regions.used_inputs(inputs, outer, after, outputs), after, shape)
+    epilogue = expressions.encode_nodes(kept, [core.output, *inner], outputs)
+    if isinstance(epilogue, str):
+        return epilogue
+    epilogue = _with_parameters(epilogue, instructions, [p.dtype for p in parameters])
+    return Parts(core, shape, axes_of(core), leaves, prologue, parameters + extras, epilogue, node.outputs, reduced)
+
+
+def _with_parameters(epilogue: tuple, instructions: tuple, dtypes: list[str]) -> tuple:
+    """The epilogue with `instructions` on (result, *parameters) in front; parameters come before its own extras."""
+    own_dtypes, own, outputs = epilogue
+    count, inputs = len(dtypes), len(own_dtypes)
+    place = lambda i: i if i <= count else i + inputs - 1  # of an index of `instructions`
+    head = tuple((op, tuple(place(i) for i in xs), attrs, d) for op, xs, attrs, d in instructions)
+    last = inputs + count + len(head) - 1 if head else 0
+
+    def moved(i: int) -> int:
+        if i == 0:
+            return last
+        return i + count if i < inputs else i + count + len(head)
+
+    tail = tuple((op, tuple(map(moved, xs)), attrs, d) for op, xs, attrs, d in own)
+    return ((own_dtypes[0], *dtypes, *own_dtypes[1:]), head + tail, tuple(map(moved, outputs)))
+
+
+def lower_parts(parts: Parts, template: str, algorithm: tuple, target, prefix: str) -> list[KernelCall]:
+    """One kernel call; `algorithm` is what the renderer has to know about the core."""
+    shape = parts.shape
+    roles = tuple("r" if a in parts.axes else "k" for a in range(len(shape)))
+    spans = [leaf.spans for leaf in (*parts.leaves, *parts.extras)]
+    sizes, merged = regions.collapse(shape, [*spans, tuple(r == "k" for r in roles)], roles)
+    kept = merged.pop() if merged else ()
+    if all(kept):
+        sizes, kept, merged = [1, *sizes], (False, *kept), [(False, *m) for m in merged]
+    roles = tuple("k" if k else "r" for k in kept)
+    count = len(parts.leaves)
+    leaves = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.leaves, merged[:count])]
+    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.extras, merged[count:])]
+    inner = roles[-1] == "r"
+    last = sizes[-1]
+    widest = max(expressions.widest(parts.prologue), expressions.widest(parts.epilogue))
+    lanes = max(1, target.vector_bytes // widest)
+    while isinstance(last, int) and lanes > 1 and lanes // 2 >= last:
+        lanes //= 2
+    element = itemsize(_row_dtype(parts.prologue))
+    reduced_sizes = [s for s, r in zip(sizes, roles) if r == "r"]
+    kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
+    strip, static = 1, 0
+    if inner:
+        registers = REGISTER_VECTORS * target.num_vector_registers // 32
+        if len(reduced_sizes) == 1 and isinstance(last, int) and 0 < last <= registers * lanes:
+            static = last
+        row = product(reduced_sizes[:-1]) * ceil_div(last, lanes) * lanes
+        units = product(kept_sizes)
+    else:
+        strip = min(STRIP, -(-last // lanes)) if isinstance(last, int) and last else STRIP
+        row = product(reduced_sizes) * (strip * lanes)
+        units = product(kept_sizes[:-1]) * ceil_div(last, strip * lanes)
+    describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
+    name = regions.kernel_name("", parts.prologue, prefix, parts.epilogue if len(parts.epilogue[1]) else "")
+    layout = (roles, lanes, strip, static, parts.reduced)
+    operands = [x.value for x in (*leaves, *extras) if not x.is_coordinate] + list(parts.outputs)
+    total = product(shape)
+    work = expressions.flops(parts.prologue) + expressions.flops(parts.epilogue) + (24 if prefix in _EXPONENTIAL else 6)
+    first_output = len(operands) - len(parts.outputs)
+    return [
+        KernelCall(
+            spec=KernelSpec(
+                name,
+                template,
+                (name, parts.prologue, describe(leaves), describe(extras), parts.epilogue, layout, algorithm),
+            ),
+            operands=operands,
+            outputs=len(parts.outputs),
+            sizes=list(sizes),
+            extent=units,
+            flops=total * work,
+            bytes=regions.total_bytes(operands),
+            scratch_bytes=0 if static else row * element,
+            notes={"inplace": () if parts.reduced else regions.inplace_pairs([*leaves, *extras], parts.outputs, first_output)},
+        )
+    ]
+
+
+_EXPONENTIAL = ("softmax", "log_softmax", "logsumexp")
+
+
+def _row_dtype(prologue: tuple) -> str:
+    return compute_dtype(expressions.output_dtypes(prologue)[0])
+
+
+@dataclass
+class Spot:
+    """Where a piece of code stands in a row: the mask of its vector, the accumulator slot, the column of a strip."""
+
+    mask: ir.Value | None
+    slot: int
+    column: int
+    positions: dict
+    kept: object  # where the vector is kept: its number in registers, or its element in scratch memory
+
+
+class RowKernel:
+    """The frame of a row kernel: `for_each_row(algorithm)`, whose argument gets this object with the row set up.
+
+    `dtype` is the row's compute dtype and `columns` the number of statistics side by side (1 for inner rows). Statistics
+    are lists of vectors, one per column.
+    """
+
+    def __init__(self, params: tuple, target):
+        name, self.prologue, self.leaves, self.extras, self.epilogue, layout, self.algorithm = params
+        self.roles, self.lanes, self.strip, self.static, self.is_reduced = layout
+        self.b = b = KernelBuilder(name, target)
+        number = 0
+        self.pointers: list[Pointer | None] = []
+        for dtype, _, is_coordinate in (*self.leaves, *self.extras):
+            self.pointers.append(None if is_coordinate else b.operand(number, dtype))
+            number += not is_coordinate
+        self.outputs = [b.operand(number + i, d) for i, d in enumerate(expressions.output_dtypes(self.epilogue))]
+        self.rank = len(self.roles)
+        self.inner = self.roles[-1] == "r"
+        self.sizes = [b.size(a) for a in range(self.rank)]
+        if self.static:
+            self.sizes[-1] = self.static
+        every = [spans for _, spans, _ in (*self.leaves, *self.extras)]
+        self.strides = [regions.row_strides(b, self.sizes, spans) for spans in every]
+        self.dense = regions.row_strides(b, self.sizes, [True] * self.rank)
+        self.kept = [a for a in range(self.rank) if self.roles[a] == "k"]
+        self.reduced = [a for a in range(self.rank) if self.roles[a] == "r"]
+        self.dtype = _row_dtype(self.prologue)
+        self.columns = 1 if self.inner else self.strip
+        self.scratch = b.scratch(self.dtype)
+        self.registers: dict[int, ir.Value] = {}
+        self.masks: list = [None] * self.strip
+        self.unit_positions: dict = {}
+
+    # -- units --------------------------------------------------------------------------------------------------------
+    def for_each_row(self, algorithm: Callable[[RowKernel], None]) -> str:
+        """Emits `algorithm(self)` for every unit and gives the kernel's IR text."""
+        b, width = self.b, self.lanes * self.strip
+        with b.loop(b.begin, b.end) as unit:
+            self.unit_positions = self._unit(unit)
+            if self.inner:
+                algorithm(self)
+            else:
+                self.unit_positions[self.rank - 1] = self.unit_positions[self.rank - 1] * width
+                self._strip(algorithm, self.sizes[-1] - self.unit_positions[self.rank - 1], width)
+        return b.ir_text()
+
+    def _strip(self, algorithm, rest, width: int) -> None:
+        b = self.b
+        if self.lanes == 1:
+            algorithm(self)
+            return
+        with b.if_else(rest >= width) as (full, partial):
+            with full:
+                algorithm(self)
+            with partial:
+                self.masks = [b.tail_mask(rest - j * self.lanes, self.lanes) for j in range(self.strip)]
+                algorithm(self)
+        self.masks = [None] * self.strip
+
+    def _unit(self, number) -> dict:
+        rest, positions = number, {}
+        for place, axis in enumerate(reversed(self.kept)):
+            size = self.sizes[axis]
+            if axis == self.rank - 1:
+                size = self.b.ceil_div(size, self.lanes * self.strip)
+            if place == len(self.kept) - 1:
+                positions[axis] = rest
+            else:
+                positions[axis], rest = rest % size, rest // size
+        return positions
+
+    def row_length(self) -> ir.Value:
+        """Elements of a row, as a vector of the row's dtype."""
+        count: int | Int = 1
+        for axis in self.reduced:
+            count = self.sizes[axis] * count
+        if isinstance(count, int):
+            return self.b.constant(count, self.dtype, self.lanes)
+        value = self.b.ir.sitofp(count.value, self.b.type(self.dtype))
+        return self.b.broadcast(value, self.lanes)
+
+    # -- sweeps -------------------------------------------------------------------------------------------------------
+    def read(self, visit: Callable | None = None, kinds: Sequence[str] = ()) -> list:
+        """First sweep: prologue values, kept. `visit(value, spot)` gives what is kept and the values to reduce, one per
+        kind ("sum", "max"); gives the statistics, per kind a list over the columns."""
+        return self._sweep(lambda spot: self._load(spot), visit, kinds, keep=True)
+
+    def again(self, visit: Callable, kinds: Sequence[str] = (), keep: bool = False) -> list:
+        """Another sweep over the kept values, as `read`."""
+        return self._sweep(self._kept_value, visit, kinds, keep)
+
+    def write(self, visit: Callable) -> None:
+        """Last sweep: `visit(value, spot)` gives the core's result, which goes through the epilogue to the outputs."""
+
+        def store(value, spot):
+            values = [visit(value, spot)]
+            for number in range(len(self.leaves), len(self.pointers)):
+                values.append(self._leaf(number, self.extras[number - len(self.leaves)], spot))
+            index = regions.dot([spot.positions[a] for a in range(self.rank)], self.dense) + spot.column * self.lanes
+            results = expressions.emit_lanes(self.b, self.epilogue, values, self.lanes)
+            for pointer, result in zip(self.outputs, results, strict=True):
+                self.b.store(pointer, index, result, spot.mask)
+            return value, ()
+
+        self._sweep(self._kept_value, store, (), keep=False)
+
+    def write_statistic(self, values: list[ir.Value]) -> None:
+        """Stores one value per row (all lanes alike for inner rows) as the outputs."""
+        b = self.b
+        index: int | Int = 0
+        for axis in self.kept:
+            index = index * self.sizes[axis] + self.unit_positions[axis]
+        for column, value in enumerate(values):
+            if self.inner and self.lanes > 1:
+                value = b.lane(value, 0)
+            mask = None if self.inner else self.masks[column]
+            b.store(self.outputs[0], index + column * self.lanes, value, mask)
+
+    def _sweep(self, source: Callable, visit: Callable | None, kinds: Sequence[str], keep: bool) -> list:
+        b = self.b
+        slots = SLOTS if self.inner and self.lanes > 1 else 1
+        sums = [[accumulators.make(b, k, self.dtype, self.lanes, slots) for k in kinds] for _ in range(self.columns)]
+        every = [a for column in sums for a in column]
+        for accumulator in every:
+            accumulator.reset()
+
+        def step(spot: Spot) -> None:
+            value = source(spot)
+            terms: Sequence = (value,) * len(kinds)
+            if visit is not None:
+                value, terms = visit(value, spot)
+            if keep:
+                self._keep(value, spot)
+            for accumulator, term in zip(sums[spot.column], terms, strict=True):
+                accumulator.step(spot.slot, term, spot.mask if self.inner else None)
+
+        if self.static:
+            self._static_row(step, every, slots)
+        else:
+            self._nest(step, every, slots)
+        return [[self._statistic(column[k]) for column in sums] for k in range(len(kinds))]
+
+    def _statistic(self, accumulator) -> ir.Value:
+        if not self.inner:
+            return accumulator.total()
+        return self.b.broadcast(accumulator.scalar(), self.lanes)
+
+    def _static_row(self, step: Callable, every: list, slots: int) -> None:
+        for accumulator in every:
+            accumulator.begin_block()
+        for number, start in enumerate(range(0, self.static, self.lanes)):
+            rest = self.static - start
+            mask = self.b.tail_mask(rest, self.lanes) if rest < self.lanes else None
+            step(Spot(mask, number % slots, 0, {**self.unit_positions, self.rank - 1: start}, number))
+        for accumulator in every:
+            accumulator.end_block()
+
+    def _nest(self, step: Callable, every: list, slots: int) -> None:
+        b = self.b
+        last = self.reduced[-1]
+        width = b.ceil_div(self.sizes[last], self.lanes) * self.lanes if self.inner else self.lanes * self.strip
+
+        def innermost(positions: dict, row) -> None:
+            start_of_row = row * width if self.inner else row * self.sizes[last] * width
+
+            def body(i, mask, slot):
+                at = {**positions, last: i}
+                if self.inner:
+                    step(Spot(mask, slot, 0, at, start_of_row + i))
+                    return
+                for column, column_mask in enumerate(self.masks):
+                    step(Spot(column_mask, slot, column, at, start_of_row + i * width + column * self.lanes))
+
+            lanes = self.lanes if self.inner else 1
+            block = lanes * slots * BLOCK_STEPS
+            if not every:
+                b.vector_loop(0, self.sizes[last], lanes, body, slots)
+                return
+            with b.loop(0, self.sizes[last], block) as first:
+                for accumulator in every:
+                    accumulator.begin_block()
+                b.vector_loop(first, b.min(first + block, self.sizes[last]), lanes, body, slots)
+                for accumulator in every:
+                    accumulator.end_block()
+
+        def level(depth: int, positions: dict, row) -> None:
+            if depth == len(self.reduced) - 1:
+                innermost(positions, row)
+                return
+            axis = self.reduced[depth]
+            with b.loop(0, self.sizes[axis]) as i:
+                level(depth + 1, {**positions, axis: i}, row * self.sizes[axis] + i)
+
+        level(0, dict(self.unit_positions), 0)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+    def _keep(self, value: ir.Value, spot: Spot) -> None:
+        if self.static:
+            self.registers[spot.kept] = value
+        else:
+            self.b.store(self.scratch, spot.kept, value)
+
+    def _kept_value(self, spot: Spot) -> ir.Value:
+        if self.static:
+            return self.registers[spot.kept]
+        return self.b.load(self.scratch, spot.kept, self.lanes)
+
+    def _load(self, spot: Spot) -> ir.Value:
+        values = [self._leaf(number, leaf, spot) for number, leaf in enumerate(self.leaves)]
+        return expressions.emit_lanes(self.b, self.prologue, values, self.lanes)[0]
+
+    def _leaf(self, number: int, leaf: tuple, spot: Spot) -> ir.Value:
+        """An operand's values at a spot."""
+        b = self.b
+        dtype, spans, is_coordinate = leaf
+        along = spans[-1]
+        if is_coordinate:
+            axis = spans.index(True) if True in spans else None
+            at = 0 if axis is None else spot.positions[axis]
+            return regions.coordinate(b, at + spot.column * self.lanes if along else at, dtype, self.lanes, along)
+        index = regions.dot([spot.positions[a] for a in range(self.rank)], self.strides[number])
+        pointer = self.pointers[number]
+        if along:
+            return b.load(pointer, index + spot.column * self.lanes, self.lanes, spot.mask)
+        return b.load_broadcast(pointer, index, self.lanes)

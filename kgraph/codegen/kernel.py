@@ -1,0 +1,52 @@
+"""What a kernel family hands over: the kernel's identity and how a plan calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from kgraph.ir import Dim, TensorType, Value
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Identity of a kernel: equal specs are compiled once, in this process and on disk.
+
+    name: made of what is in it (`gemm_bias_relu`); used in profiles and file names.
+    template: "module:function" of a renderer in `kgraph.codegen.cpu`, called as `function(params, target)` on a cache
+        miss; it gives LLVM IR text with the one external function `kernel`.
+    params: everything that the code depends on (static sizes, dtypes, the fused expressions), as nested tuples.
+    """
+
+    name: str
+    template: str
+    params: tuple
+
+
+@dataclass(eq=False)
+class Temporary:
+    """A buffer that lives from the first to the last KernelCall of one node (partial sums, packed panels)."""
+
+    type: TensorType
+
+
+@dataclass
+class KernelCall:
+    """One step of a plan: `kernel(buffers, sizes, begin, end, scratch)` over [0, extent), split between threads.
+
+    operands: buffers in the kernel's order, inputs first; each a Value or a Temporary.
+    outputs: how many of the last operands are written.
+    sizes: run-time integers for the kernel, evaluated when a plan is bound to concrete sizes.
+    scratch_bytes: memory per thread.
+    flops, bytes: totals over the extent, for the thread decision, `explain` and the roofline.
+    """
+
+    spec: KernelSpec
+    operands: list[Value | Temporary]
+    outputs: int
+    sizes: list[int | Dim]
+    extent: int | Dim
+    flops: int | Dim
+    bytes: int | Dim
+    scratch_bytes: int | Dim = 0
+    notes: dict[str, Any] = field(default_factory=dict)

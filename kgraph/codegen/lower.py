@@ -1,0 +1,153 @@
+"""Turns an optimised graph into a program: kernel calls, host steps, buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kgraph.codegen import families
+from kgraph.codegen.cache import spec_key
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import Dim, Graph, Node, Value
+from kgraph.ir.dims import evaluate
+from kgraph.passes.manager import Decision
+from kgraph.runtime.plan import Buffer, HostStep, NativeStep
+
+
+@dataclass
+class Lowered:
+    """Steps and buffers of a program, before its kernels are compiled."""
+
+    buffers: list[Buffer] = field(default_factory=list)
+    steps: list[Any] = field(default_factory=list)
+    specs: dict[str, KernelSpec] = field(default_factory=dict)  # by cache key
+    inputs: tuple[int, ...] = ()
+    params: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    step_nodes: list[Node] = field(default_factory=list)
+
+
+def lower(graph: Graph, target, decisions: list[Decision]) -> Lowered:
+    """Lower `graph` (after all passes) for `target`; host steps are added to `decisions` with their reason."""
+    return _Lowering(graph, target, decisions).run()
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, target, decisions: list[Decision]):
+        self.graph, self.target, self.decisions = graph, target, decisions
+        self.out = Lowered()
+        self.ids: dict[Value | Temporary, int] = {}
+
+    def run(self) -> Lowered:
+        graph, out = self.graph, self.out
+        out.inputs = tuple(self._buffer("input", v) for v in graph.inputs)
+        out.params = tuple(self._buffer("param", v) for v in graph.params)
+        for node in graph.nodes:
+            self._node(node)
+        out.outputs = tuple(self.ids[v] for v in graph.outputs)
+        return out
+
+    def _buffer(self, kind: str, value: Value | Temporary, /, **fields) -> int:
+        number = len(self.out.buffers)
+        name = getattr(value, "name", "") or ""
+        self.out.buffers.append(Buffer(kind, value.type.shape, value.type.dtype, name=name, **fields))
+        self.ids[value] = number
+        return number
+
+    def _node(self, node: Node) -> None:
+        name = node.name
+        if name == "constant":
+            self._buffer("constant", node.output, value=np.ascontiguousarray(node.attrs["value"]))
+        elif name == "dim_value":
+            self._buffer("dim", node.output, value=node.attrs["dim"])
+        elif name in ("reshape", "stop_gradient"):
+            self._buffer("temporary", node.output, alias=self.ids[node.inputs[0]])
+        else:
+            reason = families.accepts(node)
+            if reason is None:
+                for call in families.family_of(node).lower(node, self.target):
+                    self._native(node, call)
+            elif name == "fusion":
+                self._unfused(node)
+            else:
+                self._host(node, reason)
+
+    def _native(self, node: Node, call: KernelCall) -> None:
+        operands = []
+        first_output = len(call.operands) - call.outputs
+        for position, operand in enumerate(call.operands):
+            if operand not in self.ids:
+                if position < first_output and not isinstance(operand, Temporary):
+                    raise KeyError(f"{node}: kernel {call.spec.name} reads a value that nothing wrote: {operand}")
+                self._buffer("temporary", operand)
+            operands.append(self.ids[operand])
+        key = spec_key(call.spec, self.target)
+        self.out.specs[key] = call.spec
+        self.out.steps.append(
+            NativeStep(
+                kernel=key,
+                operands=tuple(operands),
+                outputs=call.outputs,
+                extent=call.extent,
+                sizes=tuple(call.sizes),
+                scratch_bytes=call.scratch_bytes,
+                flops=call.flops,
+                bytes=call.bytes,
+                inplace=tuple(call.notes.get("inplace", ())),
+                label=call.spec.name,
+                layers=tuple(sorted(node.provenance)),
+                max_threads=call.notes.get("max_threads", 0),
+            )
+        )
+        self.out.step_nodes.append(node)
+
+    def _unfused(self, node: Node) -> None:
+        """A fused node without a kernel: its members run one by one."""
+        body: Graph = node.attrs["body"]
+        for outer, inner in zip(node.inputs, body.inputs):
+            self.ids[inner] = self.ids[outer]
+        for member in body.nodes:
+            member.provenance = node.provenance
+            self._node(member)
+        for outer, inner in zip(node.outputs, body.outputs):
+            self.ids[outer] = self.ids[inner]
+
+    def _host(self, node: Node, reason: str) -> None:
+        operands = [self.ids[v] for v in node.inputs]
+        operands += [self._buffer("temporary", v) for v in node.outputs]
+        self.out.steps.append(
+            HostStep(
+                function=_HostFunction(node.primitive, node.attrs),
+                operands=tuple(operands),
+                outputs=len(node.outputs),
+                reason=reason,
+                label=node.name,
+                layers=tuple(sorted(node.provenance)),
+            )
+        )
+        self.out.step_nodes.append(node)
+        self.decisions.append(Decision(node.name, "host step", reason, node.provenance))
+
+
+class _HostFunction:
+    """A primitive's reference with its attributes, as a plan calls it."""
+
+    __slots__ = ("attrs", "primitive")
+
+    def __init__(self, primitive, attrs: dict):
+        self.primitive, self.attrs = primitive, attrs
+
+    def __call__(self, arrays: list[np.ndarray], sizes: dict[str, int]) -> tuple:
+        attrs = {name: _concrete(value, sizes) for name, value in self.attrs.items()}
+        results = self.primitive.reference(*arrays, **attrs)
+        return results if isinstance(results, tuple) else (results,)
+
+
+def _concrete(value, sizes: dict[str, int]):
+    if isinstance(value, Dim):
+        return evaluate(value, sizes)
+    if type(value) is tuple:
+        return tuple(_concrete(v, sizes) for v in value)
+    return value

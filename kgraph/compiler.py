@@ -1,0 +1,164 @@
+"""From a captured graph to a program that runs: passes, lowering, kernels, and the preparation of weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kgraph.codegen import families
+from kgraph.codegen.compiler import compile_specs
+from kgraph.codegen.cpu.executor import executor_object
+from kgraph.codegen.lower import lower
+from kgraph.codegen.target import host_target
+from kgraph.ir import Graph, Node, Value
+from kgraph.ir.interpreter import evaluate
+from kgraph.passes.manager import Decision, PassContext, run_passes
+from kgraph.passes.pipeline import INFERENCE
+from kgraph.passes.prologue import split_prologue
+from kgraph.runtime.plan import Program
+
+
+@dataclass
+class CompiledGraph:
+    """A program with what is needed to feed it and to explain it.
+
+    captured: the graph as it was captured. optimised: after all passes, without the prologue.
+    prologue: params -> prepared weights. nodes: the node behind each step of the program.
+    """
+
+    captured: Graph
+    optimised: Graph
+    prologue: Graph
+    program: Program
+    nodes: list[Node]
+    decisions: list[Decision]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._parts = _prologue_parts(self.prologue)
+
+    def set_params(self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None) -> None:
+        """Prepare weights and hand them to the program.
+
+        arrays: the value of every param of `captured`, in order. changed: numbers of those that differ from the last
+        call; None means all. Only prepared weights that depend on a changed one are computed again.
+        """
+        position = {id(p): i for i, p in enumerate(self.captured.params)}
+        dirty = None if changed is None else set(changed)
+        values: dict[int, np.ndarray] = {}
+        for part in self._parts:
+            numbers = [position[id(p)] for p in part.graph.params]
+            if dirty is not None and not dirty.intersection(numbers):
+                continue
+            results = evaluate(part.graph, [], [arrays[n] for n in numbers])
+            values.update(zip(part.numbers, results))
+        self.program.set_params(values)
+
+
+@dataclass
+class _Part:
+    """The piece of the prologue that makes some of its outputs (`numbers`), with just the params that it reads."""
+
+    graph: Graph
+    numbers: list[int]
+
+
+def _prologue_parts(prologue: Graph) -> list[_Part]:
+    """Cut the prologue into pieces that share no param, so that a changed weight costs only its own piece."""
+    owner: dict[Value, int] = {}
+    parent: list[int] = []
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def new() -> int:
+        parent.append(len(parent))
+        return parent[-1]
+
+    for p in prologue.params:
+        owner[p] = new()
+    for node in prologue.nodes:
+        groups = [find(owner[v]) for v in node.inputs if not _is_constant(v)] or [new()]
+        for g in groups[1:]:
+            parent[find(g)] = find(groups[0])
+        for o in node.outputs:
+            owner[o] = groups[0]
+    parts: dict[int, _Part] = {}
+    for number, value in enumerate(prologue.outputs):
+        part = parts.setdefault(find(owner[value]), _Part(Graph(name=prologue.name), []))
+        part.numbers.append(number)
+        part.graph.outputs.append(value)
+    for p in prologue.params:
+        if (group := find(owner[p])) in parts:
+            parts[group].graph.params.append(p)
+    for node in prologue.nodes:
+        group = find(owner[node.outputs[0]])
+        if _is_constant(node.outputs[0]):
+            for part in parts.values():
+                part.graph.nodes.append(node)
+        elif group in parts:
+            parts[group].graph.nodes.append(node)
+    for part in parts.values():
+        _drop_unread(part.graph)
+    return list(parts.values())
+
+
+def _is_constant(value: Value) -> bool:
+    return value.node is not None and not value.node.inputs
+
+
+def _drop_unread(graph: Graph) -> None:
+    live = set(graph.outputs)
+    kept = []
+    for node in reversed(graph.nodes):
+        if any(o in live for o in node.outputs):
+            kept.append(node)
+            live.update(node.inputs)
+    graph.nodes = kept[::-1]
+
+
+def optimise(graph: Graph, target) -> tuple[Graph, PassContext]:
+    """Run the inference pipeline for a target; gives the graph and the passes' decisions and times."""
+    context = PassContext(accepts=families.accepts, packing=lambda node: families.packing_for(node, target))
+    return run_passes(graph, INFERENCE, context), context
+
+
+def compile_graph(graph: Graph, progress=None) -> CompiledGraph:
+    """Compile a captured graph for this machine.
+
+    progress: called as `progress(done, total)` while kernels are compiled.
+    """
+    target = host_target()
+    start = time.perf_counter()
+    optimised, context = optimise(graph, target)
+    split = split_prologue(optimised)
+    passes_done = time.perf_counter()
+    lowered = lower(split.main, target, context.decisions)
+    lowering_done = time.perf_counter()
+    objects = compile_specs(lowered.specs.values(), progress=progress)
+    kernels_done = time.perf_counter()
+    program = Program(
+        graph.name,
+        lowered.buffers,
+        lowered.steps,
+        lowered.inputs,
+        lowered.outputs,
+        lowered.params,
+        kernels=objects,
+        executor=executor_object(),
+        input_names=tuple(v.name for v in graph.inputs),
+    )
+    seconds = {
+        **{f"pass {name}": t for name, t in context.seconds.items()},
+        "passes": passes_done - start,
+        "lowering": lowering_done - passes_done,
+        "kernels": kernels_done - lowering_done,
+        "loading": time.perf_counter() - kernels_done,
+    }
+    return CompiledGraph(graph, split.main, split.prologue, program, lowered.step_nodes, context.decisions, seconds)

@@ -1,0 +1,19 @@
+"""Options of a compilation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `kgraph.compile` may be told.
+
+    target: "cpu".
+    freeze: bake the weights in as they are now; later changes of the model's weights are not seen.
+    progress: show progress of a compile that takes longer than a second; None shows it on a terminal only.
+    """
+
+    target: str = "cpu"
+    freeze: bool = False
+    progress: bool | None = None

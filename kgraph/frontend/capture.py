@@ -1,0 +1,398 @@
+"""From a Keras model, or a function written in keras.ops, to a graph.
+
+The call is traced once on symbolic sizes. Variables that it reads become parameters, those that it assigns become
+further outputs of the graph. Where the model's code needs the value of a size, `SpecialisationError` names the size;
+`capture(model, sizes={"L1": 128})` then fixes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+
+from kgraph.errors import CaptureError, DimDecisionError, KGraphError, UnsupportedError
+from kgraph.frontend.keras_backend import core
+from kgraph.frontend.tracer import GraphTracer, TracedArray
+from kgraph.ir import Dim, Graph, TensorType, type_of
+from kgraph.structure import Structure
+
+
+@dataclass
+class Captured:
+    """A model or function as a graph.
+
+    graph: its inputs are the leaves of `inputs`; its params belong to `variables`, in order; its outputs are the leaves
+        of `outputs` and then the new values of `updates`.
+    symbols: for each symbolic size where it comes from ("N": "batch", "L1": "axis 1 of input 'tokens'").
+    sizes: the symbols that were fixed to a number, as asked for.
+    """
+
+    graph: Graph
+    variables: list
+    inputs: Structure
+    outputs: Structure
+    updates: list = field(default_factory=list)
+    symbols: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs that are results, before the updates."""
+        return self.outputs.num_leaves
+
+
+class SpecialisationError(DimDecisionError):
+    """The model's code needs the value of a symbolic size.
+
+    symbols: names of the sizes to be fixed with `sizes=`. inputs: the structure of the model's inputs.
+    """
+
+    def __init__(self, message: str, symbols: frozenset[str] = frozenset(), inputs: Structure | None = None):
+        super().__init__(message)
+        self.symbols, self.inputs = symbols, inputs
+
+
+class Arguments:
+    """Example arguments of a call with several of them: `example=Arguments(x, y, mask=m)`."""
+
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+def capture(model, *, sizes: dict[str, int] | None = None, training: bool = False, example: Any = None) -> Captured:
+    """The graph of a call of a Keras model or layer.
+
+    sizes: numbers for some of the symbolic sizes.
+    training: the `training` argument of the call.
+    example: the argument of one call (or `Arguments`), for models that do not state the shapes of their inputs. Its
+        first axis is taken for the batch.
+
+    Raises CaptureError (a value was needed, the model is not built), UnsupportedError (an operation has no
+    implementation), SpecialisationError (a size has to be fixed); each names the layer.
+    """
+    inputs, symbols = signature(model, example)
+
+    def call(*args, **kwargs):
+        if getattr(model, "_call_has_training_arg", False):
+            kwargs = {"training": training, **kwargs}
+        return model(*args, **kwargs)
+
+    return _capture_unifying(call, inputs, symbols, sizes or {}, getattr(model, "name", "model"))
+
+
+def capture_function(
+    function: Callable, *args, sizes: dict[str, int] | None = None, batch_symbol: bool = False, **kwargs
+) -> Captured:
+    """The graph of a function on arguments like the given ones: arrays become inputs, anything else is fixed.
+
+    batch_symbol: the first axis of all arrays is one symbolic size, N.
+    """
+    symbols = {"N": "batch"} if batch_symbol else {}
+
+    def describe(leaf, path):
+        type_ = type_of(leaf.value if isinstance(leaf, core.Variable) else leaf)
+        if batch_symbol and type_.shape:
+            type_ = type_.with_shape((Dim.symbol("N"), *type_.shape[1:]))
+        return _path_name(path[1:], "x"), type_
+
+    inputs, _ = Structure.of((args, kwargs), _is_array, describe, call=True)
+    return _capture_unifying(function, inputs, symbols, sizes or {}, getattr(function, "__name__", "function"))
+
+
+def signature(model, example: Any = None) -> tuple[Structure, dict[str, str]]:
+    """The structure of a model's inputs, with symbolic sizes, and where each symbol comes from. Builds the model.
+
+    Raises CaptureError where the shapes are not known.
+    """
+    if isinstance(model, keras.Sequential) and not model.built and example is None:
+        raise CaptureError(
+            f"model {model.name!r} is not built: add keras.Input(shape) as its first layer, or give `example`"
+        )
+    functional = getattr(model, "_functional", None) or model
+    declared = getattr(functional, "_inputs_struct", None)
+    if declared is not None and example is None:
+        return _declared_signature(declared)
+    if example is not None:
+        return _example_signature(model, example)
+    shapes = getattr(model, "_build_shapes_dict", None)
+    if not model.built or not shapes:
+        raise CaptureError(
+            f"the shapes of the inputs of {model.name!r} are not known: call it once or give `example=` (inputs of one "
+            "call, whose first axis is the batch)"
+        )
+    return _built_signature(model, shapes)
+
+
+# -- signatures --------------------------------------------------------------------------------------------------------
+class _Symbols:
+    """Names for the unknown sizes of inputs: N for the batch, L<axis> for other axes of the first input that has one."""
+
+    def __init__(self):
+        self.origins: dict[str, str] = {}
+
+    def shape(self, sizes, input_name: str) -> tuple:
+        return tuple(self._size(s, axis, input_name) for axis, s in enumerate(sizes))
+
+    def _size(self, size, axis: int, input_name: str):
+        if size is not None:
+            return size
+        if axis == 0:
+            self.origins["N"] = "batch"
+            return Dim.symbol("N")
+        name, count = f"L{axis}", 1
+        while name in self.origins:
+            count += 1
+            name = f"L{axis}_{count}"
+        self.origins[name] = f"axis {axis} of input {input_name!r}"
+        return Dim.symbol(name)
+
+
+def _path_name(path: tuple, default: str) -> str:
+    return "_".join(str(p) for p in path) if path else default
+
+
+def _declared_signature(declared) -> tuple[Structure, dict]:
+    """Of a Functional model, from its KerasTensors."""
+    symbols = _Symbols()
+
+    def describe(leaf, path):
+        if leaf.sparse or leaf.ragged:
+            raise UnsupportedError(f"input {leaf.name!r} is {'sparse' if leaf.sparse else 'ragged'}; kgraph takes dense")
+        return leaf.name, TensorType(symbols.shape(leaf.shape, leaf.name), leaf.dtype)
+
+    is_leaf = lambda x: isinstance(x, keras.KerasTensor)
+    structure, leaves = Structure.of(((declared,), {}), is_leaf, describe, call=True)
+    # A model of one input that is declared as a list of one is called with the tensor itself.
+    if len(leaves) == 1 and isinstance(declared, (list, tuple)) and len(declared) == 1:
+        (args, _) = structure.template
+        structure = Structure(((args[0][0],), {}), structure.names, structure.types, call=True)
+    return structure, symbols.origins
+
+
+def _example_signature(model, example) -> tuple[Structure, dict]:
+    arguments = example if isinstance(example, Arguments) else Arguments(example)
+    symbols = _Symbols()
+
+    def describe(leaf, path):
+        if not isinstance(leaf, keras.KerasTensor):
+            leaf = core.convert_to_tensor(leaf)
+        name = _path_name(path[1:] if len(arguments.args) > 1 or path[0] == 1 else path[2:], "x")
+        shape = tuple(leaf.shape)
+        if shape and shape[0] is not None:
+            shape = (None, *shape[1:])
+        return name, TensorType(symbols.shape(shape, name), keras.backend.standardize_dtype(leaf.dtype))
+
+    is_leaf = lambda x: _is_array(x) or isinstance(x, keras.KerasTensor)
+    structure, leaves = Structure.of((arguments.args, arguments.kwargs), is_leaf, describe, call=True)
+    if not all(layer.built for layer in _layers(model)):
+        # Built symbolically: no values are computed.
+        tensors = [
+            leaf if isinstance(leaf, keras.KerasTensor) else keras.KerasTensor((None, *t.shape[1:]), t.dtype)
+            for leaf, t in zip(leaves, structure.types)
+        ]
+        args, kwargs = structure.pack_call(tensors)
+        core.compute_output_spec(model, *args, **kwargs)
+    return structure, symbols.origins
+
+
+def _built_signature(model, shapes: dict) -> tuple[Structure, dict]:
+    """Of a subclassed model or a layer, from the shapes that it was built with."""
+    symbols = _Symbols()
+    dtype = model.input_dtype
+    single = len(shapes) == 1
+
+    class Shape(tuple):
+        """A shape as a leaf."""
+
+    def mark(x):
+        if isinstance(x, dict):
+            return {k: mark(v) for k, v in x.items()}
+        if isinstance(x, (tuple, list)) and all(s is None or isinstance(s, int) for s in x):
+            # The batch that the model was built with stands for any.
+            return Shape((None, *x[1:]))
+        return [mark(v) for v in x]
+
+    def describe(leaf, path):
+        name = _path_name(path[2:], "x") if single else _path_name(path[1:], "x")
+        return name, TensorType(symbols.shape(leaf, name), dtype)
+
+    class _Holder:
+        def __init__(self, shape):
+            self.shape = shape
+
+    def hold(x):
+        if isinstance(x, Shape):
+            return _Holder(x)
+        if isinstance(x, dict):
+            return {k: hold(v) for k, v in x.items()}
+        return [hold(v) for v in x]
+
+    marked = {key.removesuffix("_shape"): hold(mark(value)) for key, value in shapes.items()}
+    call = ((next(iter(marked.values())),), {}) if single else ((), marked)
+    structure, _ = Structure.of(
+        call, lambda x: isinstance(x, _Holder), lambda leaf, path: describe(leaf.shape, path), call=True
+    )
+    return structure, symbols.origins
+
+
+def _layers(model) -> list:
+    return model._flatten_layers() if hasattr(model, "_flatten_layers") else [model]
+
+
+def _is_array(x) -> bool:
+    return isinstance(x, (np.ndarray, np.generic, TracedArray, core.Variable))
+
+
+# -- tracing -----------------------------------------------------------------------------------------------------------
+def _capture_unifying(call, inputs: Structure, symbols: dict, sizes: dict, name: str) -> Captured:
+    """Capture; where two sizes of the same axis must agree for the model to work, take them for one and try again.
+
+    A model with inputs `tokens` and `mask` of unknown length, say, declares two sizes that can only be equal.
+    """
+    symbols = dict(symbols)
+    inputs = _substituted(inputs, sizes)
+    while True:
+        try:
+            return _capture_once(call, inputs, symbols, sizes, name)
+        except SpecialisationError as error:
+            pair = _same_axis_pair(error.symbols, symbols)
+            if pair is None:
+                raise
+            kept, dropped = pair
+            symbols[kept] += f" and {symbols.pop(dropped)}"
+            inputs = _substituted(inputs, {dropped: Dim.symbol(kept)})
+
+
+def _same_axis_pair(names: frozenset, symbols: dict) -> tuple[str, str] | None:
+    """Two of the named sizes that belong to the same axis of different inputs, in order."""
+    for kept in sorted(names, key=lambda n: (len(n), n)):
+        for dropped in sorted(names, key=lambda n: (len(n), n)):
+            if kept != dropped and dropped.startswith(f"{kept.split('_')[0]}_") and {kept, dropped} <= set(symbols):
+                return kept, dropped
+    return None
+
+
+def _substituted(structure: Structure, sizes: dict) -> Structure:
+    def size(s):
+        return s.substitute(sizes) if isinstance(s, Dim) else s
+
+    types = [t.with_shape(map(size, t.shape)) for t in structure.types]
+    return Structure(structure.template, structure.names, types, structure.call)
+
+
+def _capture_once(call, inputs: Structure, symbols: dict, sizes: dict, name: str) -> Captured:
+    tracer = GraphTracer(name)
+    try:
+        with _unfiltered_tracebacks(), core.TraceScope() as scope, tracer.active():
+            leaves = [tracer.add_input(t, n) for n, t in zip(inputs.names, inputs.types)]
+            args, kwargs = inputs.pack_call(leaves)
+            result = call(*args, **kwargs)
+            results, outputs = _outputs(result)
+            updates = [(v, scope.get_current_value(v)) for v in scope.variables_by_id.values()]
+            values = [tracer.lift(r) for r in results] + [tracer.lift(value) for _, value in updates]
+    except DimDecisionError as error:
+        raise _specialisation(error, symbols, inputs, name) from error
+    except KGraphError as error:
+        where = _layer_of(error)
+        if where and where not in str(error):
+            raise type(error)(f"{error} (in layer {where!r} of {name!r})") from error
+        raise
+    except ValueError as error:
+        decision = _dim_decision_behind(error)
+        if decision is None:
+            raise
+        raise _specialisation(decision, symbols, inputs, name) from error
+    graph = tracer.graph
+    graph.outputs = values
+    _drop_unused(graph)
+    variables = [v for v, traced in tracer.variables.values() if traced.value in set(graph.params)]
+    for variable in variables:
+        if variable._value is None:
+            raise CaptureError(f"variable {variable.path!r} is not initialised: build {name!r} or call it once first")
+    used = {s for v in graph.inputs for d in v.shape if isinstance(d, Dim) for s in d.symbols()}
+    origins = {s: text for s, text in symbols.items() if s in used}
+    return Captured(graph, variables, inputs, outputs, [v for v, _ in updates], origins, dict(sizes))
+
+
+@contextlib.contextmanager
+def _unfiltered_tracebacks():
+    """Keras' traceback filter rewrites exceptions into new ones; ours must come through as they are."""
+    enabled = keras.config.is_traceback_filtering_enabled()
+    keras.config.disable_traceback_filtering()
+    try:
+        yield
+    finally:
+        if enabled:
+            keras.config.enable_traceback_filtering()
+
+
+def _outputs(result) -> tuple[list, Structure]:
+    """The tensors that a call gave, and their structure."""
+    leaves: list = []
+
+    def describe(leaf, path):
+        leaf = core.convert_to_tensor(leaf)
+        leaves.append(leaf)
+        return _path_name(path, "output"), TensorType(tuple(leaf.shape), leaf.dtype.name)
+
+    structure, _ = Structure.of(result, lambda x: _is_array(x) or isinstance(x, Dim), describe)
+    return leaves, structure
+
+
+def _drop_unused(graph: Graph) -> None:
+    """Remove the nodes and parameters that no output depends on (masks and losses that nobody reads)."""
+    needed = set(graph.outputs)
+    kept = []
+    for node in reversed(graph.nodes):
+        if any(v in needed for v in node.outputs):
+            needed.update(node.inputs)
+            kept.append(node)
+    graph.nodes = kept[::-1]
+    graph.params = [p for p in graph.params if p in needed]
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+def _layer_of(error: BaseException) -> str:
+    """The path of the innermost Keras layer whose call an error came out of, or ''."""
+    path = ""
+    frame = error.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        if isinstance(owner, keras.Layer):
+            path = owner.path or owner.name
+        frame = frame.tb_next
+    return path
+
+
+def _dim_decision_behind(error: BaseException | None) -> DimDecisionError | None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, DimDecisionError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _specialisation(error: DimDecisionError, symbols: dict, inputs: Structure, name: str) -> SpecialisationError:
+    named = frozenset(s for s in symbols if re.search(rf"(?<![A-Za-z0-9_]){s}(?![A-Za-z0-9_])", str(error)))
+    wanted = named or frozenset(symbols)
+    origins = ", ".join(f"{s} ({symbols[s]})" for s in sorted(wanted))
+    where = _layer_of(error)
+    place = f" in layer {where!r}" if where else ""
+    return SpecialisationError(
+        f"{name!r} cannot be captured for every size: {error}{place}. Fix {origins}, for example with "
+        f"sizes={{{sorted(wanted)[0]!r}: 32}}." if wanted else f"{name!r}: {error}{place}",
+        wanted,
+        inputs,
+    )  # fmt: skip
+
+
+__all__ = ["Arguments", "Captured", "SpecialisationError", "capture", "capture_function", "signature"]

@@ -1,0 +1,122 @@
+"""Keeps normalisation and attention whole where Keras composes them above the backend.
+
+Keras has no backend function for layer, RMS and group normalisation, and leaves `dot_product_attention` as soon as a
+layer has a dropout rate, even when it does not drop. Taking these apart only to recognise them in the graph again
+would cost knowledge, so the finder of `frontend.install` calls `apply` on the modules in `install.COARSE` once they
+are loaded, and it replaces the functions in them. To be removed where Keras calls its backend for them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from keras.src import backend
+
+from kgraph import ops
+from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.numpy.common import Tensor, filled, reshape_to
+
+
+def apply(name: str, module) -> None:
+    """Replace the functions of one of Keras' modules, just loaded."""
+    if name == "keras.src.ops.nn":
+        module._layer_normalization = _layer_normalization(module._layer_normalization)
+        module._rms_normalization = rms_normalization
+    elif name.endswith("group_normalization"):
+        module.GroupNormalization.call = _group_normalization(module.GroupNormalization.call)
+    elif name.endswith("_attention"):
+        layer = getattr(module, "MultiHeadAttention", None) or module.GroupedQueryAttention
+        layer._compute_attention = _without_idle_dropout(layer._compute_attention)
+
+
+def _axes(axis) -> list[int]:
+    return sorted(axis) if isinstance(axis, (tuple, list)) else [axis]
+
+
+def _parameter(value, fill: int, shape: tuple, x: Tensor) -> Tensor:
+    """A scale or offset that broadcasts against the trailing axes of x; ones or zeros for None."""
+    if value is None:
+        return filled(shape, fill, x.dtype.name)
+    return reshape_to(convert_to_tensor(value, x.dtype), shape)
+
+
+def _parameter_shape(x: Tensor, axes: list[int]) -> tuple:
+    """From the first normalised axis on, the sizes of the normalised axes and 1 elsewhere."""
+    rank = len(x.shape)
+    inside = {a % rank for a in axes}
+    return tuple(x.shape[a] if a in inside else 1 for a in range(min(inside), rank))
+
+
+def _layer_normalization(original):
+    @functools.wraps(original)
+    def layer_normalization(x, gamma=None, beta=None, axis=-1, epsilon=None, rms_scaling=False):
+        if rms_scaling or len(x.shape) == 0:
+            return original(x, gamma=gamma, beta=beta, axis=axis, epsilon=epsilon, rms_scaling=rms_scaling)
+        epsilon = backend.epsilon() if epsilon is None else epsilon
+        original_dtype = backend.standardize_dtype(x.dtype)
+        x = convert_to_tensor(x, backend.result_type(x.dtype, "float32"))
+        axes = _axes(axis)
+        shape = _parameter_shape(x, axes)
+        scale, offset = _parameter(gamma, 1, shape, x), _parameter(beta, 0, shape, x)
+        return cast(ops.layer_norm(x, scale, offset, axes=tuple(axes), epsilon=epsilon), original_dtype)
+
+    return layer_normalization
+
+
+def rms_normalization(x, scale=None, axis=-1, epsilon=None):
+    epsilon = backend.epsilon() if epsilon is None else epsilon
+    original_dtype = backend.standardize_dtype(x.dtype)
+    x = convert_to_tensor(x, backend.result_type(x.dtype, "float32"))
+    x = reshape_to(x, (1,)) if len(x.shape) == 0 else x
+    axes = _axes(axis)
+    if scale is None:
+        scale = filled(_parameter_shape(x, axes), 1, x.dtype.name)
+    y = ops.rms_norm(x, convert_to_tensor(scale, x.dtype), axes=tuple(axes), epsilon=epsilon)
+    return cast(y, original_dtype)
+
+
+def _group_normalization(original):
+    @functools.wraps(original)
+    def group_normalization(self, inputs):
+        rank = len(inputs.shape)
+        axis = self.axis % rank
+        if axis == 0 or rank < 2:
+            return original(self, inputs)
+        x = convert_to_tensor(inputs)
+        x = cast(x, backend.result_type(x.dtype, "float32"))
+        order = (*(a for a in range(rank) if a != axis), axis)
+        moved = axis != rank - 1
+        x = ops.transpose(x, permutation=order) if moved else x
+        channels = (x.shape[-1],)
+        gamma = _parameter(self.gamma, 1, channels, x)
+        beta = _parameter(self.beta, 0, channels, x)
+        y = ops.group_norm(x, gamma, beta, groups=self.groups, epsilon=self.epsilon)
+        if moved:
+            y = ops.transpose(y, permutation=tuple(order.index(a) for a in range(rank)))
+        return cast(y, self.compute_dtype)
+
+    return group_normalization
+
+
+def _without_idle_dropout(original):
+    """Attention outside of training has no dropout, whatever rate the layer has."""
+
+    @functools.wraps(original)
+    def compute_attention(self, query, key, value, attention_mask=None, training=None, *args, **kwargs):
+        rate = "_dropout" if "_dropout" in vars(self) else "dropout"
+        idle = not training and getattr(self, rate, 0.0)
+        layer = _WithoutDropout(self, rate) if idle else self
+        return original(layer, query, key, value, attention_mask, training, *args, **kwargs)
+
+    return compute_attention
+
+
+class _WithoutDropout:
+    """A layer as itself in everything but its dropout rate, which reads 0."""
+
+    def __init__(self, layer, rate: str):
+        self._layer = layer
+        setattr(self, rate, 0.0)
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)

@@ -1,0 +1,297 @@
+"""Tensors, variables and shape inference: the core of the Keras backend.
+
+Concrete tensors are NumPy arrays; tensors of a running trace are `TracedArray`s. Control flow is in `control_flow`,
+slices and scatters in `updates`; both are gathered here under the names that Keras expects.
+
+Places in Keras that ask for the backend's name, which is "numpy" here, and what follows from it:
+- `layers/layer.py`, `models/model.py`, `export/saved_model.py`: import this package's mixins. Nothing else.
+- `utils/traceback_utils.py`: wording of an error only.
+- `utils/backend_utils.py` (DynamicBackend): uses the running backend. Data pipelines of TensorFlow stay out of reach.
+- `trainers/trainer.py`: `jit_compile` is resolved for jax, torch and tensorflow only; `fit` is the backend trainer's.
+- `optimizers/__init__` and `optimizers/optimizer.py`: the plain `BaseOptimizer` is used, whose `apply_gradients` works
+  on this backend's functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import numpy as np
+from keras.src import tree
+from keras.src.backend.common import KerasVariable, standardize_dtype
+from keras.src.backend.common.dtypes import result_type
+from keras.src.backend.common.keras_tensor import KerasTensor
+from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
+from keras.src.backend.common.symbolic_scope import SymbolicScope
+from keras.src.backend.common.variables import standardize_shape as _standardize_shape
+
+from kgraph import ops
+from kgraph.errors import DimDecisionError, UnsupportedError
+from kgraph.frontend.tracer import GraphTracer, TracedArray
+from kgraph.ir import Dim, TensorType, np_dtype
+from kgraph.ir.primitive import current_tracer
+
+SUPPORTS_SPARSE_TENSORS = False
+SUPPORTS_RAGGED_TENSORS = False
+SUPPORTS_COMPLEX_DTYPES = True
+IS_THREAD_SAFE = True
+
+# Counts every assignment to any variable of the process. A compiled model compares it with the count it last saw, and
+# looks at its own variables' versions only when it differs. Read it as `core.weights_version`.
+weights_version = 0
+_version_lock = threading.Lock()
+
+
+class Variable(KerasVariable):
+    """A Keras variable whose value is a read-only NumPy array.
+
+    `version` grows with each assignment. During a trace the value is a graph parameter, and assignments go to the
+    scope of the trace as state updates.
+    """
+
+    version = 0
+
+    def _initialize(self, value):
+        self._direct_assign(value)
+
+    def _direct_assign(self, value):
+        global weights_version
+        if isinstance(value, TracedArray):
+            raise UnsupportedError(
+                f"variable {self.path} is assigned a traced value outside of a StatelessScope; the trace that made it "
+                "has to run in one (kgraph's captures do)"
+            )
+        value = np.array(value, dtype=np_dtype(self._dtype), order="C")
+        value.setflags(write=False)
+        self._value = value
+        with _version_lock:
+            self.version += 1
+            weights_version += 1
+
+    def _convert_to_tensor(self, value, dtype=None):
+        return convert_to_tensor(value, dtype=dtype)
+
+    @property
+    def value(self):
+        """The current value: of the stateless scope, of the running trace (a parameter), or the stored array."""
+        scope = get_stateless_scope()
+        if scope is not None:
+            value = scope.get_current_value(self)
+            if value is not None:
+                return self._maybe_autocast(value)
+        tracer = current_tracer.get()
+        if tracer is not None:
+            return self._maybe_autocast(tracer.variable(self))
+        if self._value is None:
+            # Not initialised yet: a placeholder, as in Keras.
+            return self._maybe_autocast(self._initializer(self._shape, dtype=self._dtype))
+        return self._maybe_autocast(self._value)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value, dtype=dtype)
+
+
+def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
+    """A tensor for anything that Keras takes for one: arrays, scalars, nested lists, variables, symbolic sizes."""
+    if sparse:
+        raise ValueError("`sparse=True` is not supported with the kgraph backend")
+    if ragged:
+        raise ValueError("`ragged=True` is not supported with the kgraph backend")
+    if dtype is not None:
+        dtype = standardize_dtype(dtype)
+    if isinstance(x, Variable):
+        x = x.value
+    if isinstance(x, TracedArray):
+        return x if dtype is None or x.value.dtype == dtype else ops.convert(x, dtype=dtype)
+    if isinstance(x, np.ndarray):
+        return x if dtype is None or x.dtype.name == dtype else _convert_concrete(x, dtype)
+    if isinstance(x, np.generic):
+        return np.asarray(x, dtype=None if dtype is None else np_dtype(dtype))
+    if isinstance(x, Dim):
+        return ops.dim_value(dim=x, dtype=dtype or "int32")
+    if isinstance(x, KerasTensor):
+        raise ValueError(f"A KerasTensor is symbolic and cannot become a tensor. Received: {x}")
+    if isinstance(x, (list, tuple)) and any(_needs_stacking(leaf) for leaf in tree.flatten(x)):
+        return _stack_nested(x, dtype)
+    if dtype is None:
+        dtype = result_type(*[getattr(leaf, "dtype", type(leaf)) for leaf in tree.flatten(x)])
+    if dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        # NumPy cannot parse lists into the types of ml_dtypes.
+        return np.asarray(x).astype(np_dtype(dtype))
+    if dtype == "string":
+        return np.asarray(x)
+    return np.array(x, dtype=dtype)
+
+
+def _convert_concrete(x: np.ndarray, dtype: str) -> np.ndarray:
+    if x.dtype.kind == "c" and not dtype.startswith("complex"):
+        x = x.real if dtype != "bool" else x
+    with np.errstate(invalid="ignore", over="ignore"):
+        return x.astype("U" if dtype == "string" else np_dtype(dtype))
+
+
+def _needs_stacking(leaf) -> bool:
+    return isinstance(leaf, (TracedArray, Dim)) or (isinstance(leaf, Variable) and current_tracer.get() is not None)
+
+
+def _stack_nested(x, dtype):
+    """Nested lists with traced values or symbolic sizes among the leaves."""
+    if not isinstance(x, (list, tuple)):
+        return convert_to_tensor(x, dtype)
+    parts = [_stack_nested(item, dtype) for item in x]
+    common = dtype or result_type(*[p.dtype for p in parts])
+    parts = [convert_to_tensor(p, common) for p in parts]
+    return ops.concatenate(*[ops.reshape(p, shape=(1, *p.shape)) for p in parts], axis=0)
+
+
+def convert_to_numpy(x):
+    """A NumPy array that the caller may change."""
+    if isinstance(x, Variable):
+        x = x.value
+    return np.array(x)
+
+
+def is_tensor(x):
+    return isinstance(x, (np.ndarray, np.generic, TracedArray))
+
+
+def shape(x):
+    """The shape as a tuple of ints, with Dims for the symbolic sizes of a trace."""
+    return tuple(x.shape)
+
+
+def cast(x, dtype):
+    return convert_to_tensor(x, dtype=dtype)
+
+
+def standardize_shape(shape):
+    """Keras' `standardize_shape`, with None in place of a symbolic size."""
+    if isinstance(shape, (list, tuple)) and any(isinstance(d, Dim) for d in shape):
+        shape = tuple(None if isinstance(d, Dim) else d for d in shape)
+    return _standardize_shape(shape)
+
+
+class TraceScope(StatelessScope):
+    """The stateless scope of a trace: remembers which variables were assigned, in order."""
+
+    def __init__(self, initialize_variables: bool = False):
+        super().__init__(initialize_variables=initialize_variables)
+        self.variables_by_id: dict[int, Variable] = {}
+
+    def add_update(self, update):
+        variable, _ = update
+        self.variables_by_id[id(variable)] = variable
+        super().add_update(update)
+
+
+# -- shape inference ---------------------------------------------------------------------------------------------------
+# All unknown sizes get one symbol, as in Keras' JAX backend: code that takes two of them for equal (square images)
+# works, and the result is unknown wherever the symbol remains.
+_UNKNOWN = Dim.symbol("unknown")
+# Where a size decides what the code does, the shapes for two concrete fillers are compared instead.
+_FILLERS = (83, 89)
+
+
+def compute_output_spec(fn, *args, **kwargs):
+    """The KerasTensors (in the structure that `fn` gives) for KerasTensors among the arguments. Computes no values."""
+    try:
+        return _output_spec(fn, args, kwargs, _UNKNOWN)
+    except (DimDecisionError, ValueError) as error:
+        if not _has_unknown_size((args, kwargs)) or not _is_dim_decision(error):
+            raise
+    first, second = (_output_spec(fn, args, kwargs, filler) for filler in _FILLERS)
+
+    def merge(a, b):
+        if not isinstance(a, KerasTensor):
+            return a
+        sizes = tuple(m if m == n else None for m, n in zip(a.shape, b.shape))
+        return KerasTensor(sizes, a.dtype)
+
+    return tree.map_structure(merge, first, second)
+
+
+def _is_dim_decision(error: BaseException) -> bool:
+    """Whether an undecidable size is behind an error that Keras may have wrapped."""
+    while error is not None:
+        if isinstance(error, DimDecisionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _has_unknown_size(structure) -> bool:
+    return any(isinstance(x, KerasTensor) and None in x.shape for x in tree.flatten(structure))
+
+
+def _output_spec(fn, args, kwargs, unknown):
+    tracer = GraphTracer("spec", parent=current_tracer.get())
+
+    def enter(x):
+        if isinstance(x, KerasTensor):
+            sizes = tuple(unknown if d is None else d for d in x.shape)
+            return tracer.add_input(TensorType(sizes, x.dtype))
+        return x
+
+    def leave(x):
+        if isinstance(x, (np.ndarray, np.generic, TracedArray)):
+            return KerasTensor(standardize_shape(tuple(x.shape)), standardize_dtype(x.dtype))
+        if isinstance(x, Dim):
+            return None
+        return x
+
+    with TraceScope(initialize_variables=True), SymbolicScope(), tracer.active():
+        args, kwargs = tree.map_structure(enter, (args, kwargs))
+        return tree.map_structure(leave, fn(*args, **kwargs))
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
+def stop_gradient(variable):
+    return ops.stop_gradient(convert_to_tensor(variable))
+
+
+def random_seed_dtype():
+    return "uint32"
+
+
+@contextlib.contextmanager
+def device_scope(device_name):
+    """A scope without effect: eager values live on the host; the target of compiled code is `kgraph.compile`'s."""
+    yield
+
+
+def remat(f):
+    """The function itself: what to recompute in the backward pass is decided on the graph, by the compiler."""
+    return f
+
+
+class custom_gradient:
+    """Runs the forward part of a function that gives `(output, gradient function)`."""
+
+    def __init__(self, fun):
+        self.fun = fun
+
+    def __call__(self, *args, **kwargs):
+        args, kwargs = tree.map_structure(lambda x: x.value if isinstance(x, Variable) else x, (args, kwargs))
+        output, _ = self.fun(*args, **kwargs)
+        return output
+
+
+# Gathered last: these modules import the names above.
+from kgraph.frontend.keras_backend.control_flow import (  # noqa: E402, F401
+    associative_scan,
+    cond,
+    fori_loop,
+    map,
+    scan,
+    switch,
+    vectorized_map,
+    while_loop,
+)
+from kgraph.frontend.keras_backend.updates import (  # noqa: E402, F401
+    scatter,
+    scatter_update,
+    slice,
+    slice_update,
+    unstack,
+)

@@ -1,0 +1,28 @@
+"""The intermediate representation: sizes, types, primitives' records, graphs."""
+
+from kgraph.ir.dims import Dim
+from kgraph.ir.graph import Graph, Node, Rewriter, Value, constant_value, make_node
+from kgraph.ir.primitive import PRIMITIVES, NotDifferentiable, Primitive, Sample, Traced, Tracer, bind, register
+from kgraph.ir.types import TensorType, dtype_name, np_dtype, type_of
+
+__all__ = [
+    "PRIMITIVES",
+    "Dim",
+    "Graph",
+    "Node",
+    "NotDifferentiable",
+    "Primitive",
+    "Rewriter",
+    "Sample",
+    "TensorType",
+    "Traced",
+    "Tracer",
+    "Value",
+    "bind",
+    "constant_value",
+    "dtype_name",
+    "make_node",
+    "np_dtype",
+    "register",
+    "type_of",
+]

@@ -1,0 +1,113 @@
+"""Weight packing: the layouts in which contraction kernels read their second operand.
+
+The only layout today is the panel layout of a matrix product. The weight is seen as matrices [batch, K, N]; the
+columns are cut into panels of `panel` columns, and each panel is stored row by row, so that a kernel that computes one
+panel of output columns reads memory in order. The last panel is only as wide as its columns need, rounded up to
+`vector` columns with zeros.
+
+    layout = ("panels", shape, batch_axes, k_axes, n_axes, groups, panel, vector, dtype)
+
+shape: of the weight (static). batch_axes, k_axes, n_axes: its axes in the order in which they form batch, K and N.
+groups: N is cut into so many equal parts, each a matrix of its own (batch becomes batch * groups), as in grouped
+convolution. dtype: of the packed array; the weight is converted to it. Result: [batch * groups, K * padded N].
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kgraph.errors import ShapeError
+from kgraph.ir import NotDifferentiable, Primitive, Sample, TensorType, np_dtype, register
+
+__all__ = ["pack"]
+
+Layout = tuple
+
+
+def panels_layout(shape, batch_axes, k_axes, n_axes, groups: int, panel: int, vector: int, dtype: str) -> Layout:
+    """The layout tuple of the panel layout, see the module's docstring."""
+    axes = (tuple(int(a) for a in group) for group in (batch_axes, k_axes, n_axes))
+    return ("panels", tuple(int(s) for s in shape), *axes, int(groups), int(panel), int(vector), dtype)
+
+
+def matrix_sizes(layout: Layout) -> tuple[int, int, int]:
+    """(batch * groups, K, N of a group) of a panel layout."""
+    _, shape, batch_axes, k_axes, n_axes, groups, *_ = layout
+    batch, depth, columns = (math.prod(shape[a] for a in axes) for axes in (batch_axes, k_axes, n_axes))
+    return batch * groups, depth, columns // groups
+
+
+def padded_columns(layout: Layout) -> int:
+    """Columns of one packed matrix, the padding of the last panel included."""
+    columns, vector = matrix_sizes(layout)[2], layout[7]
+    return -(-columns // vector) * vector
+
+
+def _infer(w, *, layout):
+    if layout[0] != "panels" or tuple(w.shape) != layout[1]:
+        raise ShapeError(f"pack: the layout {layout} is not one for {w}")
+    batch, depth, _ = matrix_sizes(layout)
+    return TensorType((batch, depth * padded_columns(layout)), layout[8])
+
+
+def _reference(w, *, layout):
+    _, _, batch_axes, k_axes, n_axes, groups, panel, _, dtype = layout
+    batch, depth, columns = matrix_sizes(layout)
+    width = padded_columns(layout)
+    # In float64, as the oracle evaluates, the packed array stays float64.
+    kind = w.dtype if w.dtype == np.float64 else np_dtype(dtype)
+    matrices = w.transpose(*batch_axes, *k_axes, *n_axes).reshape(batch // groups, depth, groups, columns)
+    matrices = matrices.transpose(0, 2, 1, 3).reshape(batch, depth, columns)
+    padded = np.zeros((batch, depth, width), kind)
+    padded[:, :, :columns] = matrices
+    out = np.empty((batch, depth * width), kind)
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        out[:, depth * start : depth * stop] = padded[:, :, start:stop].reshape(batch, -1)
+    return out
+
+
+def unpack_reference(packed: np.ndarray, layout: Layout) -> np.ndarray:
+    """The array that `pack` made `packed` of, in the packed dtype."""
+    _, shape, batch_axes, k_axes, n_axes, groups, panel, _, _ = layout
+    batch, depth, columns = matrix_sizes(layout)
+    width = padded_columns(layout)
+    padded = np.empty((batch, depth, width), packed.dtype)
+    for start in range(0, width, panel):
+        stop = min(start + panel, width)
+        padded[:, :, start:stop] = packed[:, depth * start : depth * stop].reshape(batch, depth, stop - start)
+    matrices = padded[:, :, :columns].reshape(batch // groups, groups, depth, columns).transpose(0, 2, 1, 3)
+    order = (*batch_axes, *k_axes, *n_axes)
+    return matrices.reshape([shape[a] for a in order]).transpose(np.argsort(order))
+
+
+def _samples():
+    rng = np.random.default_rng(0)
+
+    def sample(name, shape, batch_axes, k_axes, n_axes, groups=1, panel=8, vector=4):
+        layout = panels_layout(shape, batch_axes, k_axes, n_axes, groups, panel, vector, "float32")
+        return Sample((rng.standard_normal(shape).astype(np.float32),), {"layout": layout}, name)
+
+    return [
+        sample("matrix", (5, 16), (), (0,), (1,)),
+        sample("narrow last panel", (3, 10), (), (0,), (1,)),
+        sample("transposed", (21, 6), (), (1,), (0,)),
+        sample("batch", (4, 2, 3), (1,), (2,), (0,)),
+        sample("convolution in two groups", (3, 3, 2, 10), (), (0, 1, 2), (3,), groups=2),
+        sample("empty", (0, 7), (), (0,), (1,)),
+    ]
+
+
+pack = register(
+    Primitive(
+        name="pack",
+        infer=_infer,
+        reference=_reference,
+        gradient=NotDifferentiable("packing is introduced after differentiation"),
+        traits=frozenset({"host"}),
+        samples=_samples,
+        tolerance=0.0,
+    )
+)

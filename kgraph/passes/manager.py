@@ -1,0 +1,71 @@
+"""Runs passes in order: the only place that calls one. Dumps, verification and bisecting hang here."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kgraph.ir import Graph
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice of a pass that a user may ask about, such as why two nodes were not fused."""
+
+    subject: str
+    outcome: str
+    reason: str
+    layers: frozenset = frozenset()
+
+
+@dataclass
+class PassContext:
+    """What passes share.
+
+    accepts: asks the code generator whether it has a kernel for a node; None, or the reason why not.
+    packing: asks it how a node wants its weights laid out; a list of (operand index, layout), or None.
+    """
+
+    accepts: Callable = lambda node: None
+    packing: Callable = lambda node: None
+    decisions: list[Decision] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+Pass = Callable[[Graph, PassContext], Graph]
+
+
+def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext) -> Graph:
+    """Apply `passes` in order and give the last graph.
+
+    KGRAPH_DUMP=dir writes the text of every stage (`003_fuse.txt`), KGRAPH_STOP_AFTER=name ends after that pass,
+    KGRAPH_VERIFY=1 verifies after each one (the tests set it).
+    """
+    dump = os.environ.get("KGRAPH_DUMP")
+    stop_after = os.environ.get("KGRAPH_STOP_AFTER")
+    verify_each = os.environ.get("KGRAPH_VERIFY") == "1"
+    if dump:
+        _dump(graph, dump, 0, "captured")
+    for number, pass_ in enumerate(passes, start=1):
+        start = time.perf_counter()
+        graph = pass_(graph, context)
+        name = pass_.__name__
+        context.seconds[name] = context.seconds.get(name, 0.0) + time.perf_counter() - start
+        if verify_each:
+            from kgraph.ir.verifier import verify
+
+            verify(graph, after=name)
+        if dump:
+            _dump(graph, dump, number, name)
+        if stop_after == name:
+            break
+    return graph
+
+
+def _dump(graph: Graph, folder: str, number: int, name: str) -> None:
+    directory = Path(folder) / graph.name.replace("/", "_")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{number:03d}_{name}.txt").write_text(str(graph) + "\n")

@@ -1,0 +1,67 @@
+"""Small questions about values that several passes ask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kgraph.ir import PRIMITIVES, Graph, Value, constant_value
+from kgraph.ir.primitive import Primitive
+
+
+def primitive(name: str) -> Primitive:
+    """The record called `name`."""
+    return PRIMITIVES[name]
+
+
+def made_by(value: Value, name: str) -> bool:
+    """Whether `value` is a result of a node of that primitive."""
+    return value.node is not None and value.node.primitive.name == name
+
+
+def is_elementwise(node) -> bool:
+    return "elementwise" in node.primitive.traits
+
+
+def scalar_constant(value: Value):
+    """The Python scalar of a constant in which all elements are equal, else None."""
+    array = constant_value(value)
+    if array is None and made_by(value, "full"):
+        return value.node.attrs["value"]
+    if array is None and (made_by(value, "broadcast_to") or made_by(value, "reshape")):
+        return scalar_constant(value.node.inputs[0])
+    if array is None or array.size == 0 or array.dtype.kind == "V":
+        return None
+    first = array.reshape(-1)[0]
+    if array.size > 1 and not (array == first).all():
+        return None
+    return first.item()
+
+
+def state_only_values(graph: Graph) -> set[Value]:
+    """Values that depend on parameters and constants alone: they may be computed before a call.
+
+    Random and control-flow nodes stay out, and so does what depends on a symbolic size.
+    """
+    known: set[Value] = set(graph.params)
+    for node in graph.nodes:
+        if node.primitive.traits & {"random", "control"}:
+            continue
+        if not all(o.type.is_static for o in node.outputs) or node.primitive.name == "dim_value":
+            continue
+        if all(v in known for v in node.inputs):
+            known.update(node.outputs)
+    return known
+
+
+def is_channel_vector(shape: tuple, output_shape: tuple) -> bool:
+    """Whether an operand varies only along the last axis of the output it broadcasts to."""
+    if not shape or len(shape) > len(output_shape):
+        return False
+    return shape[-1] == output_shape[-1] and all(s == 1 for s in shape[:-1])
+
+
+def np_scalar(value, dtype) -> np.ndarray:
+    """A NumPy scalar array of a named dtype."""
+    from kgraph.ir import np_dtype
+
+    return np.asarray(value, np_dtype(dtype))

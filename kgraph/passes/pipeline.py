@@ -1,0 +1,35 @@
+"""The one ordered list of passes."""
+
+from __future__ import annotations
+
+from kgraph.passes.canonicalise import canonicalise
+from kgraph.passes.collapse_dot import collapse_dot
+from kgraph.passes.common_subexpressions import common_subexpressions
+from kgraph.passes.dead_code import dead_code
+from kgraph.passes.fold_batch_norm import fold_batch_norm
+from kgraph.passes.fold_constants import fold_constants
+from kgraph.passes.fuse import fuse
+from kgraph.passes.layout import layout
+from kgraph.passes.manager import Pass
+from kgraph.passes.reshape_motion import reshape_motion
+from kgraph.passes.transpose_motion import transpose_motion
+
+INFERENCE: list[Pass] = [
+    dead_code,
+    canonicalise,
+    fold_constants,
+    common_subexpressions,
+    transpose_motion,
+    canonicalise,
+    collapse_dot,
+    reshape_motion,
+    canonicalise,
+    fold_constants,
+    common_subexpressions,
+    fold_batch_norm,
+    dead_code,
+    fuse,
+    layout,
+    common_subexpressions,
+    dead_code,
+]

@@ -1,0 +1,50 @@
+"""Splits a graph into what depends on weights alone and what depends on a call's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kgraph.ir import Graph, Value, constant_value
+from kgraph.passes.patterns import state_only_values
+
+
+@dataclass
+class Split:
+    """prologue: params -> prepared weights, evaluated when weights change. main: reads these as its own params.
+
+    `main.params[i]` takes the value of `prologue.outputs[i]`.
+    """
+
+    prologue: Graph
+    main: Graph
+
+
+def split_prologue(graph: Graph) -> Split:
+    """Cut the graph at the values that depend on params and constants alone.
+
+    Constants stay in the main graph (they need no evaluation), except where the prologue reads them too.
+    """
+    state_only = state_only_values(graph)
+    needed: dict[Value, None] = {}
+    early, late = [], []
+    for node in graph.nodes:
+        (early if all(o in state_only for o in node.outputs) else late).append(node)
+    for node in late:
+        for value in node.inputs:
+            if value in state_only:
+                needed.setdefault(value)
+    for value in graph.outputs:
+        if value in state_only:
+            needed.setdefault(value)
+    constants = [v.node for v in needed if constant_value(v) is not None]
+    boundary = [v for v in needed if constant_value(v) is None]
+    live = set(boundary)
+    kept = []
+    for node in reversed(early):
+        if any(o in live for o in node.outputs):
+            kept.append(node)
+            live.update(node.inputs)
+    kept.reverse()
+    prologue = Graph([], [p for p in graph.params if p in live], kept, boundary, f"{graph.name}/prologue")
+    main = Graph(graph.inputs, boundary, constants + late, graph.outputs, graph.name)
+    return Split(prologue, main)

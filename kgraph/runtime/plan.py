@@ -1,0 +1,315 @@
+"""What the compiler hands to the runtime: a program of buffers and steps as plain data, callable on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kgraph.errors import InputError
+from kgraph.ir.dims import Dim, evaluate
+from kgraph.ir.types import SHORT_NAMES, np_dtype
+from kgraph.runtime import threads
+from kgraph.runtime.binding import Binding, StepTime
+from kgraph.runtime.loader import Library
+
+_KINDS = frozenset({"input", "param", "constant", "temporary", "dim"})
+_MAX_BINDINGS = 16
+# Idle arenas of a program may hold this much together; beyond it, those of other sizes than the current are released.
+_IDLE_ARENA_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A dense row-major tensor that steps read and write.
+
+    kind: "input", "param", "constant", "temporary", or "dim" (a scalar holding a size that `value` gives as a Dim).
+    shape: tuple of `int | Dim`; dtype: a dtype name. value: the array of a constant.
+    alias: id of the buffer in whose storage this one lies, `offset` bytes from its start; -1 for storage of its own.
+    """
+
+    kind: str
+    shape: tuple
+    dtype: str
+    value: Any = None
+    alias: int = -1
+    offset: int | Dim = 0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class NativeStep:
+    """A kernel launch over [0, extent).
+
+    kernel: key of its object; operands: buffer ids, inputs then outputs; outputs: how many of the last are written.
+    sizes: run-time integers for the kernel; scratch_bytes: memory per thread.
+    flops, bytes: totals, for the thread decision and profiles.
+    inplace: pairs (output, input) of operand positions: the output may lie where the input lies, if that dies here.
+    label, layers: for profiles. max_threads: limit of the threads that share the extent, 0 for none.
+    """
+
+    kernel: str
+    operands: tuple[int, ...]
+    outputs: int
+    extent: int | Dim
+    sizes: tuple = ()
+    scratch_bytes: int | Dim = 0
+    flops: int | Dim = 0
+    bytes: int | Dim = 0
+    inplace: tuple[tuple[int, int], ...] = ()
+    label: str = ""
+    layers: tuple[str, ...] = ()
+    max_threads: int = 0
+
+
+@dataclass(frozen=True)
+class HostStep:
+    """A Python function between kernels, for primitives without one.
+
+    function: `function(arrays, sizes) -> sequence of arrays`, where `arrays` are the inputs (not to be changed) and
+        `sizes` the values of the symbols; the results are copied into the output buffers.
+    operands, outputs: as in NativeStep. reason: why no kernel does this.
+    """
+
+    function: Callable[[list[np.ndarray], dict[str, int]], Sequence[np.ndarray]]
+    operands: tuple[int, ...]
+    outputs: int
+    reason: str = ""
+    label: str = ""
+    layers: tuple[str, ...] = ()
+
+
+class Program:
+    """A compiled graph: callable on arrays of any sizes that its input shapes allow, from any number of threads.
+
+    buffers, steps: steps in an order in which every buffer is written before it is read.
+    inputs, outputs, params: buffer ids; a position in them is an input, output or parameter number. Any buffer may be
+        an output.
+    kernels: object bytes by key; executor: object bytes of the native executor.
+    values: the arrays in use as parameters.
+    Raises ValueError for inconsistent steps and ArtifactError for objects that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        buffers: Sequence[Buffer],
+        steps: Sequence[NativeStep | HostStep],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        params: Sequence[int] = (),
+        kernels: Mapping[str, bytes] | None = None,
+        executor: bytes = b"",
+        input_names: Sequence[str] = (),
+    ):
+        self.name = name
+        self.buffers, self.steps = tuple(buffers), tuple(steps)
+        self.inputs, self.outputs, self.params = tuple(inputs), tuple(outputs), tuple(params)
+        self.kernels, self.executor_object = dict(kernels or {}), executor
+        self.input_names = tuple(input_names) or tuple(
+            self.buffers[b].name or f"input {i}" for i, b in enumerate(self.inputs)
+        )
+        self.dtypes = [np_dtype(b.dtype) for b in self.buffers]
+        self.itemsizes = [d.itemsize for d in self.dtypes]
+        self.numbers = {b: i for i, b in enumerate(self.inputs)} | {b: i for i, b in enumerate(self.params)}
+        self.constants = {
+            i: np.array(b.value, dtype=self.dtypes[i], order="C", copy=None)
+            for i, b in enumerate(self.buffers)
+            if b.kind == "constant"
+        }
+        self._validate()
+        self._solvers = _symbol_solvers([self.buffers[b].shape for b in self.inputs], self.name)
+        self.executor = threads.install(executor) if executor else None
+        self.library = Library(self.kernels)
+        self.functions = {key: self.library.address(key) for key in self.kernels}
+        self._bindings: dict[tuple, Binding] = {}
+        # Replaced as a whole when a parameter changes, so that a call in flight keeps the arrays it started with.
+        self.values: tuple[np.ndarray | None, ...] = (None,) * len(self.params)
+
+    def __reduce__(self):
+        fields = (self.name, self.buffers, self.steps, self.inputs, self.outputs, self.params, self.kernels)
+        return Program, (*fields, self.executor_object, self.input_names)
+
+    def _validate(self) -> None:
+        written = {i for i, b in enumerate(self.buffers) if b.kind != "temporary"}
+        for i, buffer in enumerate(self.buffers):
+            if buffer.kind not in _KINDS:
+                raise ValueError(f"buffer {i} of {self.name}: unknown kind {buffer.kind!r}")
+            if buffer.alias >= len(self.buffers) or (buffer.alias >= 0 and buffer.kind != "temporary"):
+                raise ValueError(f"buffer {i} of {self.name}: only a temporary can be a view, of a buffer that exists")
+        root = self._root
+        native = False
+        for index, step in enumerate(self.steps):
+            inputs = len(step.operands) - step.outputs
+            for position, b in enumerate(step.operands):
+                if position >= inputs:
+                    if self.buffers[root(b)].kind != "temporary":
+                        raise ValueError(f"step {index} ({step.label}) of {self.name} writes a {self.buffers[b].kind}")
+                    written.add(root(b))
+                elif root(b) not in written:
+                    step_name = f"step {index} ({step.label}) of {self.name}"
+                    raise ValueError(f"{step_name} reads buffer {b} before it is written")
+            if isinstance(step, NativeStep):
+                native = True
+                if step.kernel not in self.kernels:
+                    raise ValueError(f"step {index} ({step.label}) of {self.name}: no kernel {step.kernel!r}")
+        if native and not self.executor_object:
+            raise ValueError(f"{self.name} has kernels but no executor")
+        for b in self.outputs:
+            if root(b) not in written:
+                raise ValueError(f"an output of {self.name}, buffer {b}, is never written")
+
+    def _root(self, b: int) -> int:
+        for _ in range(len(self.buffers)):
+            alias = self.buffers[b].alias
+            if alias < 0:
+                return b
+            b = alias
+        raise ValueError(f"buffer {b} of {self.name} is a view of itself")
+
+    # -- parameters -------------------------------------------------------------------------------------------------
+    def set_param(self, number: int, array: np.ndarray) -> None:
+        """Use `array` as parameter `number` in calls that start from now on."""
+        self.set_params({number: array})
+
+    def set_params(self, arrays: Mapping[int, np.ndarray]) -> None:
+        """Use these arrays, by parameter number, in calls that start from now on; calls in flight keep the old ones.
+
+        A contiguous array is kept by reference. Raises InputError for a wrong shape or dtype.
+        """
+        values = list(self.values)
+        for number, array in arrays.items():
+            buffer = self.buffers[self.params[number]]
+            dtype = self.dtypes[self.params[number]]
+            array = np.asarray(array)
+            if array.dtype != dtype or array.shape != buffer.shape:
+                raise InputError(
+                    f"{self.name}: parameter {number} ({buffer.name or 'unnamed'}) is "
+                    f"{array.dtype}{list(array.shape)}, expected {buffer.dtype}{list(buffer.shape)}"
+                )
+            if not (array.flags.c_contiguous and array.flags.aligned):
+                array = np.array(array, dtype=dtype, order="C", copy=True)
+            values[number] = array
+        self.values = tuple(values)
+        for binding in list(self._bindings.values()):
+            binding.release_old_params()
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+    def resolve(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
+        """Values of the symbols for concrete input shapes.
+
+        Raises InputError naming the input whose shape does not fit.
+        """
+        if len(shapes) != len(self.inputs):
+            raise InputError(f"{self.name} takes {len(self.inputs)} arrays, {len(shapes)} were given")
+        for i, (b, shape) in enumerate(zip(self.inputs, shapes)):
+            if len(shape) != len(self.buffers[b].shape):
+                raise self._shape_error(i, shape, "the rank differs")
+        sizes: dict[str, int] = {}
+        for symbol, i, axis, factor, shift in self._solvers:
+            quotient, remainder = divmod(shapes[i][axis] - shift, factor)
+            if remainder or quotient < 0:
+                expected = self.buffers[self.inputs[i]].shape[axis]
+                raise self._shape_error(i, shapes[i], f"axis {axis} cannot be {expected}")
+            sizes[symbol] = quotient
+        for i, (b, shape) in enumerate(zip(self.inputs, shapes)):
+            for axis, (expected, given) in enumerate(zip(self.buffers[b].shape, shape)):
+                if evaluate(expected, sizes) != given:
+                    known = ", ".join(f"{s}={v}" for s, v in sizes.items() if isinstance(expected, Dim))
+                    raise self._shape_error(i, shape, f"axis {axis} differs" + (f" ({known})" if known else ""))
+        return sizes
+
+    def _shape_error(self, number: int, shape, why: str) -> InputError:
+        buffer = self.buffers[self.inputs[number]]
+        expected = f"{SHORT_NAMES[buffer.dtype]}[{', '.join(map(str, buffer.shape))}]"
+        return InputError(
+            f"{self.name}: {self.input_names[number]} has shape {tuple(shape)}, expected {expected}: {why}"
+        )
+
+    def bind(self, sizes: Mapping[str, int]) -> Binding:
+        """The program prepared for concrete sizes; the most recently used bindings are kept."""
+        return self._bind(tuple([tuple([evaluate(s, sizes) for s in self.buffers[b].shape]) for b in self.inputs]))
+
+    def _bind(self, shapes: tuple) -> Binding:
+        binding = self._bindings.get(shapes)
+        if binding is not None and binding.generation == threads.generation:
+            return binding
+        binding = Binding(self, self.resolve(shapes))
+        # Two threads may bind the same sizes at once: both bindings are good, the later one stays. Every operation on
+        # the dictionary is atomic, so that no lock can be left held in a forked child.
+        while len(self._bindings) >= _MAX_BINDINGS and shapes not in self._bindings:
+            oldest = next(iter(self._bindings), None)
+            candidate = self._bindings.pop(oldest, None)
+            if candidate is not None and candidate.used:  # a second chance for what was called since the last look
+                candidate.used = False
+                self._bindings[oldest] = candidate
+        self._bindings[shapes] = binding
+        return binding
+
+    def trim(self, keep: Binding) -> None:
+        """Release idle arenas of other sizes than `keep` if all of them together hold much memory."""
+        bindings = list(self._bindings.values())
+        if sum(b.idle_bytes() for b in bindings) > _IDLE_ARENA_BYTES:
+            for binding in bindings:
+                if binding is not keep:
+                    binding.release_contexts()
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+    def __call__(self, arrays: Sequence[np.ndarray], out: Sequence[np.ndarray | None] | None = None) -> tuple:
+        """Run on `arrays`, one per input and of its dtype; gives fresh arrays, or those of `out`.
+
+        Raises InputError for a wrong number, shape or dtype of arrays.
+        """
+        try:
+            binding = self._bindings[tuple([a.shape for a in arrays])]
+        except (KeyError, AttributeError):
+            binding = self._bind(tuple([np.shape(a) for a in arrays]))
+        return binding.run(arrays) if out is None else binding(arrays, out)
+
+    def profile(self, arrays: Sequence[np.ndarray]) -> tuple[tuple, list[StepTime]]:
+        """Run once with time stamps around every step; gives the outputs and the steps' times."""
+        return self._bind(tuple([np.shape(a) for a in arrays])).profile(arrays)
+
+    def stats(self) -> dict[str, int]:
+        """Counts and bytes of what this program holds."""
+        bindings = list(self._bindings.values())
+        native = sum(isinstance(s, NativeStep) for s in self.steps)
+        return {
+            "bindings": len(bindings),
+            "contexts": sum(b.num_contexts() for b in bindings),
+            "arena_bytes": sum(b.idle_bytes() for b in bindings),
+            "native_steps": native,
+            "host_steps": len(self.steps) - native,
+            "kernels": len(self.kernels),
+            "code_bytes": self.library.code_bytes,
+        }
+
+
+def _symbol_solvers(shapes: list[tuple], name: str) -> list[tuple[str, int, int, int, int]]:
+    """How each symbol follows from the input shapes: (symbol, input, axis, factor, shift): axis = factor*symbol+shift.
+
+    Raises ValueError for a symbol that no axis determines alone.
+    """
+    solvers: dict[str, tuple] = {}
+    symbols: set[str] = set()
+    for i, shape in enumerate(shapes):
+        for axis, size in enumerate(shape):
+            if not isinstance(size, Dim):
+                continue
+            symbols |= size.symbols()
+            terms = dict(size.terms)
+            shift = terms.pop((), 0)
+            if len(terms) != 1:
+                continue
+            ((monomial, factor),) = terms.items()
+            if len(monomial) == 1 and isinstance(monomial[0], str) and factor > 0:
+                found = (monomial[0], i, axis, factor, shift)
+                # An axis that is the symbol itself gives the clearest message when shapes do not fit.
+                if monomial[0] not in solvers or (factor, shift) == (1, 0) != solvers[monomial[0]][3:]:
+                    solvers[monomial[0]] = found
+    unknown = symbols - set(solvers)
+    if unknown:
+        raise ValueError(f"{name}: the sizes {sorted(unknown)} do not follow from the input shapes")
+    return list(solvers.values())

@@ -1,0 +1,96 @@
+"""Which steps are shared between threads, and where all threads must meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# What one thread does in a nanosecond, roughly: vectorised arithmetic, and memory between second-level cache and DRAM.
+_FLOPS_PER_NS = 20.0
+_BYTES_PER_NS = 12.0
+# A thread is not worth having for less than this.
+_NS_PER_THREAD = 1500.0
+_FORK_NS = 4000.0
+_BARRIER_NS = 300.0
+# More chunks than threads balance the load, but each should be worth its claim and the kernel's set-up.
+_NS_PER_CHUNK = 15000.0
+_MAX_CHUNKS_PER_THREAD = 4
+# Long extents are cut at multiples of this, so that chunks begin on cache lines and vector tails are rare.
+_GRAIN = 64
+_MIN_GRAINS_PER_CHUNK = 16
+
+
+@dataclass
+class StepCost:
+    """What a step does: flops and bytes in total, units that can be shared out, and the limit of threads."""
+
+    flops: float
+    bytes: float
+    extent: int
+    max_threads: int = 0
+
+    @property
+    def nanoseconds(self) -> float:
+        """Estimated time on one thread."""
+        return max(self.flops / _FLOPS_PER_NS, self.bytes / _BYTES_PER_NS)
+
+
+def choose_threads(costs: Iterable[StepCost], limit: int) -> list[int]:
+    """Threads of each step, at most `limit`. All 1 where the fork would cost more than it saves."""
+    out = []
+    saved = 0.0
+    for cost in costs:
+        time = cost.nanoseconds
+        threads = min(limit, cost.extent, int(time / _NS_PER_THREAD))
+        if cost.max_threads:
+            threads = min(threads, cost.max_threads)
+        threads = max(threads, 1)
+        if threads > 1:
+            saved += time * (1 - 1 / threads) - _BARRIER_NS
+        out.append(threads)
+    return out if saved > _FORK_NS else [1] * len(out)
+
+
+def choose_chunks(cost: StepCost, threads: int) -> tuple[int, int]:
+    """(chunks per thread, grain) of a step that `threads` threads share; no chunk is empty."""
+    if threads == 1:
+        return 1, 1
+    chunks = int(cost.nanoseconds / (threads * _NS_PER_CHUNK))
+    chunks = max(1, min(chunks, _MAX_CHUNKS_PER_THREAD, cost.extent // threads))
+    coarse = cost.extent // (_GRAIN * threads * chunks) >= _MIN_GRAINS_PER_CHUNK
+    return chunks, _GRAIN if coarse else 1
+
+
+Range = tuple[int, int]
+
+
+def place_barriers(threads: list[int], reads: list[list[Range]], writes: list[list[Range]]) -> list[bool]:
+    """For each step whether all threads must meet before it.
+
+    reads, writes: byte ranges [begin, end) of each step in one address space of all memory that steps write. Steps on
+    one thread all run on thread 0, in order; any two other steps that touch the same bytes, one of them writing, must
+    have a barrier in between.
+    """
+    barriers = []
+    # Accesses since the last barrier: by all threads, and by thread 0 alone.
+    shared_reads: list[Range] = []
+    shared_writes: list[Range] = []
+    own_reads: list[Range] = []
+    own_writes: list[Range] = []
+    for n, read, write in zip(threads, reads, writes):
+        conflict = _overlap(write, shared_reads) or _overlap(write, shared_writes) or _overlap(read, shared_writes)
+        if n > 1:
+            conflict = (
+                conflict or _overlap(write, own_reads) or _overlap(write, own_writes) or _overlap(read, own_writes)
+            )
+        if conflict:
+            for ranges in (shared_reads, shared_writes, own_reads, own_writes):
+                ranges.clear()
+        barriers.append(conflict)
+        (shared_reads if n > 1 else own_reads).extend(read)
+        (shared_writes if n > 1 else own_writes).extend(write)
+    return barriers
+
+
+def _overlap(a: list[Range], b: list[Range]) -> bool:
+    return any(first < other_end and other < end for first, end in a for other, other_end in b)

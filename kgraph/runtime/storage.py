@@ -1,0 +1,162 @@
+"""Where the buffers of a program lie, for concrete sizes: views, in-place steps, outputs, the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kgraph.runtime.arena import Interval, lower_bound, plan_arena
+
+if TYPE_CHECKING:
+    from kgraph.runtime.plan import Program
+
+
+@dataclass
+class Place:
+    """Where a buffer lies: `offset` bytes into number `index` of a space.
+
+    space: "input", "param", "constant" (index = buffer id there), "output", or "arena" (index 0).
+    """
+
+    space: str
+    index: int
+    offset: int
+
+
+@dataclass
+class Storage:
+    """The placement of all buffers.
+
+    shapes, nbytes, places: by buffer id.
+    direct: buffer id that is written straight into each output array, -1 where the output is copied after the run.
+    arena_bytes, bound_bytes: size of the arena, and the most bytes alive at one step.
+    """
+
+    shapes: list[tuple[int, ...]]
+    nbytes: list[int]
+    places: list[Place] = field(default_factory=list)
+    direct: list[int] = field(default_factory=list)
+    arena_bytes: int = 0
+    bound_bytes: int = 0
+    num_in_place: int = 0
+
+
+def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storage:
+    """Place every buffer of `program`, sizes being given by `evaluate`."""
+    buffers, steps = program.buffers, program.steps
+    storage = Storage([], [])
+    for buffer, itemsize in zip(buffers, program.itemsizes):
+        shape = tuple([evaluate(s) for s in buffer.shape])
+        count = 1
+        for s in shape:
+            count *= s
+        storage.shapes.append(shape)
+        storage.nbytes.append(count * itemsize)
+    nbytes = storage.nbytes
+    roots, offsets = _roots(program, evaluate)
+    end = len(steps)
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for index, step in enumerate(steps):
+        for b in step.operands:
+            root = roots[b]
+            first.setdefault(root, index)
+            last[root] = index
+    for b in program.outputs:
+        last[roots[b]] = end
+
+    # An output array takes the storage of its buffer, if the buffer is all of it and no other output has it.
+    claims: dict[int, int] = {}
+    for number, b in enumerate(program.outputs):
+        root = roots[b]
+        whole = offsets[b] == 0 and nbytes[b] == nbytes[root]
+        if buffers[root].kind == "temporary" and whole and root not in claims:
+            claims[root] = number
+            storage.direct.append(b)
+        else:
+            storage.direct.append(-1)
+
+    leaders = _merge_in_place(program, storage, roots, offsets, first, last)
+    for root, number in list(claims.items()):
+        claims[leaders.get(root, root)] = number
+
+    groups: dict[int, list[int]] = {}
+    for root in last:
+        if buffers[root].kind == "temporary":
+            groups.setdefault(leaders.get(root, root), []).append(root)
+    in_arena = [g for g in groups if g not in claims]
+    intervals = [
+        Interval(nbytes[g], min(first.get(r, 0) for r in groups[g]), max(last[r] for r in groups[g])) for g in in_arena
+    ]
+    positions: list[int] = []
+    if intervals:
+        positions, storage.arena_bytes = plan_arena(intervals)
+        storage.bound_bytes = lower_bound(intervals)
+    arena = dict(zip(in_arena, positions))
+
+    for b, buffer in enumerate(buffers):
+        root = roots[b]
+        kind = buffers[root].kind
+        if kind == "temporary":
+            leader = leaders.get(root, root)
+            if leader in claims:
+                storage.places.append(Place("output", claims[leader], offsets[b]))
+            else:
+                storage.places.append(Place("arena", 0, arena.get(leader, 0) + offsets[b]))
+        elif kind in ("input", "param"):
+            storage.places.append(Place(kind, program.numbers[root], offsets[b]))
+        else:
+            storage.places.append(Place("constant", root, offsets[b]))
+        if offsets[b] < 0 or offsets[b] + nbytes[b] > max(nbytes[root], 0):
+            raise ValueError(f"buffer {b} ({buffer.name!r}) does not fit into buffer {root} that it is a view of")
+    return storage
+
+
+def _roots(program: Program, evaluate: Callable[[object], int]) -> tuple[list[int], list[int]]:
+    """For every buffer the one that owns its storage, and its offset there."""
+    roots, offsets = [], []
+    for b, buffer in enumerate(program.buffers):
+        offset = 0
+        while buffer.alias >= 0:
+            offset += evaluate(buffer.offset)
+            b, buffer = buffer.alias, program.buffers[buffer.alias]
+        roots.append(b)
+        offsets.append(offset)
+    return roots, offsets
+
+
+def _merge_in_place(program: Program, storage: Storage, roots, offsets, first, last) -> dict[int, int]:
+    """Let outputs overwrite inputs that die at the same step, where the step allows it; gives root -> leader."""
+    buffers, nbytes = program.buffers, storage.nbytes
+    leaders: dict[int, int] = {}
+    group_last = dict(last)
+    for index, step in enumerate(program.steps):
+        overwritten: set[int] = set()
+        for output, source in getattr(step, "inplace", ()):
+            out, src = step.operands[output], step.operands[source]
+            out_root, src_root = roots[out], roots[src]
+            leader = leaders.get(src_root, src_root)
+            if (
+                buffers[out_root].kind != "temporary"
+                or buffers[src_root].kind != "temporary"
+                or out_root in leaders
+                or out_root == leader
+                or leader in overwritten
+                or first[out_root] != index
+                or group_last[leader] != index
+                or offsets[out] != 0
+                or offsets[src] != 0
+                or not nbytes[out] == nbytes[out_root] == nbytes[src] == nbytes[src_root] == nbytes[leader] > 0
+            ):
+                continue
+            allowed = {i for o, i in step.inplace if o == output}
+            inputs = len(step.operands) - step.outputs
+            others = {roots[step.operands[i]] for i in range(inputs) if i not in allowed}
+            if any(leaders.get(root, root) == leader for root in others):
+                continue
+            leaders[out_root] = leader
+            overwritten.add(leader)
+            group_last[leader] = max(group_last[leader], last[out_root])
+            storage.num_in_place += 1
+    return leaders

@@ -1,0 +1,214 @@
+"""The nesting of a model's inputs or outputs: tuples, lists and dicts with tensors at the leaves.
+
+Knows neither Keras nor any tensor library, and converts to and from JSON, so that a saved model keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kgraph.errors import InputError
+from kgraph.ir import Dim, TensorType
+
+
+class Structure:
+    """A template with numbered leaves, and each leaf's name and type.
+
+    template: nested tuples, lists and dicts; a leaf is `Leaf(i)`, anything else stands for itself (None, strings).
+    names, types: one per leaf, in the order of the leaves' numbers.
+    call: the template is `(args, kwargs)` of a call rather than one value.
+    """
+
+    def __init__(self, template, names: Sequence[str], types: Sequence[TensorType], call: bool = False):
+        self.template, self.call = template, call
+        self.names, self.types = list(names), list(types)
+        value = self._value_template()
+        self.is_leaf = isinstance(value, Leaf)
+
+    @staticmethod
+    def of(value, is_leaf, describe, call: bool = False) -> tuple[Structure, list]:
+        """The structure of a nested value, and its leaves.
+
+        is_leaf: tells leaves from what stands for itself. describe: `(leaf, path) -> (name, type)`.
+        """
+        leaves, paths = [], []
+
+        def number(x, path):
+            if isinstance(x, dict):
+                return {k: number(x[k], (*path, k)) for k in sorted(x, key=str)}
+            if isinstance(x, (tuple, list)):
+                items = [number(v, (*path, i)) for i, v in enumerate(x)]
+                return _sequence_like(x, items)
+            if is_leaf(x):
+                leaves.append(x)
+                paths.append(path)
+                return Leaf(len(leaves) - 1)
+            return x
+
+        template = number(value, ())
+        described = [describe(leaf, path) for leaf, path in zip(leaves, paths)]
+        return Structure(template, [n for n, _ in described], [t for _, t in described], call), leaves
+
+    def _value_template(self):
+        """The template of the one argument of a call, or of the value itself; all of `(args, kwargs)` otherwise."""
+        if not self.call:
+            return self.template
+        args, kwargs = self.template
+        return args[0] if len(args) == 1 and not kwargs else self.template
+
+    @property
+    def num_leaves(self) -> int:
+        return len(self.types)
+
+    # -- values ---------------------------------------------------------------------------------------------------
+    def flatten(self, value) -> list:
+        """The leaves of a value of this structure, in order. Raises InputError naming the place that does not fit."""
+        return self._flatten(self._value_template(), value)
+
+    def flatten_call(self, args: tuple, kwargs: dict) -> list:
+        """The leaves of a call's arguments, in order. Raises InputError naming the place that does not fit."""
+        if not self.call:
+            return self._flatten((self.template,), args)
+        template_args, template_kwargs = self.template
+        if len(template_args) == 1 and not template_kwargs and len(args) == 1 and not kwargs:
+            return self._flatten(template_args[0], args[0])
+        return self._flatten(self.template, (tuple(args), dict(kwargs)))
+
+    def _flatten(self, template, value) -> list:
+        out: list = [None] * self.num_leaves
+        try:
+            _match(template, value, out, "inputs")
+        except InputError as error:
+            loose = self._by_name_or_order(value)
+            if loose is None:
+                raise error from None
+            return loose
+        return out
+
+    def _by_name_or_order(self, value) -> list | None:
+        """Keras' Functional models also take a dict by input names, or any nesting with as many leaves."""
+        if isinstance(value, dict) and self.num_leaves and all(name in value for name in self.names):
+            return [value[name] for name in self.names]
+        leaves = _leaves(value)
+        if len(leaves) == self.num_leaves and isinstance(value, (list, tuple, dict)):
+            return leaves
+        return None
+
+    def pack(self, leaves: Sequence):
+        """A value of this structure; for a call of one argument, that argument."""
+        return _fill(self._value_template(), leaves)
+
+    def pack_call(self, leaves: Sequence) -> tuple[tuple, dict]:
+        """(args, kwargs) of a call with these leaves."""
+        if not self.call:
+            return (_fill(self.template, leaves),), {}
+        args, kwargs = self.template
+        return tuple(_fill(a, leaves) for a in args), {k: _fill(v, leaves) for k, v in kwargs.items()}
+
+    # -- JSON -----------------------------------------------------------------------------------------------------
+    def to_json(self) -> dict:
+        """A JSON value that `from_json` reads back. Symbolic sizes are written by their symbol."""
+        types = [[[s if isinstance(s, int) else str(s) for s in t.shape], t.dtype] for t in self.types]
+        return {"template": _encode(self.template), "names": self.names, "types": types, "call": self.call}
+
+    @staticmethod
+    def from_json(data: dict) -> Structure:
+        """The structure that `to_json` wrote."""
+        types = [
+            TensorType(tuple(s if isinstance(s, int) else Dim.symbol(s) for s in shape), dtype)
+            for shape, dtype in data["types"]
+        ]
+        return Structure(_decode(data["template"]), data["names"], types, data["call"])
+
+    def __repr__(self):
+        leaves = [f"{name}: {type_}" for name, type_ in zip(self.names, self.types)]
+        return f"Structure({_fill(self._value_template(), leaves)})"
+
+
+class Leaf:
+    """The place of a tensor in a template."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __repr__(self):
+        return f"Leaf({self.index})"
+
+    def __eq__(self, other):
+        return isinstance(other, Leaf) and other.index == self.index
+
+    def __hash__(self):
+        return hash(("Leaf", self.index))
+
+
+def _sequence_like(x, items: list):
+    if isinstance(x, tuple):
+        return type(x)(*items) if hasattr(x, "_fields") else tuple(items)
+    return items
+
+
+def _fill(template, leaves: Sequence):
+    if isinstance(template, Leaf):
+        return leaves[template.index]
+    if isinstance(template, dict):
+        return {k: _fill(v, leaves) for k, v in template.items()}
+    if isinstance(template, (tuple, list)):
+        return _sequence_like(template, [_fill(v, leaves) for v in template])
+    return template
+
+
+def _match(template, value, out: list, path: str) -> None:
+    if isinstance(template, Leaf):
+        if isinstance(value, (dict, tuple)) or (isinstance(value, list) and any(hasattr(v, "shape") for v in value)):
+            raise InputError(f"{path}: expected one tensor, got a {type(value).__name__} of {len(value)}")
+        out[template.index] = value
+    elif isinstance(template, dict):
+        if not isinstance(value, dict) or set(value) != set(template):
+            got = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            raise InputError(f"{path}: expected a dict with keys {sorted(map(str, template))}, got {got}")
+        for key, part in template.items():
+            _match(part, value[key], out, f"{path}[{key!r}]")
+    elif isinstance(template, (tuple, list)):
+        if not isinstance(value, (tuple, list)) or len(value) != len(template):
+            got = f"{len(value)} in a {type(value).__name__}" if isinstance(value, (tuple, list, dict)) else "one value"
+            raise InputError(f"{path}: expected a sequence of {len(template)}, got {got}")
+        for i, (part, item) in enumerate(zip(template, value)):
+            _match(part, item, out, f"{path}[{i}]")
+
+
+def _leaves(value) -> list:
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value, key=str) for leaf in _leaves(value[key])]
+    if isinstance(value, (tuple, list)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [] if value is None else [value]
+
+
+def _encode(template) -> Any:
+    if isinstance(template, Leaf):
+        return {"leaf": template.index}
+    if isinstance(template, dict):
+        return {"dict": [[k, _encode(v)] for k, v in template.items()]}
+    if isinstance(template, tuple):
+        return {"tuple": [_encode(v) for v in template]}
+    if isinstance(template, list):
+        return {"list": [_encode(v) for v in template]}
+    if template is None or isinstance(template, (bool, int, float, str)):
+        return {"value": template}
+    raise TypeError(f"a {type(template).__name__} in a model's inputs or outputs cannot be saved")
+
+
+def _decode(data: dict):
+    ((kind, content),) = data.items()
+    if kind == "leaf":
+        return Leaf(content)
+    if kind == "dict":
+        return {k: _decode(v) for k, v in content}
+    if kind == "tuple":
+        return tuple(_decode(v) for v in content)
+    if kind == "list":
+        return [_decode(v) for v in content]
+    return content

@@ -1,0 +1,103 @@
+"""Attention kernels against the reference: masks, bias, grouped queries, tiles that do not come out even."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kgraph import ops
+from kgraph.codegen.cpu import attention
+from kgraph.ir import Dim, TensorType, Value, make_node
+from kgraph.ops.attention import ATTENTION
+from tests.codegen.driver import host_target, run_node
+from tests.codegen.samples import check_sample, compare
+
+FEW = settings(max_examples=10, deadline=None, derandomize=True)
+N, L, S = (Dim.symbol(s) for s in "NLS")
+assert ops
+
+
+@pytest.mark.parametrize("sample", ATTENTION.samples(), ids=lambda s: s.name)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_samples(sample, parts):
+    check_sample(attention, ATTENTION, sample, parts)
+
+
+def arrays_for(batch, queries, keys, heads, key_heads, depth, value_depth, mask=None, bias=None, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = [(batch, queries, heads, depth), (batch, keys, key_heads, depth), (batch, keys, key_heads, value_depth)]
+    out = [rng.standard_normal(s).astype(TensorType((), dtype).np_dtype) for s in shapes]
+    if mask is not None:
+        out.append(rng.random(mask) < 0.7)
+    if bias is not None:
+        out.append(rng.standard_normal(bias).astype(out[0].dtype))
+    return out
+
+
+def run(arrays, declared=None, sizes=None, parts=1, target=None, **attrs):
+    declared = declared or [a.shape for a in arrays]
+    values = [
+        Value(TensorType(tuple(s), "bool" if a.dtype == bool else a.dtype.name)) for s, a in zip(declared, arrays)
+    ]
+    node = make_node(ATTENTION, values, attrs)
+    assert attention.accepts(node) is None
+    (y,) = run_node(attention.lower, node, arrays, sizes, parts, target)
+    wide = [a if a.dtype == bool else a.astype(np.float64) for a in arrays]
+    return y, ATTENTION.reference(*wide, **attrs)
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 300),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    depth=st.integers(1, 40),
+    value_depth=st.integers(1, 40),
+    is_causal=st.booleans(),
+    masks=st.tuples(st.booleans(), st.booleans()),
+    broadcast=st.lists(st.booleans(), min_size=4, max_size=4),
+    parts=st.integers(1, 3),
+)
+def test_any_shape(batch, queries, keys, heads, depth, value_depth, is_causal, masks, broadcast, parts):
+    full = (batch, heads[0], queries, keys)
+    extra = tuple(1 if one else n for one, n in zip(broadcast, full))
+    mask, bias = (extra if wanted else None for wanted in masks)
+    arrays = arrays_for(batch, queries, keys, *heads, depth, value_depth, mask, bias)
+    y, expected = run(arrays, parts=parts, scale=depth**-0.5, is_causal=is_causal, has_mask=masks[0], has_bias=masks[1])
+    compare(y, expected, 1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_symbolic_sizes_and_dtypes(dtype, is_causal):
+    arrays = arrays_for(2, 45, 600, 2, 2, 32, 64, (2, 1, 1, 600), dtype=dtype)
+    declared = [(N, L, 2, 32), (N, S, 2, 32), (N, S, 2, 64), (N, 1, 1, S)]
+    attrs = {"scale": 0.2, "is_causal": is_causal, "has_mask": True, "has_bias": False}
+    sizes = {"N": 2, "L": 45, "S": 600}
+    y, expected = run(arrays, declared, sizes, **attrs)
+    compare(y, expected, 1e-13 if dtype == "float64" else 1e-5)
+    for parts in (2, 3):
+        np.testing.assert_array_equal(run(arrays, declared, sizes, parts, **attrs)[0], y)
+
+
+def test_large_logits_and_nan():
+    arrays = arrays_for(1, 5, 20, 1, 1, 8, 8)
+    arrays[0] *= 1e4
+    arrays[1][0, 3] = 0
+    attrs = {"scale": 1.0, "is_causal": False, "has_mask": False, "has_bias": False}
+    y, expected = run(arrays, **attrs)
+    compare(y, expected, 1e-2)
+    arrays[0][0, 2] = np.nan
+    y, _ = run(arrays, **attrs)
+    assert np.isnan(y[0, 2]).all()
+    assert np.isfinite(np.delete(y, 2, 1)).all()
+
+
+def test_narrower_vectors():
+    arrays = arrays_for(1, 40, 50, 2, 1, 20, 24)
+    attrs = {"scale": 0.3, "is_causal": True, "has_mask": False, "has_bias": False}
+    y, expected = run(arrays, target=host_target(32), **attrs)
+    compare(y, expected, 1e-5)
