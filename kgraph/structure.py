@@ -88,7 +88,7 @@ class Structure:
 
     def _by_name_or_order(self, value) -> list | None:
         """Keras' Functional models also take a dict by input names, or any nesting with as many leaves."""
-        if isinstance(value, dict) and self.num_leaves and all(name in value for name in self.names):
+        if isinstance(value, dict) and self.num_leaves and set(value) == set(self.names):
             return [value[name] for name in self.names]
         leaves = _leaves(value)
         if len(leaves) == self.num_leaves and isinstance(value, (list, tuple, dict)):

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 import tempfile
 import time
@@ -31,27 +32,57 @@ _TOUCH_SECONDS = 3600.0
 _WRITES_PER_SWEEP = 200
 
 
-@functools.cache
-def source_digest() -> str:
-    """Digest of the sources that generate code: any change of them makes all earlier entries unreachable."""
-    import kgraph.runtime.layout as layout
-
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in [*sorted(root.rglob("*.py")), Path(layout.__file__)]:
-        digest.update(path.relative_to(root.parent).as_posix().encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+# Sources outside of kgraph.codegen that kernels' code depends on.
+_COMMON_SOURCES = ("kgraph.ir.types", "kgraph.codegen.compiler", "kgraph.runtime.layout")
+_IMPORT = re.compile(
+    r"^\s*(?:from\s+(kgraph[\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+(kgraph[\w.]*))", re.MULTILINE
+)
 
 
 @functools.cache
-def _environment_digest(target: Target) -> bytes:
-    return hashlib.sha256(repr((source_digest(), llvmlite.__version__, sys.platform, target)).encode()).digest()
+def source_digest(template: str) -> str:
+    """Digest of the sources behind a template's module: itself and what it imports of kgraph.codegen, at any depth.
+
+    Any change of them makes the earlier entries of its kernels unreachable.
+    """
+    module = f"kgraph.codegen.cpu.{template.partition(':')[0]}"
+    digests: dict[str, bytes] = {}
+    todo = [module, *_COMMON_SOURCES]
+    while todo:
+        name = todo.pop()
+        if name not in digests:
+            digests[name], imports = _source(name)
+            todo += [i for i in imports if i.startswith("kgraph.codegen")]
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+
+@functools.cache
+def _source(module: str) -> tuple[bytes, tuple[str, ...]]:
+    """Digest of a module's source, and the kgraph modules (or names in them) that it imports."""
+    root = Path(__file__).parent.parent
+    base = root.joinpath(*module.split(".")[1:])
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            break
+    else:  # a name in a module, or a module that is not a file of ours
+        return b"", ()
+    text = path.read_bytes()
+    imports = []
+    for origin, names, plain in _IMPORT.findall(text.decode()):
+        imports.append(origin or plain)
+        imports += [f"{origin}.{name.split()[0]}" for name in names.strip("()").split(",") if origin and name.split()]
+    return hashlib.sha256(text).digest(), tuple(imports)
+
+
+@functools.cache
+def _environment_digest(template: str, target: Target) -> bytes:
+    parts = (source_digest(template), llvmlite.__version__, sys.platform, target)
+    return hashlib.sha256(repr(parts).encode()).digest()
 
 
 def spec_key(spec: KernelSpec, target: Target | None = None) -> str:
     """Name of a kernel's entry: equal for equal specs, sources, LLVM and target, different otherwise."""
-    digest = hashlib.sha256(_environment_digest(target or host_target()))
+    digest = hashlib.sha256(_environment_digest(spec.template, target or host_target()))
     digest.update(repr((spec.name, spec.template, spec.params)).encode())
     return digest.hexdigest()[:40]
 

@@ -111,6 +111,8 @@ def initialize_llvm() -> None:
     """Make LLVM ready to generate code for this machine."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    # Without it, LLVM ends the process on a kernel with inline assembly.
+    llvm.initialize_native_asmparser()
 
 
 def _host_features() -> str:

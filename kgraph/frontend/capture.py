@@ -8,6 +8,7 @@ further outputs of the graph. Where the model's code needs the value of a size, 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ def signature(model, example: Any = None) -> tuple[Structure, dict[str, str]]:
 
 # -- signatures --------------------------------------------------------------------------------------------------------
 class _Symbols:
-    """Names for the unknown sizes of inputs: N for the batch, L<axis> for other axes of the first input that has one."""
+    """Names for the unknown sizes of inputs: N for the batch, L<axis> (then L<axis>_2 ...) for other axes."""
 
     def __init__(self):
         self.origins: dict[str, str] = {}
@@ -158,14 +159,33 @@ def _path_name(path: tuple, default: str) -> str:
     return "_".join(str(p) for p in path) if path else default
 
 
+def _input_name(tensor) -> str:
+    """The name that the user gave an input, or else that of its layer."""
+    history = getattr(tensor, "_keras_history", None)
+    if tensor.name.startswith("keras_tensor") and history is not None:
+        return history.operation.name
+    return tensor.name
+
+
+def _argument_name(parameters: list[str], path: tuple, count: int) -> str:
+    """A name for the leaf at a path `(0, position, ...)` or `(1, keyword, ...)` of a call's arguments."""
+    kind, place, *rest = path
+    if kind == 0:
+        place = parameters[place] if place < len(parameters) else place
+    return _path_name(tuple(rest), str(place)) if count == 1 else _path_name((place, *rest), "x")
+
+
 def _declared_signature(declared) -> tuple[Structure, dict]:
     """Of a Functional model, from its KerasTensors."""
     symbols = _Symbols()
 
     def describe(leaf, path):
         if leaf.sparse or leaf.ragged:
-            raise UnsupportedError(f"input {leaf.name!r} is {'sparse' if leaf.sparse else 'ragged'}; kgraph takes dense")
-        return leaf.name, TensorType(symbols.shape(leaf.shape, leaf.name), leaf.dtype)
+            raise UnsupportedError(
+                f"input {leaf.name!r} is {'sparse' if leaf.sparse else 'ragged'}; kgraph takes dense"
+            )
+        name = _input_name(leaf)
+        return name, TensorType(symbols.shape(leaf.shape, name), leaf.dtype)
 
     is_leaf = lambda x: isinstance(x, keras.KerasTensor)
     structure, leaves = Structure.of(((declared,), {}), is_leaf, describe, call=True)
@@ -178,12 +198,13 @@ def _declared_signature(declared) -> tuple[Structure, dict]:
 
 def _example_signature(model, example) -> tuple[Structure, dict]:
     arguments = example if isinstance(example, Arguments) else Arguments(example)
+    parameters = list(inspect.signature(getattr(model, "call", model)).parameters)
     symbols = _Symbols()
 
     def describe(leaf, path):
         if not isinstance(leaf, keras.KerasTensor):
             leaf = core.convert_to_tensor(leaf)
-        name = _path_name(path[1:] if len(arguments.args) > 1 or path[0] == 1 else path[2:], "x")
+        name = _argument_name(parameters, path, len(arguments.args) + len(arguments.kwargs))
         shape = tuple(leaf.shape)
         if shape and shape[0] is not None:
             shape = (None, *shape[1:])

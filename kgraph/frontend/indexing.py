@@ -9,7 +9,8 @@ import numpy as np
 from kgraph import ops
 from kgraph.errors import CaptureError, ShapeError
 from kgraph.frontend.tracer import TracedArray
-from kgraph.ir import Dim
+from kgraph.ir import Dim, TensorType
+from kgraph.ops.common import broadcast_shapes
 
 
 def get_item(x, key):
@@ -123,7 +124,9 @@ def _slice_bounds(item: builtins.slice, size) -> tuple:
     if item.start is None and item.stop is None and step == -1:
         return 0, size, 1, True
     # The same elements from the other end: reverse the axis, then slice forward.
-    raise ShapeError(f"slice {item} with a negative step of an axis of symbolic size {size}; reverse it with [::-1] first")
+    raise ShapeError(
+        f"slice {item} with a negative step of an axis of symbolic size {size}; reverse it with [::-1] first"
+    )
 
 
 def _slice_axes(x, entries):
@@ -178,9 +181,7 @@ def _basic(x, entries):
 
 
 def _broadcast(arrays: list) -> tuple[list, tuple]:
-    from kgraph.ops.rules import broadcast_shapes
-
-    shape = broadcast_shapes(*[tuple(a.shape) for a in arrays])
+    shape = broadcast_shapes("indexing", *[TensorType(tuple(a.shape), a.dtype.name) for a in arrays])
     return [a if tuple(a.shape) == shape else ops.broadcast_to(a, shape=shape) for a in arrays], shape
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from kgraph import ops
 from kgraph.errors import ShapeError
 from kgraph.ir import (
-    PRIMITIVES,
     Graph,
     NotDifferentiable,
     Primitive,
     Sample,
     TensorType,
-    Value,
     bind,
     register,
     type_of,
 )
-from kgraph.ops.common import size_attr, sizes_differ, uniform
+from kgraph.ops.common import INEXACT, dtype_of, size_attr, sizes_differ, uniform, zeros_like
+from kgraph.ops.region_gradient import pull_back, record_region, replay, transposed_region
 from kgraph.ops.regions import result_types, run
 from kgraph.ops.rules import dtype_error, shape_error
 
@@ -31,14 +31,6 @@ def _require_types(name: str, what: str, got, expected) -> None:
     ):
         text = "({}) and ({})".format(", ".join(map(str, got)), ", ".join(map(str, expected)))
         raise ShapeError(f"{name}: {what} must have one type: {text}")
-
-
-def _region(types, build, name: str) -> Graph:
-    """A graph over inputs of `types` with what `build(add, *values)` adds to it; it gives the outputs."""
-    graph = Graph([Value(t, name=f"x{i}") for i, t in enumerate(types)], name=name)
-    add = lambda primitive, *values, **attrs: graph.add(PRIMITIVES[primitive], values, **attrs)
-    graph.outputs = list(build(add, *graph.inputs))
-    return graph
 
 
 # -- while ------------------------------------------------------------------------------------------------------------
@@ -61,14 +53,8 @@ def _reference_while(*arrays, cond, body):
 def _samples_while():
     values = (np.array(0, np.int32), uniform((3, 5)))
     types = [type_of(a) for a in values]
-    limit = lambda count: _region(
-        types, lambda add, i, x: [add("lt", i, add("constant", value=np.array(count, np.int32)))], "cond"
-    )
-    body = _region(
-        types,
-        lambda add, i, x: [add("add", i, add("constant", value=np.array(1, np.int32))), add("sin", add("add", x, x))],
-        "body",
-    )
+    limit = lambda count: record_region("cond", types, lambda i, x: [ops.lt(i, np.int32(count))])
+    body = record_region("body", types, lambda i, x: [ops.add(i, np.int32(1)), ops.sin(ops.add(x, x))])
     return [
         Sample(values, {"cond": limit(4), "body": body}, "counted"),
         Sample(values, {"cond": limit(0), "body": body}, "no iteration"),
@@ -114,14 +100,29 @@ def _reference_cond(index, *arrays, branches):
     return run("cond", branches[min(max(int(index), 0), len(branches) - 1)], arrays)
 
 
+def _floats(values) -> list[int]:
+    """Positions of the values that carry derivatives."""
+    return [i for i, x in enumerate(values) if dtype_of(x) in INEXACT]
+
+
+def _gradient_cond(cotangents, inputs, outputs, *, branches):
+    """Another `cond`, between the branches' transposes."""
+    index, *operands = inputs
+    results = _floats(outputs)
+    transposes = tuple(transposed_region(branch, results) for branch in branches)
+    found = ops.cond(index, *operands, *(cotangents[i] for i in results), branches=transposes)
+    by_position = dict(zip(_floats(operands), found, strict=True))
+    return (None, *(by_position.get(i) for i in range(len(operands))))
+
+
 def _samples_cond():
     values = (uniform((3, 5)), uniform((5,), seed=1))
     types = [type_of(a) for a in values]
     branches = (
-        _region(types, lambda add, x, y: [add("add", x, y)], "false"),
-        _region(types, lambda add, x, y: [add("mul", add("sin", x), y)], "true"),
+        record_region("false", types, lambda x, y: [ops.add(x, y)]),
+        record_region("true", types, lambda x, y: [ops.mul(ops.sin(x), y)]),
     )
-    third = _region(types, lambda add, x, y: [add("neg", x)], "third")
+    third = record_region("third", types, lambda x, y: [ops.neg(x)])
     return [
         Sample((np.array(True), *values), {"branches": branches}, "true"),
         Sample((np.array(False), *values), {"branches": branches}, "false"),
@@ -135,7 +136,7 @@ COND = register(
         name="cond",
         infer=_infer_cond,
         reference=_reference_cond,
-        gradient=NotDifferentiable("native rule pending"),
+        gradient=_gradient_cond,
         traits=frozenset({"control"}),
         samples=_samples_cond,
         tolerance=1e-5,
@@ -185,23 +186,82 @@ def _reference_scan(*arrays, body, num_carry, num_xs, length, reverse):
     return (*carries, *stacks)
 
 
+def _gradient_scan(cotangents, inputs, outputs, *, body, num_carry, num_xs, length, reverse):
+    """A scan that computes the carries again and keeps them, then one through the body's transpose the other way."""
+    steps = {"num_carry": num_carry, "num_xs": num_xs, "length": length, "reverse": reverse}
+    carries, xs, constants = _split(inputs, num_carry, num_xs)
+    types = [v.type for v in body.inputs]
+
+    def keeping_body(*operands):
+        return [*replay(body, operands)[0][:num_carry], *operands[:num_carry]]
+
+    keeping = record_region(f"{body.name}_carries", types, keeping_body)
+    kept = ops.scan(*inputs, body=keeping, **steps)[num_carry:]
+
+    # Operands of a backward step: cotangents of the float carries, sums for the float constants; then per element the
+    # carries, the sequences, the cotangents of the float results; then the constants.
+    float_carries, float_xs, float_constants = _floats(carries), _floats(xs), _floats(constants)
+    float_ys = [i for i in _floats(outputs) if i >= num_carry]
+    first_constant = num_carry + num_xs
+    backward_types = [types[i] for i in float_carries] + [types[first_constant + i] for i in float_constants]
+    backward_types += [*types[:first_constant], *(body.outputs[i].type for i in float_ys), *types[first_constant:]]
+    held, summed = len(float_carries), len(float_constants)
+
+    def backward_body(*operands):
+        to_carries, sums = operands[:held], operands[held : held + summed]
+        elements = operands[held + summed : held + summed + first_constant]
+        rest = operands[held + summed + first_constant :]
+        to_ys, own_constants = rest[: len(float_ys)], rest[len(float_ys) :]
+        own = (*elements, *own_constants)
+        _, values = replay(body, own)
+        given = dict(zip((*float_carries, *float_ys), (*to_carries, *to_ys)))
+        found = pull_back(body, values, [given.get(i) for i in range(len(body.outputs))])
+        found = [zeros_like(x) if c is None else c for c, x in zip(found, own)]
+        new_sums = [ops.add(a, found[first_constant + i]) for a, i in zip(sums, float_constants)]
+        return [*(found[i] for i in float_carries), *new_sums, *(found[num_carry + i] for i in float_xs)]
+
+    backward = record_region(f"{body.name}_gradient", backward_types, backward_body)
+    results = ops.scan(
+        *(cotangents[i] for i in float_carries),
+        *(zeros_like(constants[i]) for i in float_constants),
+        *kept,
+        *xs,
+        *(cotangents[i] for i in float_ys),
+        *constants,
+        body=backward,
+        num_carry=held + summed,
+        num_xs=first_constant + len(float_ys),
+        length=length,
+        reverse=not reverse,
+    )
+    out: list = [None] * len(inputs)
+    positions = [*float_carries, *(first_constant + i for i in float_constants), *(num_carry + i for i in float_xs)]
+    for position, cotangent in zip(positions, results, strict=True):
+        out[position] = cotangent
+    return tuple(out)
+
+
 def _samples_scan():
     def sample(name, arrays, num_carry, num_xs, length, build, reverse=False):
         carries, xs, constants = _split(arrays, num_carry, num_xs)
         types = [type_of(a) for a in (*carries, *(np.zeros(x.shape[1:], x.dtype) for x in xs), *constants)]
-        attrs = {"body": _region(types, build, "body"), "num_carry": num_carry, "num_xs": num_xs}
+        attrs = {"body": record_region("body", types, build), "num_carry": num_carry, "num_xs": num_xs}
         return Sample(arrays, {**attrs, "length": length, "reverse": reverse}, name)
 
-    def cell(add, state, x, w):
-        new = add("tanh", add("add", add("mul", state, w), x))
-        return [new, add("mul", new, x)]
+    def cell(state, x, w):
+        new = ops.tanh(ops.add(ops.mul(state, w), x))
+        return [new, ops.mul(new, x)]
+
+    def counting(count, state, x, w):
+        return [ops.add(count, np.int32(1)), ops.mul(ops.add(state, x), w), ops.convert(count, dtype="float32")]
 
     arrays = (uniform((3,)), uniform((5, 3), seed=1), uniform((3,), seed=2))
     return [
         sample("forward", arrays, 1, 1, 5, cell),
         sample("backward", arrays, 1, 1, 5, cell, reverse=True),
-        sample("no sequence", (uniform((3,)),), 1, 0, 4, lambda add, s: [add("sin", s), add("mul", s, s)]),
-        sample("no carry", (uniform((4, 3)),), 0, 1, 4, lambda add, x: [add("exp", x)]),
+        sample("no sequence", (uniform((3,)),), 1, 0, 4, lambda s: [ops.sin(s), ops.mul(s, s)]),
+        sample("no carry", (uniform((4, 3)),), 0, 1, 4, lambda x: [ops.exp(x)]),
+        sample("an integer among the carries", (np.array(3, np.int32), *arrays), 2, 1, 5, counting),
         sample("no steps", (uniform((3,)), uniform((0, 3)), uniform((3,), seed=2)), 1, 1, 0, cell),
     ]
 
@@ -211,7 +271,7 @@ SCAN = register(
         name="scan",
         infer=_infer_scan,
         reference=_reference_scan,
-        gradient=NotDifferentiable("native rule pending"),
+        gradient=_gradient_scan,
         traits=frozenset({"control"}),
         samples=_samples_scan,
         tolerance=1e-5,

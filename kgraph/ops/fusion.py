@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from kgraph.ir import PRIMITIVES, Graph, NotDifferentiable, Primitive, Sample, Value, bind, register, type_of
+from kgraph import ops
+from kgraph.ir import Graph, NotDifferentiable, Primitive, Sample, bind, register, type_of
 from kgraph.ops.common import uniform
 from kgraph.ops.packing import unpack_reference
+from kgraph.ops.region_gradient import record_region
 from kgraph.ops.regions import result_types, run
 
 __all__ = ["fusion"]
@@ -29,37 +31,20 @@ def _reference(*arrays, kind, body, packed=()):
 
 
 def _sample(name: str, kind: str, arrays: tuple, build) -> Sample:
-    """A sample whose body is what `build(graph, *values)` adds to a graph; it gives the outputs."""
-    graph = Graph([Value(type_of(a), name=f"x{i}") for i, a in enumerate(arrays)], name=kind)
-    graph.outputs = list(build(graph, *graph.inputs))
-    return Sample(arrays, {"kind": kind, "body": graph}, name)
+    """A sample whose body is `build` applied to values of the arrays' types."""
+    return Sample(arrays, {"kind": kind, "body": record_region(kind, [type_of(a) for a in arrays], build)}, name)
 
 
 def _samples():
-    add = lambda g, name, *values, **attrs: g.add(PRIMITIVES[name], values, **attrs)
     row, matrix = uniform((5,), seed=1), uniform((3, 5))
-    dot = {"lhs_contract": (1,), "rhs_contract": (0,), "lhs_batch": (), "rhs_batch": ()}
+    weights = uniform((5, 4), seed=2), uniform((4,), seed=3)
+    norm = lambda x: [ops.sqrt(ops.reduce_sum(ops.mul(x, x), axes=(1,), keepdims=False))]
     return [
-        _sample("chain", "loop", (matrix, row), lambda g, x, y: [add(g, "tanh", add(g, "mul", x, y))]),
-        _sample(
-            "two results",
-            "loop",
-            (matrix, matrix + 1),
-            lambda g, x, y: [s := add(g, "add", x, y), add(g, "exp", s)],
-        ),
-        _sample(
-            "reduction",
-            "reduce",
-            (matrix,),
-            lambda g, x: [add(g, "sqrt", add(g, "reduce_sum", add(g, "mul", x, x), axes=(1,), keepdims=False))],
-        ),
-        _sample(
-            "dense",
-            "dot",
-            (matrix, uniform((5, 4), seed=2), uniform((4,), seed=3)),
-            lambda g, x, w, b: [add(g, "relu", add(g, "add", add(g, "dot_general", x, w, **dot), b))],
-        ),
-        _sample("empty", "loop", (np.zeros((0, 5), np.float32), row), lambda g, x, y: [add(g, "mul", x, y)]),
+        _sample("chain", "loop", (matrix, row), lambda x, y: [ops.tanh(ops.mul(x, y))]),
+        _sample("two results", "loop", (matrix, matrix + 1), lambda x, y: [s := ops.add(x, y), ops.exp(s)]),
+        _sample("reduction", "reduce", (matrix,), norm),
+        _sample("dense", "dot", (matrix, *weights), lambda x, w, b: [ops.relu(ops.add(ops.matmul(x, w), b))]),
+        _sample("empty", "loop", (np.zeros((0, 5), np.float32), row), lambda x, y: [ops.mul(x, y)]),
     ]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from kgraph import ops
 from kgraph.errors import DimDecisionError, ShapeError
-from kgraph.ir import Dim, Primitive, Sample, TensorType, bind, register
+from kgraph.ir import Primitive, Sample, TensorType, bind, register
 from kgraph.ir.dims import product
 from kgraph.ops.common import (
     Array,
@@ -72,12 +72,11 @@ def _fill_unknown(old: tuple, new: tuple) -> tuple:
     require(len(where) == 1, lambda: f"reshape: at most one size may be -1, got {new}")
     known = product(s for i, s in enumerate(new) if i != where[0])
     total = product(old)
+    require(known != 0, lambda: f"reshape: the size for -1 in {new} is not determined for the shape {old}")
     try:
-        exact = total // known if isinstance(known, Dim) else None
-        if exact is None:
-            require(known != 0, lambda: f"reshape: the size for -1 in {new} is not determined for the shape {old}")
-            exact = total // known
-            require(exact * known == total, lambda: f"reshape: {old} with {total} elements does not fit {new}")
+        exact = total // known
+        inexact = sizes_differ(exact * known, total)
+        require(not inexact, lambda: f"reshape: {old} with {total} elements does not fit {new}")
     except DimDecisionError:
         raise DimDecisionError(f"reshape: the size for -1 in {new} is not a polynomial in the sizes of {old}") from None
     return (*new[: where[0]], exact, *new[where[0] + 1 :])

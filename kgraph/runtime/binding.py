@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # NumPy's flags C_CONTIGUOUS and ALIGNED.
 _DENSE = 0x101
+# Contexts kept for later calls; more arise, and go again, while more calls are in flight at once.
+_MAX_WAITING_CONTEXTS = 32
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Binding:
             if buffer.kind == "dim":
                 self.constants[b] = np.array(value(buffer.value), dtype=program.dtypes[b])
         self.param_slots = [(i, place) for i, place in enumerate(self.table.slots) if place.space == "param"]
-        self._free: deque[Context] = deque()
+        self._free: deque[Context] = deque(maxlen=_MAX_WAITING_CONTEXTS)
         self._input_dtypes = [program.dtypes[b] for b in program.inputs]
         self._outputs = [(self.storage.shapes[b], program.dtypes[b]) for b in program.outputs]
         # Outputs that are copied after the run: (output number, buffer id).
@@ -177,7 +179,10 @@ class Binding:
                     return slow(arrays)
                 self.used = True
                 result = empty(shape, out_dtype)
-                context = free.pop() if free else new_context()
+                try:
+                    context = free.pop()
+                except IndexError:
+                    context = new_context()
                 if context.params is not program.values:
                     context.set_params(program.values)
                 words = context.words
@@ -221,8 +226,9 @@ class Binding:
         if own:
             context = self._context()
         _set_externals(context, arrays, results)
-        for segment in self.table.segments:
+        for number, segment in enumerate(self.table.segments):
             if segment.host is None:
+                context.put(layout.CONTEXT_EPOCH, context.epochs + number * layout.LINE)
                 context.put(layout.CONTEXT_FIRST, segment.first)
                 context.put(layout.CONTEXT_LAST, segment.last)
                 context.put(layout.CONTEXT_THREADS, segment.threads)

@@ -43,10 +43,22 @@ class Context:
 
     words: the native context, then a word per input and output, then the operand slots.
     address: where `words` lie. arena: the temporaries. params: the parameters that the slots point to.
+    epochs: where the counts of runs lie, one per segment, a line apart.
     profile: whether all threads meet before every step, so that its time is its own.
     """
 
-    __slots__ = ("_counters", "_memory", "_records", "_slots", "address", "arena", "binding", "params", "words")
+    __slots__ = (
+        "_counters",
+        "_memory",
+        "_records",
+        "_slots",
+        "address",
+        "arena",
+        "binding",
+        "epochs",
+        "params",
+        "words",
+    )
 
     def __init__(self, binding: Binding, profile: bool = False):
         self.binding = binding
@@ -62,8 +74,9 @@ class Context:
         self.arena = self._memory[:arena]
         self._records, groups = table.meeting_everywhere() if profile else (table.words, table.num_groups)
         claims = table.num_claims * layout.LINE
-        self._counters = _aligned(np.zeros, claims + groups * layout.LINE)
+        self._counters = _aligned(np.zeros, claims + (groups + len(table.segments)) * layout.LINE)
         counters = self._counters.ctypes.data
+        self.epochs = counters + claims + groups * layout.LINE
         for offset, value in {
             layout.CONTEXT_STEPS: self._records.buffer_info()[0],
             layout.CONTEXT_LAST: table.num_native,
@@ -78,6 +91,7 @@ class Context:
             layout.CONTEXT_NUM_PATCHES: table.num_patches,
             layout.CONTEXT_CLAIMS: counters,
             layout.CONTEXT_DONE: counters + claims,
+            layout.CONTEXT_EPOCH: self.epochs,
         }.items():
             self.put(offset, value)
         addresses = {b: a.ctypes.data for b, a in binding.constants.items()}

@@ -24,7 +24,7 @@ CONTEXT_EXTERNAL_OFFSET = (
 CONTEXT_PATCHES = 80  # address of the patch records, shared
 CONTEXT_NUM_PATCHES = 88
 CONTEXT_PROFILE = 96  # address of two time stamps (ns) per step; 0 = off
-CONTEXT_EPOCH = 104  # how many times steps of this context were run by several threads
+CONTEXT_EPOCH = 104  # address of a word: how many times the steps to run were run by several threads
 CONTEXT_CLAIMS = 112  # address of the claim counters (i64, a line each): one per step and thread that owns chunks of it
 CONTEXT_DONE = 120  # address of the completion counters (i32, futex, a line each), one per group of steps
 CONTEXT_BYTES = 128

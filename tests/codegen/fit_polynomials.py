@@ -192,8 +192,8 @@ FITS = [
     ("ERF_SMALL_F64", erf_odd, 0, 1, 13, "erf(x)/x - 1, z = x^2, |x| <= 1"),
     ("CBRT_START", lambda x: x ** (mpf(1) / 3), SQRT_HALF * mpf("0.99"), 5.7, 4, "cube root"),
     ("ERF_INV_SMALL", erf_inv_odd, 0, 0.5627, 22, "erf_inv(x)/x, z = x^2, |x| <= 0.75"),
-    ("ERF_INV_MIDDLE", erf_inv_tail, 1.17, 3.1, 18, "erf_inv(1 - exp(-q^2)) / q"),
-    ("ERF_INV_LARGE", erf_inv_tail, 3, 6.1, 16, "erf_inv(1 - exp(-q^2)) / q"),
+    ("ERF_INV_MIDDLE", lambda t: erf_inv_tail(t + 2), -0.83, 1.1, 24, "erf_inv(1 - exp(-q^2)) / q, t = q - 2"),
+    ("ERF_INV_LARGE", lambda t: erf_inv_tail(t + 4.5), -1.5, 1.6, 20, "erf_inv(1 - exp(-q^2)) / q, t = q - 4.5"),
     ("ERFC_F64", erfc_scaled, -0.8, 0.75, 22, "erfc(x) exp(x^2) (1 + 2x), t = (x-4)/(x+4), 0.44 <= x <= 28"),
 ]
 

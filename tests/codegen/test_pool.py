@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kgraph import ops
-from kgraph.codegen.cpu import pool
+from kgraph.codegen.cpu import pool, pool_gradient
 from kgraph.ir import PRIMITIVES, Dim, Graph, Node, TensorType, Value, make_node, type_of
 from kgraph.ops import pooling
 from tests.codegen.driver import run_node
@@ -111,3 +111,27 @@ def test_refuses_operand_that_spans_part_of_a_group():
     types = [v.type for v in graph.outputs]
     node = Node(PRIMITIVES["fusion"], [Value(v.type) for v in graph.inputs], {"kind": "pool", "body": graph}, types)
     assert "epilogue operand" in pool.accepts(node)
+
+
+# -- the gradient of maxima -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sample", pooling.SELECT_AND_SCATTER_ADD.samples(), ids=lambda s: s.name)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradient_samples(sample, parts):
+    check_sample(pool_gradient, pooling.SELECT_AND_SCATTER_ADD, sample, parts)
+
+
+@pytest.mark.parametrize("kind", ["max", "min"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32"])
+def test_gradient_with_ties_and_symbolic_sizes(kind, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 4, (2, 9, 8, 20)).astype(dtype)
+    if dtype != "int32":
+        x[rng.random(x.shape) < 0.05] = np.nan
+    source = rng.integers(-9, 9, (2, 5, 4, 20)).astype(dtype)
+    attrs = {"kind": kind, "window": (1, 3, 3, 1), "strides": (1, 2, 2, 1),
+             "padding": ((0, 0), (1, 1), (0, 1), (0, 0)), **UNDILATED}  # fmt: skip
+    values = [Value(TensorType(s, dtype)) for s in ((N, 9, L, 20), (N, 5, (L - 2) // 2 + 1, 20))]
+    node = Node(pooling.SELECT_AND_SCATTER_ADD, values, attrs, [values[0].type])
+    assert pool_gradient.accepts(node) is None
+    (y,) = run_node(pool_gradient.lower, node, [x, source], {"N": 2, "L": 8}, 3)
+    compare(y, pooling.SELECT_AND_SCATTER_ADD.reference(x, source, **attrs), 1e-6)

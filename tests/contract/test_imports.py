@@ -17,7 +17,7 @@ ALLOWED = {
     "passes": {"passes", "ops", "ir", "errors"},
     "codegen": {"codegen", "passes", "ops", "ir", "errors", "runtime"},
     "runtime": {"runtime", "errors", "ir"},
-    "frontend": {"frontend", "ops", "ir", "errors"},
+    "frontend": {"frontend", "ops", "ir", "errors", "structure"},
 }
 # Text that another room supplies when asked for: imported inside a function.
 LAZY = {("ir", "ops")}

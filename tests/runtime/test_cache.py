@@ -108,10 +108,23 @@ def test_key_depends_on_everything(monkeypatch):
     keys.add(spec_key(base, dataclasses.replace(target, features="+sse2")))
     keys.add(spec_key(base, dataclasses.replace(target, l2_bytes=1)))
     cache_module._environment_digest.cache_clear()
-    monkeypatch.setattr(cache_module, "source_digest", lambda: "other sources")
+    monkeypatch.setattr(cache_module, "source_digest", lambda template: "other sources")
     keys.add(spec_key(base, target))
     cache_module._environment_digest.cache_clear()
     assert len(keys) == 9
+
+
+def test_sources_behind_a_template():
+    executor = cache_module.source_digest("executor:render")
+    assert executor == cache_module.source_digest("executor:other")
+    assert executor != cache_module.source_digest("gemm:render")
+    _, imports = cache_module._source("kgraph.codegen.cpu.executor")
+    assert "kgraph.runtime.layout" in imports
+    _, imports = cache_module._source("kgraph.codegen.cpu.gemm")
+    assert any(name.startswith("kgraph.codegen.cpu.") for name in imports)
+    # Imports in all forms, and those within functions.
+    text = "from kgraph.a import (\n    b,\n    c as d,\n)\n    import kgraph.e\nfrom kgraph.f import g, h  # x\n"
+    assert [m[0] or m[2] for m in cache_module._IMPORT.findall(text)] == ["kgraph.a", "kgraph.e", "kgraph.f"]
 
 
 def test_hits_and_misses_are_counted(tmp_path, monkeypatch):

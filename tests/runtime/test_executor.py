@@ -15,7 +15,7 @@ from kgraph.codegen.compiler import compile_ir
 from kgraph.codegen.cpu.executor import executor_object
 from kgraph.runtime import threads
 from kgraph.runtime.loader import Library
-from kgraph.runtime.plan import Buffer, NativeStep, Program
+from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
 from kgraph.runtime.schedule import StepCost, choose_chunks, choose_threads, place_barriers
 
 
@@ -64,6 +64,24 @@ def test_serial_and_parallel_steps_mix(num_threads):
     assert {s.threads for s in p.bind({"N": 200}).steps} == {1, 2}
     for _ in range(300):
         np.testing.assert_array_equal(p([x])[0], expected)
+
+
+def test_host_steps_between_parallel_steps(num_threads):
+    num_threads(2)
+    buffers = [Buffer("input", (N,), "float32")] + [Buffer("temporary", (N,), "float32") for _ in range(9)]
+    steps = []
+    for i in range(9):
+        if i % 3 == 2:
+            steps.append(HostStep(lambda arrays, sizes: [arrays[0] * 2], (i, i + 1), 1))
+        else:
+            steps.append(NativeStep("add_one", (i, i + 1), 1, N, flops=HEAVY))
+    p = program(buffers, steps, (0,), (9,))
+    x = np.arange(1000, dtype=np.float32)
+    expected = (((x + 2) * 2 + 2) * 2 + 2) * 2
+    for _ in range(200):
+        np.testing.assert_array_equal(p([x])[0], expected)
+    assert p.bind({"N": 1000}).threads == 2
+    np.testing.assert_array_equal(p.profile([x])[0][0], expected)
 
 
 def test_more_threads_than_cores_make_progress(num_threads):

@@ -590,9 +590,7 @@ class KernelBuilder:
             found = ir.GlobalVariable(self.module, ir.ArrayType(kind, len(values)), name)
             found.initializer = ir.Constant(found.value_type, [ir.Constant(kind, v) for v in values])
             found.linkage, found.global_constant = "private", True
-        address = self.ir.gep(
-            found, [ir.Constant(I64, 0)], inbounds=True, source_etype=kind
-        )
+        address = self.ir.gep(found, [ir.Constant(I64, 0)], inbounds=True, source_etype=kind)
         address.type = PTR
         return Pointer(self, address, dtype, name)
 

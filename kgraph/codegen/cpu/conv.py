@@ -33,6 +33,7 @@ DEPTH = 1600  # steps of k between which sums stay in registers, where there are
 PATCH_BYTES = 400 << 10  # of input that a unit keeps in the second-level cache
 PIXELS = 196  # output positions of a unit, about
 MOST_PHASES = 16
+FEWEST_UNITS = 16  # below, blocks are halved, although each half copies its border of the input again
 
 
 def accepts(node: Node) -> str | None:
@@ -218,7 +219,7 @@ def _lower_implicit(parts: Parts, target) -> list[KernelCall]:
     tile, block = _blocking(counts[0], combinations[0], pixel_pitch * itemsize(accumulate), tile_pixels)
     panels = -(-filters // (vectors * lanes))
     places = _places(images, groups, counts[0], block)
-    while block[0] >= 2 * tile[0] and places * panels < gemm.UNITS and block[0] * block[1] >= 4 * tile_pixels:
+    while block[0] >= 2 * tile[0] and places * panels < FEWEST_UNITS and block[0] * block[1] >= 4 * tile_pixels:
         block = (-(-block[0] // (2 * tile[0])) * tile[0], block[1])
         places = _places(images, groups, counts[0], block)
     group = max(min(panels, panels * places // gemm.UNITS), 1)
@@ -503,8 +504,9 @@ class _Conv:
                 a = self.copy + a_offset
                 self._tiles(a, at + b_rows * width, sums, vectors, masked, rows, cols, pixel, out, first, last)
 
-        with b.loop(begin, b.min(end, whole)) as panel:
-            chunks(panel, panels.vectors, False)
+        if whole:
+            with b.loop(begin, b.min(end, whole)) as panel:
+                chunks(panel, panels.vectors, False)
         if panels.columns % panels.width:
             with b.if_then(b.int(end) > whole):
                 chunks(whole, panels.tail_vectors, panels.columns % plan.lanes != 0)

@@ -9,8 +9,8 @@ its own and then what others have not begun. So a thread that wakes late or lose
 at most, and usually by nothing, while caches stay warm as under a fixed partition. Where the plan says so, a thread
 waits before a step until the chunks of all earlier steps are done.
 
-Claims and completions are counted by words that only grow, against goals that grow with the number of calls of a
-context: nothing is reset between calls. Waiting is spinning for a bounded time, then sleeping in the kernel (futex). A
+Claims and completions are counted by words that only grow, against goals that grow with the number of times that these
+steps were run: nothing is reset between calls. Waiting is spinning for a bounded time, then sleeping in the kernel (futex). A
 second caller that finds the pool busy runs all steps alone.
 """
 
@@ -176,7 +176,8 @@ prepare:
   %grain.p = getelementptr i8, ptr %step, i64 $STEP_GRAIN
   %grain = load i64, ptr %grain.p
   %grains = udiv i64 %extent, %grain
-  %epoch.p = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.pp = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.p = load ptr, ptr %epoch.pp
   %epoch = load i64, ptr %epoch.p
   %base = mul i64 %epoch, %per_thread
   %limit = add i64 %base, %per_thread
@@ -234,7 +235,8 @@ entry:
   %done.offset.p = getelementptr i8, ptr %step, i64 $STEP_GROUP
   %done.offset = load i64, ptr %done.offset.p
   %done.p = getelementptr i8, ptr %all_done, i64 %done.offset
-  %epoch.p = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.pp = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.p = load ptr, ptr %epoch.pp
   %epoch = load i64, ptr %epoch.p
   %total.p = getelementptr i8, ptr %step, i64 $STEP_GROUP_CHUNKS
   %total = load i64, ptr %total.p
@@ -414,7 +416,8 @@ wait:
   call void @wait_while_equal(ptr %state, i32 %inside, i64 %spin, ptr %join.sleeping)
   br label %join
 done:
-  %epoch.p = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.pp = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.p = load ptr, ptr %epoch.pp
   %epoch = load i64, ptr %epoch.p
   %epoch.next = add i64 %epoch, 1
   store i64 %epoch.next, ptr %epoch.p

@@ -35,8 +35,6 @@ def refuses(node: Node) -> str | None:
         return "a constant of several elements has to be an operand"
     if node.name == "bitcast_convert" and node.inputs[0].type.itemsize != node.output.type.itemsize:
         return "bitcast_convert between element sizes"
-    if node.name == "nextafter" and node.output.dtype in ("float16", "bfloat16"):
-        return f"no scalar code for nextafter of {node.output.dtype}"
     return None
 
 
@@ -135,11 +133,9 @@ def name(expression: Expression, limit: int = 4) -> str:
 
 def emit(b: KernelBuilder, expression: Expression, inputs: Sequence[ir.Value]) -> list[ir.Value]:
     """Code of the expression on values in compute form, all of one lane count; gives the outputs in compute form."""
-    input_dtypes, instructions, outputs = expression
-    if len(inputs) != len(input_dtypes):
-        raise ValueError(f"the expression has {len(input_dtypes)} inputs, got {len(inputs)} values")
-    width = lanes_of(inputs[0]) if inputs else 1
-    return emit_lanes(b, expression, inputs, width)
+    if len(inputs) != len(expression[0]):
+        raise ValueError(f"the expression has {len(expression[0])} inputs, got {len(inputs)} values")
+    return emit_lanes(b, expression, inputs, lanes_of(inputs[0]) if inputs else 1)
 
 
 def emit_lanes(b: KernelBuilder, expression: Expression, inputs: Sequence[ir.Value], width: int) -> list[ir.Value]:

@@ -14,7 +14,7 @@ Interface for the layout pass: for a node whose second operand is a weight, `pac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -123,8 +123,8 @@ class GemmPlan(NamedTuple):
     (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
     row by row, "columns" column by column (A is contiguous along M). block: rows of a unit. chunk: steps of k between
-    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. tile: rows of a full tile.
-    vectors: of a full panel.
+    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. row_tiles: see
+    `TileRange`. vectors: of a full panel.
     """
 
     accumulate: str
@@ -143,7 +143,7 @@ class GemmPlan(NamedTuple):
     chunk: int
     group: int
     lanes: int
-    tile: int
+    row_tiles: tuple
     vectors: int
     epilogue: tuple
 
@@ -165,7 +165,7 @@ class GemmPlan(NamedTuple):
 
     @property
     def sums_bytes(self) -> int:
-        count = self.group * self.block if self.chunked else self.tile
+        count = self.group * self.block if self.chunked else max(self.row_tiles, default=0)
         return count * self.vectors * self.lanes * itemsize(self.accumulate)
 
 
@@ -210,6 +210,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     copy = _copy_mode(a, rows, columns, depth, accumulate)
     chunk = _chunk(depth)
     block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, accumulate)
+    row_tiles = _row_tiles(rows, block, tile)
     table = SizeTable()
     epilogue = parts.epilogue(accumulate, table(columns), 2)
     plan = GemmPlan(
@@ -229,7 +230,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
         chunk=chunk,
         group=group,
         lanes=lanes,
-        tile=tile,
+        row_tiles=row_tiles,
         vectors=vectors,
         epilogue=tuple(epilogue),
     )
@@ -316,12 +317,28 @@ def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate)
     # A copied block is copied again by every unit that needs it unless units are consecutive and K is in one chunk.
     group = min(panels or 8, 8) if copy and chunked else 1
     if isinstance(rows, Dim):
-        return block, group
+        return _even_block(rows, block, tile), group
     entries = 1 if any(isinstance(s, Dim) for s in batch) else product(batch)
     while block > tile and entries * -(-rows // block) * -(-(panels or 8) // group) < UNITS:
         block -= tile
     count = max(-(-rows // block), 1)
     return max(-(-rows // (count * tile)) * tile, tile), group
+
+
+def _even_block(rows: Dim, most: int, tile: int) -> int:
+    """Rows of a unit where M is symbolic: if all M are multiples of some number, a block that divides it, so that the
+    rows beyond whole tiles are known. Of those the one with the fewest rows beyond whole tiles, then the largest."""
+    factor = math.gcd(*(coefficient for _, coefficient in rows.terms))
+    divisors = [d for d in range(min(most, factor), tile - 1, -1) if factor % d == 0]
+    return min(divisors, key=lambda d: (d % tile / d, -d), default=most)
+
+
+def _row_tiles(rows, block: int, tile: int) -> tuple[int, ...]:
+    """Rows of the tiles that a unit is made of."""
+    if not isinstance(rows, Dim):
+        return TileRange.static(rows, tile).sizes
+    exact = all(coefficient % block == 0 for _, coefficient in rows.terms)
+    return (TileRange.static(block, tile) if exact else TileRange.dynamic(tile)).sizes
 
 
 def render_gemm(params: tuple, target) -> str:
@@ -340,8 +357,7 @@ class _Gemm:
         self.rows, self.columns, self.depth = (resolve(b, s) for s in (plan.rows, plan.columns, plan.depth))
         self.batch = resolve_all(b, plan.batch)
         self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes, None)
-        static = isinstance(self.rows, int)
-        self.row_tiles = TileRange.static(self.rows, plan.tile) if static else TileRange.dynamic(plan.tile)
+        self.row_tiles = TileRange(plan.row_tiles)
         if plan.copy == "rows":
             col_pitch, a_step = plan.copy_pitch, 1
         elif plan.copy == "columns":
@@ -419,8 +435,9 @@ class _Gemm:
         begin = group * plan.group
         end = b.min(begin + plan.group, panels.count())
         whole = panels.columns // panels.width
-        with b.loop(begin, b.min(end, whole)) as panel:
-            self._panel(a, bp, panel, begin, panels.vectors, False, rows, pixel, start, steps, first, last)
+        if not isinstance(whole, int) or whole:
+            with b.loop(begin, b.min(end, whole)) as panel:
+                self._panel(a, bp, panel, begin, panels.vectors, False, rows, pixel, start, steps, first, last)
         if isinstance(whole, int) and panels.columns % panels.width == 0:
             return
         with b.if_then(b.int(end) > whole):

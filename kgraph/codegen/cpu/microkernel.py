@@ -91,6 +91,7 @@ class TileSet:
     def __init__(self, b: KernelBuilder, code: TileCode, epilogue: Epilogue, prefix: str = ""):
         self.b, self.code, self.epilogue, self.prefix = b, code, epilogue, prefix
         self.functions: dict[Tile, ir.Function] = {}
+        self.finishers: dict[tuple, ir.Function] = {}
 
     def call(self, tile: Tile, a: Pointer, bp: Pointer, sums: Pointer, pixel, column, remaining, run=0, first=1, last=1):
         """Compute one tile.
@@ -115,85 +116,160 @@ class TileSet:
             _, sizes, a, bp, sums, *integers, first, last = function.args
             pixel, column, remaining, run = (Int(b, x) for x in integers)
             a, bp, sums = (Pointer(b, p, code.dtype, s) for p, s in ((a, "a"), (bp, "b"), (sums, "sums")))
-            kind = b.type(code.dtype, code.lanes)
-            zero = b.constant_of(kind, 0)
             pixels = tile.rows * tile.cols
-            acc = [[b.variable(zero) for _ in range(tile.vectors)] for _ in range(pixels)]
-            width = tile.vectors * code.lanes
+            zero = b.constant(0, code.dtype, code.lanes)
+            acc = [zero] * (pixels * tile.vectors)
             if code.partial:
-                with b.if_then(b.ir.not_(first)):
-                    for p, j in _grid(pixels, tile.vectors):
-                        acc[p][j].set(b.load(sums, p * width + j * code.lanes, code.lanes))
-            self._multiply(tile, a, bp, sizes, run, remaining, acc)
+                acc = self._sums_so_far(sums, first, acc)
+            acc = self._multiply(tile, a, bp, sizes, run, remaining, acc)
             if code.partial:
                 with b.if_else(last) as (then, otherwise):
                     with then:
                         self._finish(tile, function, acc, sums, pixel, column, remaining)
                     with otherwise:
-                        for p, j in _grid(pixels, tile.vectors):
-                            b.store(sums, p * width + j * code.lanes, acc[p][j].get())
+                        for i, value in enumerate(acc):
+                            b.store(sums, i * code.lanes, value)
             else:
                 self._finish(tile, function, acc, sums, pixel, column, remaining)
         return function
 
-    def _multiply(self, tile: Tile, a: Pointer, bp: Pointer, sizes, run, remaining, acc) -> None:
-        """The loops over k."""
+    def _sums_so_far(self, sums: Pointer, first, zeros: list) -> list:
+        """Zeros in the first block of k, else what the one before it left."""
+        b, lanes = self.b, self.code.lanes
+        before = b.ir.block
+        with b.if_then(b.ir.not_(first)):
+            loaded = [b.load(sums, i * lanes, lanes) for i in range(len(zeros))]
+            loading = b.ir.block
+        out = []
+        for zero, value in zip(zeros, loaded, strict=True):
+            phi = b.ir.phi(zero.type)
+            phi.add_incoming(zero, before)
+            phi.add_incoming(value, loading)
+            out.append(phi)
+        return out
+
+    def _multiply(self, tile: Tile, a: Pointer, bp: Pointer, sizes, run, remaining, acc: list) -> list:
+        """The loops over k: the sums `acc` (pixels in order, vectors of a pixel together) with all products added."""
         b, code = self.b, self.code
-        lanes, pixels = code.lanes, tile.rows * tile.cols
-        b_step = tile.vectors * lanes
-        masks: list = [None] * tile.vectors
+        lanes, vectors = code.lanes, tile.vectors
+        b_step = vectors * lanes
+        masks: list = [None] * vectors
         if code.b_step is not None:
             b_step = _entry(b, sizes, code.b_step)
             if tile.masked:
-                masks = [b.tail_mask(remaining - j * lanes, lanes) for j in range(tile.vectors)]
+                masks = [b.tail_mask(remaining - j * lanes, lanes) for j in range(vectors)]
         displacements = [i * code.row_pitch + j * code.col_pitch for i in range(tile.rows) for j in range(tile.cols)]
 
-        def step(a_at: Pointer, b_at: Pointer) -> None:
-            columns = [b.load(b_at, j * lanes, lanes, masks[j]) for j in range(tile.vectors)]
-            for p in range(pixels):
-                x = b.load_broadcast(a_at, displacements[p], lanes)
-                for j in range(tile.vectors):
-                    acc[p][j].set(multiply_add(b, x, columns[j], acc[p][j].get()))
+        def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
+            columns = [b.load(b_at, j * lanes, lanes, masks[j]) for j in range(vectors)]
+            out = []
+            for p, displacement in enumerate(displacements):
+                x = b.load_broadcast(a_at, displacement, lanes)
+                out += [multiply_add(b, x, columns[j], sums[p * vectors + j]) for j in range(vectors)]
+            return out
 
-        def walk(loops: tuple[KLoop, ...], a_at: Pointer, b_at: Pointer) -> None:
+        def walk(loops: tuple[KLoop, ...], a_at: Pointer, b_at: Pointer, sums: list) -> list:
             if loops:
                 count, a_stride, b_rows = loops[0]
-                if count == 1:
-                    walk(loops[1:], a_at, b_at)
-                else:
-                    with b.loop(0, count) as i:
-                        walk(loops[1:], a_at + i * a_stride, b_at + i * (b_rows * b_step))
-                return
+
+                def turn(i, sums):
+                    return walk(loops[1:], a_at + i * a_stride, b_at + i * (b_rows * b_step), sums)
+
+                return turn(0, sums) if count == 1 else carried_loop(b, count, 1, sums, turn)
             steps = run if code.run is None else code.run
-            unroll = _unroll(steps, pixels * tile.vectors)
-            with b.loop(0, steps, unroll) as k:
+            unroll = _unroll(steps, len(acc))
+
+            def turn(k, sums):
                 for u in range(unroll):
-                    step(a_at + (k * code.a_step + u * code.a_step), b_at + (k * b_step + u * b_step))
+                    sums = step(a_at + (k * code.a_step + u * code.a_step), b_at + (k * b_step + u * b_step), sums)
+                return sums
 
-        walk(code.loops, a, bp)
+            return carried_loop(b, steps, unroll, sums, turn)
 
-    def _finish(self, tile: Tile, function, acc, sums: Pointer, pixel, column, remaining) -> None:
-        """The epilogue: in registers where it is short, else over the sums stored in scratch, pixel by pixel."""
+        return walk(code.loops, a, bp, acc)
+
+    def _finish(self, tile: Tile, function, acc: list, sums: Pointer, pixel, column, remaining) -> None:
+        """The epilogue: in registers where it is short, else by a function that all tiles of one width share."""
+        b, code = self.b, self.code
+        buffers, sizes = function.args[:2]
+        if self.epilogue.in_registers:
+            bound, row_pitch, col_pitch = self._bind_epilogue(tile, function, column, remaining)
+            for p in range(tile.rows * tile.cols):
+                i, j = divmod(p, tile.cols)
+                values = acc[p * tile.vectors : (p + 1) * tile.vectors]
+                bound.apply(pixel + (i * row_pitch + j * col_pitch), values)
+            return
+        for i, value in enumerate(acc):
+            b.store(sums, i * code.lanes, value)
+        key = (tile.vectors, tile.masked)
+        if key not in self.finishers:
+            self.finishers[key] = self._build_finisher(tile)
+        integers = [b.i64(x) for x in (pixel, column, remaining, tile.rows, tile.cols)]
+        b.ir.call(self.finishers[key], [buffers, sizes, sums.value, *integers])
+
+    def _build_finisher(self, tile: Tile) -> ir.Function:
+        """A function that runs the epilogue over stored sums, pixel by pixel."""
+        b, lanes = self.b, self.code.lanes
+        name = f"{self.prefix}finish_{tile.vectors}{'_masked' if tile.masked else ''}"
+        with subfunction(b, name, [PTR] * 3 + [I64] * 5) as function:
+            sums = Pointer(b, function.args[2], self.code.dtype, "sums")
+            pixel, column, remaining, rows, cols = (Int(b, x) for x in function.args[3:])
+            bound, row_pitch, col_pitch = self._bind_epilogue(tile, function, column, remaining)
+            width = tile.vectors * lanes
+            with b.loop(0, rows) as i, b.loop(0, cols) as j:
+                at = (i * cols + j) * width
+                values = [b.load(sums, at + v * lanes, lanes) for v in range(tile.vectors)]
+                bound.apply(pixel + i * row_pitch + j * col_pitch, values)
+        return function
+
+    def _bind_epilogue(self, tile: Tile, function, column, remaining) -> tuple:
+        """(the epilogue, the output's row pitch and column pitch in pixels) inside a function of the kernel."""
         b, code, lanes = self.b, self.code, self.code.lanes
         buffers, sizes = function.args[:2]
-        row_pitch = _entry(b, sizes, code.pixel_row_pitch)
-        col_pitch = _entry(b, sizes, code.pixel_col_pitch)
         masks = [None] * tile.vectors
         if tile.masked:
             masks = [b.tail_mask(remaining - j * lanes, lanes) for j in range(tile.vectors)]
         bound = self.epilogue.bind(b, buffers, lambda e: _entry(b, sizes, e), column, masks, lanes)
-        if self.epilogue.in_registers:
-            for p in range(tile.rows * tile.cols):
-                i, j = divmod(p, tile.cols)
-                bound.apply(pixel + (i * row_pitch + j * col_pitch), [v.get() for v in acc[p]])
-            return
-        width = tile.vectors * lanes
-        for p, j in _grid(tile.rows * tile.cols, tile.vectors):
-            b.store(sums, p * width + j * lanes, acc[p][j].get())
-        with b.loop(0, tile.rows) as i, b.loop(0, tile.cols) as j:
-            at = (i * tile.cols + j) * width
-            values = [b.load(sums, at + v * lanes, lanes) for v in range(tile.vectors)]
-            bound.apply(pixel + i * row_pitch + j * col_pitch, values)
+        return bound, _entry(b, sizes, code.pixel_row_pitch), _entry(b, sizes, code.pixel_col_pitch)
+
+
+def carried_loop(b: KernelBuilder, stop, step: int, values: list[ir.Value], turn) -> list[ir.Value]:
+    """`for i in range(0, stop, step): values = turn(i, values)`; gives the last values.
+
+    Like `KernelBuilder.loop`, with the values that the loop carries in registers from the start: where there are many,
+    this spares LLVM the work of finding that out.
+    """
+    if isinstance(stop, int) and stop <= 0:
+        return values
+    before, body = b.ir.block, b.function.append_basic_block("turn")
+    after = b.function.append_basic_block("after")
+    if isinstance(stop, int):
+        b.ir.branch(body)
+    else:
+        b.ir.cbranch(stop > 0, body, after)
+    b.ir.position_at_end(body)
+    index = b.ir.phi(I64)
+    phis = [b.ir.phi(v.type) for v in values]
+    new = turn(Int(b, index), list(phis))
+    following = b.ir.add(index, ir.Constant(I64, step), flags=("nsw",))
+    end = b.ir.block
+    branch = b.ir.cbranch(b.ir.icmp_signed("<", following, b.i64(stop)), body, after)
+    branch.set_metadata("llvm.loop", b._loop_metadata(False))
+    index.add_incoming(ir.Constant(I64, 0), before)
+    index.add_incoming(following, end)
+    for phi, first, value in zip(phis, values, new, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(value, end)
+    b.ir.position_at_end(after)
+    if isinstance(stop, int):
+        return new
+    out = []
+    for first, value in zip(values, new, strict=True):
+        phi = b.ir.phi(value.type)
+        phi.add_incoming(first, before)
+        phi.add_incoming(value, end)
+        out.append(phi)
+    return out
 
 
 def multiply_add(b: KernelBuilder, x, y, z):
@@ -215,10 +291,6 @@ def _entry(b: KernelBuilder, sizes: ir.Value, entry):
         return entry
     at = b.ir.gep(sizes, [ir.Constant(I64, entry[1])], inbounds=True, source_etype=I64)
     return Int(b, b.ir.load(at, typ=I64))
-
-
-def _grid(pixels: int, vectors: int):
-    return [(p, j) for p in range(pixels) for j in range(vectors)]
 
 
 class Panels(NamedTuple):

@@ -13,6 +13,7 @@ from llvmlite import ir
 from kgraph.codegen.cpu.builder import F64, Int, KernelBuilder, Pointer, compute_dtype, is_float
 from kgraph.codegen.cpu.microkernel import Panels
 from kgraph.codegen.cpu.strided import resolve, resolve_all
+from kgraph.codegen.cpu.transpose import transpose_vectors
 
 
 def accumulate_dtype(operand: str, result: str) -> str | None:
@@ -89,6 +90,7 @@ def render_pack(params: tuple, target) -> str:
     batch, strides = resolve_all(b, plan.batch), resolve_all(b, plan.batch_strides)
     panels = Panels(columns, plan.width, plan.lanes, None)
     count, lanes = panels.count(), plan.lanes
+    transposed = plan.k_stride == 1 and plan.n_stride != 1
 
     with b.loop(b.begin, b.end) as unit:
         panel, entry = unit % count, unit // count
@@ -98,6 +100,9 @@ def render_pack(params: tuple, target) -> str:
         remaining = columns - first
 
         def rows(vectors: int, masked: bool, at=at, to=to, remaining=remaining):
+            if transposed:
+                _transposed_panel(b, plan, to, at, depth, n_stride, vectors, remaining if masked else None)
+                return
             masks = [b.tail_mask(remaining - j * lanes, lanes) if masked else None for j in range(vectors)]
             with b.loop(0, depth) as k:
                 for j in range(vectors):
@@ -120,6 +125,44 @@ def render_pack(params: tuple, target) -> str:
                 with tail:
                     rows(panels.tail_vectors, True)
     return b.ir_text()
+
+
+def _transposed_panel(b: KernelBuilder, plan: PackPlan, to: Pointer, at: Pointer, depth, n_stride, vectors, remaining):
+    """A panel of a B whose columns are contiguous: squares of `lanes` columns go through registers.
+
+    remaining: columns of B from the panel's first on, where they may be fewer than the panel's; else None. The columns
+    that pad the panel repeat the last one: kernels do not store what comes of them.
+    """
+    lanes = plan.lanes
+    width = vectors * lanes
+    whole = depth // lanes * lanes
+
+    def square(j, k, rows, mask) -> None:
+        columns = []
+        for lane in range(lanes):
+            column = j * lanes + lane
+            if remaining is not None:
+                column = b.min(column, remaining - 1)
+            value = b.load(at + column * n_stride, k, lanes, mask)
+            columns.append(widen(b, value, plan.dtype, plan.accumulate))
+        for row, value in enumerate(transpose_vectors(b, columns)):
+            if isinstance(rows, int):
+                if row < rows:
+                    b.store(to, (k + row) * width + j * lanes, value)
+            else:
+                with b.if_then(rows > row):
+                    b.store(to, (k + row) * width + j * lanes, value)
+
+    with b.loop(0, vectors) as j:
+        with b.loop(0, whole, lanes) as k:
+            square(j, k, lanes, None)
+        rest = depth - whole
+        if isinstance(rest, int):
+            if rest:
+                square(j, whole, rest, b.tail_mask(rest, lanes))
+        else:
+            with b.if_then(rest > 0):
+                square(j, whole, rest, b.tail_mask(rest, lanes))
 
 
 def _column_vector(b: KernelBuilder, at: Pointer, n_stride, lanes: int, mask) -> ir.Value:

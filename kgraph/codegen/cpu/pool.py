@@ -47,7 +47,7 @@ def accepts(node: Node) -> str | None:
         return "a window of symbolic size"
     if parts.source.dtype not in MEMORY_TYPES or parts.source.dtype == "bool":
         return f"no pooling of {parts.source.dtype}"
-    groups = _groups(parts.node)
+    groups = groups_of(parts.node)
     for value in parts.extras:
         if _extra_strides(value, parts.node.output.shape, groups) is None:
             return f"an epilogue operand {value.type} spans a part of a group of axes of {parts.node.output.type}"
@@ -77,7 +77,7 @@ def _take_apart(node: Node) -> Parts | str:
     return Parts(core, outer[core.inputs[0]], [outer[v] for v in extras], node.outputs, expression)
 
 
-def _groups(node: Node) -> tuple[int, int]:
+def groups_of(node: Node) -> tuple[int, int]:
     """(first windowed axis, first axis of the channels): the axes between them are walked one by one."""
     attrs, rank = node.attrs, node.inputs[0].type.rank
     plain = [
@@ -119,21 +119,10 @@ def lower(node: Node, target) -> list[KernelCall]:
     """The one call of a plain reduce_window or of a fused node around one."""
     parts = _take_apart(node)
     core, x, out = parts.node, parts.source, parts.node.output
-    first, last = _groups(core)
+    first, last = groups_of(core)
     attrs = core.attrs
     table = SizeTable()
-    axes = tuple(
-        (
-            table(x.shape[k]),
-            table(out.shape[k]),
-            attrs["window"][k],
-            attrs["strides"][k],
-            attrs["padding"][k][0],
-            attrs["window_dilation"][k],
-            attrs["base_dilation"][k],
-        )
-        for k in range(first, last)
-    )
+    axes = window_params(core, x.shape, out.shape, first, last, table)
     channels = product(x.shape[last:])
     extras = tuple((v.dtype, table.all(_extra_strides(v, out.shape, (first, last)))) for v in parts.extras)
     lanes = expressions.lanes(parts.expression, target)
@@ -163,6 +152,23 @@ def lower(node: Node, target) -> list[KernelCall]:
     ]
 
 
+def window_params(node: Node, source: tuple, result: tuple, first: int, last: int, table: SizeTable) -> tuple:
+    """The params of the axes [first, last) from which `WindowAxis.resolved` makes them again."""
+    attrs = node.attrs
+    return tuple(
+        (
+            table(source[k]),
+            table(result[k]),
+            attrs["window"][k],
+            attrs["strides"][k],
+            attrs["padding"][k][0],
+            attrs["window_dilation"][k],
+            attrs["base_dilation"][k],
+        )
+        for k in range(first, last)
+    )
+
+
 def identity(kind: str, dtype: str):
     """The Python scalar that the reduction ignores."""
     if kind == "sum":
@@ -188,6 +194,15 @@ class WindowAxis:
     base_dilation: int
     source_stride: int | Int
 
+    @staticmethod
+    def resolved(b: KernelBuilder, params, channels) -> list[WindowAxis]:
+        """The axes of a kernel, ahead of `channels` elements."""
+        sizes = [resolve(b, p[0]) for p in params]
+        strides = dense_strides([*sizes, channels])
+        return [
+            WindowAxis(n, resolve(b, out), *rest, t) for n, t, (_, out, *rest) in zip(sizes, strides, params, strict=False)
+        ]
+
     def taps(self, b: KernelBuilder, position: Int):
         """(first source position of the window, first tap inside, first tap behind)."""
         start = position * self.stride - self.low
@@ -210,15 +225,10 @@ class PoolKernel:
         self.channels = resolve(b, channels)
         self.combine_name, self.identity = COMBINE[kind], identity(kind, self.dtype)
         self.source = b.operand(0, self.dtype)
-        sizes = [resolve(b, a[0]) for a in axes]
-        strides = dense_strides([*sizes, self.channels])
-        self.axes = [
-            WindowAxis(n, resolve(b, out), *rest, t)
-            for n, t, (_, out, *rest) in zip(sizes, strides, axes, strict=False)
-        ]
+        self.axes = WindowAxis.resolved(b, axes, self.channels)
         self.image = self.channels
-        for n in sizes:
-            self.image = n * self.image
+        for axis in self.axes:
+            self.image = axis.size * self.image
         self.out_strides = dense_strides([*(a.out for a in self.axes), self.channels])
         self.out_image = self.channels
         for axis in self.axes:

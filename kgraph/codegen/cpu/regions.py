@@ -204,4 +204,3 @@ def kernel_name(prefix: str, *parts) -> str:
     """A name made of what is in the kernel; empty expressions leave no trace."""
     words = [prefix, *(expressions.name(p) if isinstance(p, tuple) else p for p in parts if p)]
     return "_".join(w for w in words if w)
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import COMPUTE_TYPES, Int, KernelBuilder, Pointer, compute_dtype, itemsize
+from kgraph.codegen.cpu.builder import COMPUTE_TYPES, KernelBuilder, Pointer, compute_dtype, itemsize
 from kgraph.codegen.cpu.strided import SizeTable, copy_row, resolve, word
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType, Value
@@ -155,7 +155,7 @@ def _weighted(b: KernelBuilder, source: Pointer, result: Pointer, pairs, bands, 
             _sum_taps(b, to + (m * out_last + column) * inner, scratch + place * inner, inner, own, taps[1], inner)
 
 
-def _sum_taps(b: KernelBuilder, to: Pointer, at: Pointer, stride, weights: Pointer, taps: int, count: int | Int) -> None:
+def _sum_taps(b: KernelBuilder, to: Pointer, at: Pointer, stride, weights: Pointer, taps: int, count) -> None:
     """to[i] = sum over taps of weights[t] * at[t * stride + i], for i below `count`."""
     compute = compute_dtype(at.dtype)
     lanes = b.target.lanes(compute)

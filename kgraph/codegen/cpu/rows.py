@@ -142,7 +142,8 @@ def lower_parts(parts: Parts, template: str, algorithm: tuple, target, prefix: s
     operands = [x.value for x in (*leaves, *extras) if not x.is_coordinate] + list(parts.outputs)
     total = product(shape)
     work = expressions.flops(parts.prologue) + expressions.flops(parts.epilogue) + (24 if prefix in _EXPONENTIAL else 6)
-    first_output = len(operands) - len(parts.outputs)
+    # A row is read in full before it is written, and extras are read element by element ahead of the outputs.
+    inplace = regions.inplace_pairs([*leaves, *extras], parts.outputs, len(operands) - len(parts.outputs))
     return [
         KernelCall(
             spec=KernelSpec(
@@ -157,7 +158,7 @@ def lower_parts(parts: Parts, template: str, algorithm: tuple, target, prefix: s
             flops=total * work,
             bytes=regions.total_bytes(operands),
             scratch_bytes=0 if static else row * element,
-            notes={"inplace": () if parts.reduced else regions.inplace_pairs([*leaves, *extras], parts.outputs, first_output)},
+            notes={"inplace": () if parts.reduced else inplace},
         )
     ]
 
@@ -183,8 +184,8 @@ class Spot:
 class RowKernel:
     """The frame of a row kernel: `for_each_row(algorithm)`, whose argument gets this object with the row set up.
 
-    `dtype` is the row's compute dtype and `columns` the number of statistics side by side (1 for inner rows). Statistics
-    are lists of vectors, one per column.
+    `dtype` is the row's compute dtype and `columns` the number of statistics side by side (1 for inner rows).
+    Statistics are lists of vectors, one per column.
     """
 
     def __init__(self, params: tuple, target):

@@ -65,7 +65,7 @@ def _float_functions(module, names: str) -> None:
 
 _float_functions(vm, "exp exp2 expm1 log log2 log1p sinh cosh tanh erf erfc logistic softplus sqrt")
 _float_functions(vector_trig, "sin cos tan asin acos atan atan2")
-_float_functions(vector_special, "cbrt hypot asinh acosh atanh logaddexp nextafter erf_inv lgamma digamma")
+_float_functions(vector_special, "cbrt hypot asinh acosh atanh logaddexp erf_inv lgamma digamma")
 
 
 def _rounding(name: str, intrinsic: str) -> None:
@@ -128,6 +128,11 @@ def _is_inf(b, xs, dtypes, dtype):
 def _is_finite(b, xs, dtypes, dtype):
     (x,) = xs
     return b.compare("<", vm.absolute(b, x), vm.INF) if is_float(x) else b.constant(True, "bool", lanes_of(x))
+
+
+@emitter("nextafter")
+def _nextafter(b, xs, dtypes, dtype):
+    return vector_special.nextafter(b, *xs, dtype)
 
 
 # -- arithmetic -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from kgraph.codegen.cpu.vector_math import (
 )
 from kgraph.codegen.cpu.vector_trig import cos, sin
 
-# -- powers -----------------------------------------------------------------------------------------------------------
+# -- powers ---------------------------------------------------------------------------------------------------------
 
 
 def _log_double(b: KernelBuilder, x):
@@ -129,7 +129,7 @@ def hypot(b: KernelBuilder, x, y):
     return b.select(infinite, INF, value)
 
 
-# -- remainders -------------------------------------------------------------------------------------------------------
+# -- remainders -----------------------------------------------------------------------------------------------------
 def _remainder_step(b: KernelBuilder, r, divisor):
     """r - floor(r / divisor) divisor, exact for 0 <= r / divisor < 2^52."""
     quotient = b.intrinsic("llvm.trunc", b.div(r, divisor))
@@ -184,7 +184,7 @@ def floor_divmod(b: KernelBuilder, x, y):
     return b.select(zero, ratio, below), b.select(zero, NAN, moved)
 
 
-# -- hyperbolic inverses and relatives ----------------------------------------------------------------------------------
+# -- hyperbolic inverses and relatives ------------------------------------------------------------------------------
 @through_f64
 def asinh(b: KernelBuilder, x):
     a = absolute(b, x)
@@ -200,7 +200,8 @@ def acosh(b: KernelBuilder, x):
     large = b.compare(">", x, 2.0**28)
     t = b.sub(b.select(large, 2.0, x), 1.0)
     small = log1p(b, b.add(t, sqrt(b, b.fma(t, t, b.mul(t, 2.0)))))
-    return b.select(large, b.add(log(b, x), LN2), small)
+    value = b.select(large, b.add(log(b, x), LN2), small)
+    return b.select(b.compare("<", x, 1.0), NAN, value)
 
 
 @through_f64
@@ -216,18 +217,20 @@ def logaddexp(b: KernelBuilder, x, y):
     return b.select(b.compare("==", x, y), b.add(x, LN2), value)
 
 
-def nextafter(b: KernelBuilder, x, y):
-    """The next representable value after x towards y."""
-    bits = bits_of(b, x)
-    away = b.ir.xor(b.compare("<", y, x), b.compare("<", bits, 0))  # towards smaller magnitude
-    moved = float_of(b, b.select(away, b.sub(bits, 1), b.add(bits, 1)), x)
-    least = copysign(b, float_of(b, b.constant_of(bits.type, 1), x), y)
+def nextafter(b: KernelBuilder, x, y, dtype: str):
+    """The next representable value of `dtype` after x towards y."""
+    half = dtype in ("float16", "bfloat16")
+    bits = b.to_memory(x, dtype) if half else bits_of(b, x)
+    back = (lambda v: b.from_memory(v, dtype)) if half else (lambda v: float_of(b, v, x))
+    inwards = b.ir.xor(b.compare("<", y, x), b.compare("<", bits, 0))  # towards smaller magnitude
+    moved = back(b.select(inwards, b.sub(bits, 1), b.add(bits, 1)))
+    least = copysign(b, back(b.constant_of(bits.type, 1)), y)
     value = b.select(b.compare("==", x, 0.0), least, moved)
     value = b.select(b.compare("==", x, y), y, value)
     return b.select(b.ir.fcmp_unordered("uno", x, y), NAN, value)
 
 
-# -- error function's inverse, gamma function's relatives --------------------------------------------------------------------
+# -- error function's inverse, gamma function's relatives -----------------------------------------------------------
 @through_f64
 def erf_inv(b: KernelBuilder, x):
     a = absolute(b, x)
@@ -235,7 +238,8 @@ def erf_inv(b: KernelBuilder, x):
     small = b.mul(x, polynomial(b, z, P.ERF_INV_SMALL))
     q = sqrt(b, b.ir.fneg(log(b, b.sub(1.0, a))))
     q = b.select(b.compare(">", q, 6.1), 6.1, q)  # only |x| = 1 lies beyond
-    fit = b.select(b.compare("<", q, 3.05), polynomial(b, q, P.ERF_INV_MIDDLE), polynomial(b, q, P.ERF_INV_LARGE))
+    middle = polynomial(b, b.sub(q, 2.0), P.ERF_INV_MIDDLE)
+    fit = b.select(b.compare("<", q, 3.05), middle, polynomial(b, b.sub(q, 4.5), P.ERF_INV_LARGE))
     value = b.select(b.compare("<", a, 0.75), small, copysign(b, b.mul(q, fit), x))
     value = b.select(b.compare("==", a, 1.0), copysign(b, b.constant_of(x.type, INF), x), value)
     return b.select(b.ir.fcmp_unordered(">", a, b.constant_of(x.type, 1.0)), NAN, value)
@@ -275,6 +279,7 @@ def lgamma(b: KernelBuilder, x):
     mirrored = b.sub(b.sub(math.log(math.pi), log(b, sine)), value)
     value = b.select(reflected, mirrored, value)
     pole = b.ir.and_(b.compare("<=", x, 0.0), b.compare("==", floor(b, x), x))
+    value = b.select(b.ir.or_(b.compare("==", x, 1.0), b.compare("==", x, 2.0)), 0.0, value)
     return b.select(pole, INF, value)
 
 

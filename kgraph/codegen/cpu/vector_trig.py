@@ -1,12 +1,13 @@
 """Trigonometric functions and their inverses as inlined polynomial code; conventions of vector_math.py.
 
 Arguments of sin, cos and tan are reduced exactly whatever their size: up to 2^16 (2^20 in float64) by subtracting
-multiples of pi/2 in three parts, beyond that, in a branch taken if any lane asks for it, by multiplying with as many bits
-of 2/pi as matter (Payne and Hanek, 1983).
+multiples of pi/2 in three parts, beyond that, in a branch taken if any lane asks for it, by multiplying with as many
+bits of 2/pi as matter (Payne and Hanek, 1983).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from llvmlite import ir
@@ -74,7 +75,7 @@ def _reduce_huge(b: KernelBuilder, x):
     words = [b.gather(table, b.add(word, k)) for k in range(count + 1)]
     back = b.sub(63, shift)
     window = []
-    for high, low in zip(words, words[1:]):
+    for high, low in itertools.pairwise(words):
         rest = b.ir.lshr(b.ir.lshr(low, constant(1)), back)
         window.append(b.ir.or_(b.ir.shl(high, shift), rest))
     turn = _turn_f32(b, mantissa, window) if is_f32(x) else _turn_f64(b, mantissa, window)

@@ -14,7 +14,7 @@ from kgraph import ops
 from kgraph.errors import CaptureError, ShapeError
 from kgraph.frontend.keras_backend.core import convert_to_tensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, is_tracing
-from kgraph.ir import TensorType
+from kgraph.ir import TensorType, Value
 from kgraph.ir.primitive import current_tracer
 
 
@@ -85,13 +85,12 @@ def _share_captures(bodies: list[_Body]) -> list[TracedArray]:
     for body in bodies:
         graph, captures = body.tracer.graph, body.tracer.captures
         own = graph.inputs[: len(graph.inputs) - len(captures)]
-        graph.inputs = own
         captured_inputs = []
         for key, outer in union.items():
             if key in captures:
                 captured_inputs.append(captures[key][1].value)
             else:
-                captured_inputs.append(body.tracer.add_input(outer.value.type, outer.value.name).value)
+                captured_inputs.append(Value(outer.value.type, name=outer.value.name))
         graph.inputs = [*own, *captured_inputs]
     return list(union.values())
 

@@ -29,8 +29,9 @@ from keras.src.backend.common.variables import standardize_shape as _standardize
 from kgraph import ops
 from kgraph.errors import DimDecisionError, UnsupportedError
 from kgraph.frontend.tracer import GraphTracer, TracedArray
-from kgraph.ir import Dim, TensorType, np_dtype
+from kgraph.ir import Dim, TensorType, np_dtype, type_of
 from kgraph.ir.primitive import current_tracer
+from kgraph.ir.types import SHORT_NAMES
 
 SUPPORTS_SPARSE_TENSORS = False
 SUPPORTS_RAGGED_TENSORS = False
@@ -89,7 +90,8 @@ class Variable(KerasVariable):
         return self._maybe_autocast(self._value)
 
     def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.value, dtype=dtype)
+        # NumPy trusts an object that takes `copy` to have made the copy itself.
+        return np.array(self.value, dtype=dtype, copy=copy)
 
 
 def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
@@ -231,7 +233,8 @@ def _output_spec(fn, args, kwargs, unknown):
         if isinstance(x, KerasTensor):
             sizes = tuple(unknown if d is None else d for d in x.shape)
             return tracer.add_input(TensorType(sizes, x.dtype))
-        return x
+        # Concrete tensors lose their values too, as in JAX: shapes must not depend on them.
+        return tracer.add_input(type_of(x)) if isinstance(x, np.ndarray) and x.dtype.name in SHORT_NAMES else x
 
     def leave(x):
         if isinstance(x, (np.ndarray, np.generic, TracedArray)):

@@ -140,8 +140,7 @@ def resize(
         )
     if fill_mode != "constant":
         raise ValueError(
-            "Invalid value for argument `fill_mode`. Only `'constant'` is supported. "
-            f"Received: fill_mode={fill_mode}"
+            f"Invalid value for argument `fill_mode`. Only `'constant'` is supported. Received: fill_mode={fill_mode}"
         )
     if pad_to_aspect_ratio and crop_to_aspect_ratio:
         raise ValueError("Only one of `pad_to_aspect_ratio` & `crop_to_aspect_ratio` can be `True`.")
@@ -162,15 +161,16 @@ def _resampled(x: Tensor, target: tuple, method: str, antialias: bool) -> Tensor
         return x
     integer = x.dtype.kind in "iub" and method != "nearest"
     original = x.dtype.name
-    source = x
     if integer:
         x = cast(x, "float32")
     y = ops.resize(x, size=target, method=method, antialias=bool(antialias))
     if not integer:
         return y
-    # Kernels with negative lobes overshoot: keep to the range of the images.
-    low, high = (cast(reduced(source), "float32") for reduced in (knp.min, knp.max))
-    return cast(ops.minimum(ops.maximum(ops.round_nearest_even(y), low), high), original)
+    # Kernels with negative lobes overshoot: keep to the range of the dtype, as JAX does.
+    limits = np.iinfo(original) if original != "bool" else None
+    low, high = (limits.min, limits.max) if limits else (0, 1)
+    y = ops.minimum(ops.maximum(ops.round_nearest_even(y), scalar(low, y)), scalar(high, y))
+    return cast(y, original)
 
 
 def _crop_to_ratio(x: Tensor, target: tuple) -> Tensor:

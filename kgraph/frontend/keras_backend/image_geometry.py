@@ -58,7 +58,13 @@ def _inside(index: Tensor, size: Tensor, fill_mode: str) -> Tensor:
 
 
 def _interpolate(
-    gather: Callable, coordinates: Sequence[Tensor], sizes: Sequence, order: int, fill_mode: str, fill: Tensor, dtype: str
+    gather: Callable,
+    coordinates: Sequence[Tensor],
+    sizes: Sequence,
+    order: int,
+    fill_mode: str,
+    fill: Tensor,
+    dtype: str,
 ) -> Tensor:
     """Values at real coordinates by a spline of order 0 or 1.
 
@@ -93,7 +99,12 @@ def _interpolate(
         total = value if total is None else ops.add(total, value)
     if total.dtype.name == dtype:
         return total
-    return cast(ops.round_nearest_even(total) if not backend.is_float_dtype(dtype) else total, dtype)
+    return cast(total if backend.is_float_dtype(dtype) else _round_half_away(total), dtype)
+
+
+def _round_half_away(x: Tensor) -> Tensor:
+    half = scalar(0.5, x)
+    return ops.select(ops.ge(x, scalar(0, x)), ops.floor(ops.add(x, half)), ops.ceil(ops.sub(x, half)))
 
 
 def _valid(index: Tensor, size: Tensor, fill_mode: str):
@@ -147,9 +158,7 @@ def _sample(images: Tensor, rows: Tensor, columns: Tensor, order: int, fill_mode
         return ops.gather_nd(images, knp.stack([batch, *indices], axis=-1))
 
     fill = convert_to_tensor(fill_value, images.dtype)
-    return _interpolate(
-        gather, (rows, columns), (height, width), order, fill_mode, fill, images.dtype.name
-    )
+    return _interpolate(gather, (rows, columns), (height, width), order, fill_mode, fill, images.dtype.name)
 
 
 def _grid(height, width, dtype: str) -> tuple[Tensor, Tensor]:
@@ -182,6 +191,7 @@ def affine_transform(
     columns = ops.add(ops.add(ops.mul(a0, column), ops.mul(a1, row)), a2)
     rows = ops.add(ops.add(ops.mul(b0, column), ops.mul(b1, row)), b2)
     y = _sample(x, rows, columns, order, fill_mode, fill_value)
+    y = y if backend.is_float_dtype(original) else _round_half_away(y)
     return cast(from_batch(y, data_format, unbatched), original)
 
 
@@ -268,9 +278,7 @@ def elastic_transform(
     field = gaussian_blur(noise, (size, size), (float(sigma), float(sigma)), data_format="channels_last")
     field = ops.mul(field, convert_to_tensor(alpha, compute))
     row, column = _grid(height, width, compute)
-    y = _sample(
-        x, ops.add(row, field[..., 1]), ops.add(column, field[..., 0]), order, fill_mode, fill_value
-    )
+    y = _sample(x, ops.add(row, field[..., 1]), ops.add(column, field[..., 0]), order, fill_mode, fill_value)
     return from_batch(y, data_format, unbatched)
 
 
@@ -311,9 +319,7 @@ def scale_and_translate(
 ) -> Tensor:
     """Images resampled under `output position = scale * input position + translation` along some axes."""
     if method not in METHODS:
-        raise ValueError(
-            f"Invalid value for argument `method`. Expected of one {METHODS}. Received: method={method}"
-        )
+        raise ValueError(f"Invalid value for argument `method`. Expected of one {METHODS}. Received: method={method}")
     images = convert_to_tensor(images)
     scale, translation = convert_to_tensor(scale), convert_to_tensor(translation)
     dtype = backend.result_type(scale.dtype, translation.dtype, "float32")
@@ -326,8 +332,9 @@ def scale_and_translate(
         x = knp.moveaxis(knp.tensordot(x, cast(weights, x.dtype), axes=((axis,), (0,))), -1, axis)
     if not integer:
         return x
-    low, high = (cast(reduced(images), "float32") for reduced in (knp.min, knp.max))
-    return cast(ops.minimum(ops.maximum(ops.round_nearest_even(x), low), high), images.dtype)
+    limits = np.iinfo(images.dtype)
+    x = ops.minimum(ops.maximum(ops.round_nearest_even(x), scalar(limits.min, x)), scalar(limits.max, x))
+    return cast(x, images.dtype)
 
 
 def _weights(in_size, out_size, scale: Tensor, translation: Tensor, kernel: Callable, antialias: bool) -> Tensor:

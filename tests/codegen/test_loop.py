@@ -1,0 +1,157 @@
+"""Elementwise kernels against the references, over shapes, broadcasts and dtypes."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from kgraph import ops
+from kgraph.codegen.cpu import loop
+from kgraph.ir import PRIMITIVES, Dim, TensorType, Value, make_node, type_of
+from kgraph.ops.region_gradient import record_region
+from tests.codegen.driver import Bound, host_target, run_node
+from tests.codegen.samples import check_sample
+
+ELEMENTWISE = sorted(n for n, p in PRIMITIVES.items() if "elementwise" in p.traits or n in ("iota", "full"))
+
+
+def _is_complex(array) -> bool:
+    return array.dtype.kind == "c"
+
+
+def samples(name: str) -> list:
+    """A primitive's samples that a native kernel is meant for: no complex numbers, no change of the element count."""
+    primitive = PRIMITIVES[name]
+    out = []
+    for sample in primitive.samples():
+        types = [type_of(a) for a in sample.args]
+        result = primitive.infer(*types, **sample.attrs)
+        complex_result = result.dtype.startswith("complex") or "complex" in str(sample.attrs.get("dtype"))
+        if complex_result or any(map(_is_complex, sample.args)):
+            continue
+        if name == "bitcast_convert" and types[0].itemsize != result.itemsize:
+            continue
+        out.append(sample)
+    return out
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_primitive(name):
+    for sample in samples(name):
+        check_sample(loop, PRIMITIVES[name], sample, parts=2)
+
+
+def fused(build, *arrays, kind="loop"):
+    """A fused node over operands of the arrays' types."""
+    body = record_region(kind, [type_of(a) for a in arrays], build)
+    return make_node(PRIMITIVES["fusion"], [Value(type_of(a)) for a in arrays], {"kind": kind, "body": body})
+
+
+def normal(*shape, dtype="float32", seed=0):
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+
+
+SHAPES = [
+    ((3, 5), (5,)),
+    ((1000, 24), (24,)),
+    ((50, 3), (3,)),
+    ((700, 16), (16,)),
+    ((5, 7, 9), (5, 1, 9)),
+    ((5, 7, 9), (7, 1)),
+    ((4, 1, 6), (3, 1)),
+    ((2, 9000), (2, 1)),
+    ((3, 10000), (10000,)),
+    ((0, 3), (3,)),
+    ((), ()),
+    ((7, 1, 2), (1, 33, 1)),
+]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("a", "b"), SHAPES)
+def test_broadcasting(a, b, parts):
+    x, y = normal(*a), normal(*b, seed=1)
+    node = fused(lambda x, y: [s := ops.add(x, y), ops.mul(s, x)], x, y)
+    for result, wanted in zip(run_node(loop.lower, node, [x, y], parts=parts), (x + y, (x + y) * x)):
+        np.testing.assert_array_equal(result, wanted)
+        assert result.shape == wanted.shape
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_broadcast(data):
+    rank = data.draw(st.integers(0, 4))
+    shape = data.draw(st.lists(st.integers(0, 9), min_size=rank, max_size=rank))
+    operands = []
+    for seed in range(3):
+        mine = [data.draw(st.sampled_from([1, s])) for s in shape]
+        operands.append(normal(*mine[data.draw(st.integers(0, rank)) :], seed=seed))
+    x, y, z = operands
+    node = fused(lambda x, y, z: [ops.mul(ops.add(x, y), z)], x, y, z)
+    (result,) = run_node(loop.lower, node, operands, parts=data.draw(st.integers(1, 4)))
+    np.testing.assert_array_equal(result, (x + y) * z)
+
+
+def test_coordinates_masks_and_conversions():
+    x = normal(6, 5, 40)
+
+    def causal(x):
+        row = ops.iota(shape=(5, 40), dtype="int32", axis=0)
+        column = ops.iota(shape=(40,), dtype="int32", axis=0)
+        bias = ops.full(shape=(), value=-1e9, dtype="float32")
+        masked = ops.select(ops.ge(row, column), x, ops.broadcast_to(bias, shape=(6, 5, 40)))
+        return [masked, ops.convert(ops.gt(x, np.float32(0)), dtype="int8")]
+
+    masked, positive = run_node(loop.lower, fused(causal, x), [x])
+    np.testing.assert_array_equal(masked, np.where(np.arange(5)[:, None] >= np.arange(40), x, np.float32(-1e9)))
+    np.testing.assert_array_equal(positive, (x > 0).astype(np.int8))
+
+
+def test_symbolic_sizes_share_one_kernel():
+    n = Dim.symbol("N")
+    x, y = (Value(TensorType(s, "float32")) for s in [(n, 2 * n, 5), (2 * n, 1)])
+    node = make_node(PRIMITIVES["add"], [x, y], {})
+    for size in (1, 3, 8):
+        a, b = normal(size, 2 * size, 5), normal(2 * size, 1, seed=1)
+        (result,) = run_node(loop.lower, node, [a, b], {"N": size})
+        np.testing.assert_array_equal(result, a + b)
+    (call,) = loop.lower(node, host_target())
+    other = make_node(PRIMITIVES["add"], [Value(TensorType(s, "float32")) for s in [(n, 7, 5), (7, 1)]], {})
+    assert loop.lower(other, host_target())[0].spec == call.spec
+
+
+def test_scalar_constants_move_into_the_code():
+    x = Value(TensorType((7,), "float32"))
+    two = make_node(PRIMITIVES["constant"], [], {"value": np.float32(2)}).output
+    (call,) = loop.lower(make_node(PRIMITIVES["pow"], [x, two], {}), host_target())
+    assert len(call.operands) == 2
+    data = normal(7)
+    bound = Bound([call], {x: data})
+    bound.run()
+    np.testing.assert_array_equal(bound.buffers[call.operands[-1]], data * data)
+
+
+def test_output_may_overwrite_an_operand():
+    x, y = normal(33, 65), normal(65, seed=1)
+    node = fused(lambda x, y: [ops.exp(ops.add(x, y))], x, y)
+    (call,) = loop.lower(node, host_target())
+    ((out, operand),) = call.notes["inplace"]
+    assert call.operands[out] is node.outputs[0]
+    assert call.operands[operand] is node.inputs[0]
+    (wanted,) = run_node(loop.lower, node, [x, y])
+    bound = Bound([call], {node.inputs[0]: x, node.inputs[1]: y})
+    _, pointers, *_ = bound.steps[0]
+    target = x.copy()
+    pointers[operand] = pointers[out] = target.ctypes.data
+    bound.run(parts=3)
+    np.testing.assert_array_equal(target, wanted)
+
+
+def test_refusals_name_the_reason():
+    x = normal(3, 4)
+    node = fused(lambda x: [ops.add(ops.transpose(x, permutation=(1, 0)), np.float32(1))], x)
+    assert "transpose" in loop.accepts(node)
+    node = make_node(PRIMITIVES["neg"], [Value(TensorType((3,), "complex64"))], {})
+    assert "complex64" in loop.accepts(node)
