@@ -19,10 +19,26 @@ def _check_operators(path: Path) -> None:
         raise ValueError(f"not operators of ONNX: {sorted(unknown)}")
 
 
+def _gelu_by_erf() -> None:
+    """TensorFlow writes the exact GELU with Erfc, which ONNX has not; with Erf, runtimes recognise and fuse it."""
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def gelu(x, approximate=True):
+            if approximate:
+                return tf.nn.gelu(x, approximate=True)
+            return 0.5 * x * (1.0 + tf.math.erf(x / tf.cast(2.0**0.5, x.dtype)))
+
+        keras.src.backend.nn.gelu = gelu
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     names = sys.argv[2:] or list(models.MODELS)
     folder.mkdir(parents=True, exist_ok=True)
+    _gelu_by_erf()
     for name in names:
         path = folder / f"{name}.onnx"
         if path.exists():

@@ -200,6 +200,12 @@ class CompiledModel:
         """The graph as it was captured, before any pass."""
         return self._some_variant().captured.graph
 
+    def to_networkx(self):
+        """The optimised graph as a `networkx.MultiDiGraph`, for analysis and drawing (see `kgraph.ir.networks`)."""
+        from kgraph.ir.networks import to_networkx
+
+        return to_networkx(self.graph)
+
     def explain(self) -> Explanation:
         """Per kernel and per Keras layer: what was fused, what was not and why, flops, bytes, host steps."""
         return explain(self.name, self._some_variant().compiled, self._specialised_because)

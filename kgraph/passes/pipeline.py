@@ -8,6 +8,7 @@ from kgraph.passes.common_subexpressions import common_subexpressions
 from kgraph.passes.dead_code import dead_code
 from kgraph.passes.fold_batch_norm import fold_batch_norm
 from kgraph.passes.fold_constants import fold_constants
+from kgraph.passes.fold_padding import fold_padding
 from kgraph.passes.fuse import fuse
 from kgraph.passes.layout import layout
 from kgraph.passes.manager import Pass
@@ -21,6 +22,7 @@ INFERENCE: list[Pass] = [
     common_subexpressions,
     transpose_motion,
     canonicalise,
+    fold_padding,
     collapse_dot,
     reshape_motion,
     canonicalise,

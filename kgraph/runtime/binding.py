@@ -314,27 +314,34 @@ class Binding:
                 results.append(np.empty(shape, dtype))
         return results, list(out)
 
-    def profile(self, arrays: Sequence[np.ndarray]) -> tuple[tuple, list[StepTime]]:
-        """Run once with time stamps; gives the outputs and the time of every step of the program."""
+    def profile(self, arrays: Sequence[np.ndarray], repeats: int = 3) -> tuple[tuple, list[StepTime]]:
+        """Run with time stamps; gives the outputs and the shortest time of every step of the program in `repeats` runs.
+
+        A run ahead of them brings memory and code into the caches.
+        """
         arrays = self._dense_inputs(arrays)
         results = [np.empty(shape, dtype) for shape, dtype in self._outputs]
         context = Context(self, profile=True)
         context.set_params(self.program.values)
-        stamps = array("q", bytes(2 * layout.WORD * (self.table.num_native + 1)))
-        context.put(layout.CONTEXT_PROFILE, stamps.buffer_info()[0])
-        times = [0] * len(self.steps)
-        self._call(arrays, results, times, context)
-        native = 0
-        for index, step in enumerate(self.steps):
-            if not step.host and step.threads:
-                # A step ends where the next of its segment begins; only a segment's last has a stamp for its end.
-                end = stamps[2 * native + 1] or stamps[2 * native + 2]
-                times[index] = end - stamps[2 * native]
-                native += 1
-        report = [
-            StepTime(s.label, s.layers, t, s.flops, s.bytes, s.threads, s.host) for s, t in zip(self.steps, times)
-        ]
+        best = [0] * len(self.steps)
+        for run in range(repeats + 1):
+            times = self._timed_run(context, arrays, results)
+            best = times if run < 2 else [min(pair) for pair in zip(best, times)]
+        report = [StepTime(s.label, s.layers, t, s.flops, s.bytes, s.threads, s.host) for s, t in zip(self.steps, best)]
         return tuple(results), report
+
+    def _timed_run(self, context: Context, arrays, results) -> list[int]:
+        """Nanoseconds of every step of the program in one run."""
+        times = [0] * len(self.steps)
+        stamps = array("q", bytes(2 * layout.WORD * (self.table.num_records + 1)))
+        context.put(layout.CONTEXT_PROFILE, stamps.buffer_info()[0])
+        self._call(arrays, results, times, context)
+        for index, record in enumerate(self.table.records):
+            if record >= 0:
+                # A step ends where the next of its segment begins; only a segment's last has a stamp for its end.
+                end = stamps[2 * record + 1] or stamps[2 * record + 2]
+                times[index] = end - stamps[2 * record]
+        return times
 
 
 def _set_externals(context: Context, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:

@@ -79,7 +79,7 @@ class Context:
         self.epochs = counters + claims + groups * layout.LINE
         for offset, value in {
             layout.CONTEXT_STEPS: self._records.buffer_info()[0],
-            layout.CONTEXT_LAST: table.num_native,
+            layout.CONTEXT_LAST: table.segments[0].last if table.segments else 0,
             layout.CONTEXT_OPERANDS: self.address + self._slots * layout.WORD,
             layout.CONTEXT_SCRATCH: base + arena,
             layout.CONTEXT_SCRATCH_STRIDE: table.scratch_bytes,

@@ -29,7 +29,8 @@ CONTEXT_CLAIMS = 112  # address of the claim counters (i64, a line each): one pe
 CONTEXT_DONE = 120  # address of the completion counters (i32, futex, a line each), one per group of steps
 CONTEXT_BYTES = 128
 
-# A step: one kernel launch. Two cache lines.
+# A step: one kernel launch. Two cache lines. A record without a launch follows the last step of a segment: it ends the
+# segment's last group.
 STEP_FUNCTION = 0
 STEP_OPERANDS = 8  # byte offset of its first operand slot
 STEP_SIZES = 16  # address of its sizes

@@ -269,7 +269,7 @@ class Program:
         return binding.run(arrays) if out is None else binding(arrays, out)
 
     def profile(self, arrays: Sequence[np.ndarray]) -> tuple[tuple, list[StepTime]]:
-        """Run once with time stamps around every step; gives the outputs and the steps' times."""
+        """Run a few times with time stamps around every step; gives the outputs and the steps' shortest times."""
         return self._bind(tuple([np.shape(a) for a in arrays])).profile(arrays)
 
     def stats(self) -> dict[str, int]:

@@ -61,7 +61,8 @@ class StepTable:
     words: the step records; sizes: the kernels' run-time integers, which the records point to.
     patches: the slots that get the address of an input or output in each call.
     slots: where each operand slot's buffer lies. segments: what runs in one native call.
-    steps: one BoundStep per program step. num_native: records. threads: the most that a step uses.
+    steps: one BoundStep per program step; records: the number of its record, or -1.
+    num_records: of all, those that end segments included. threads: the most that a step uses.
     num_claims, num_groups: counters that a context needs.
     """
 
@@ -71,27 +72,30 @@ class StepTable:
         self.slots: list[Place] = []
         self.segments: list[Segment] = []
         self.steps: list[BoundStep] = []
+        self.records: list[int] = []
         self.scratch_bytes = 0
-        self.num_native = self.num_claims = self.num_groups = 0
-        self._first_size: list[int] = []  # index of its first size, by record
+        self.num_records = self.num_claims = self.num_groups = 0
+        self._first_size: list[tuple[int, int]] = []  # (record, index of its first size)
         costs = [self._cost(step, value) for step in program.steps]
         counts = self._choose_threads([c for c in costs if c is not None])
         pending: list[int] = []
         for index, (step, cost) in enumerate(zip(program.steps, costs)):
             count = 1 if is_host(step) else 0
+            self.records.append(-1)
             if is_host(step):
                 self._end_segment(pending)
                 self.segments.append(Segment(0, 0, 1, step, index))
             elif cost is not None:
                 count = next(counts)
                 pending.append(index)
+                self.records[index] = self.num_records
                 self._append(step, cost, count, value)
             self.steps.append(_bound_step(step, cost, count))
         self._end_segment(pending)
         self.sizes.append(0)
         base = self.sizes.buffer_info()[0]
-        for row, first in enumerate(self._first_size):
-            self.words[row * _ROW + _SIZES] = base + first * layout.WORD
+        for record, first in self._first_size:
+            self.words[record * _ROW + _SIZES] = base + first * layout.WORD
         self.num_barriers = sum(self.words[_BARRIER::_ROW])
         self._collect_patches()
 
@@ -125,16 +129,18 @@ class StepTable:
             self.num_claims += count
         self.words.extend(row)
         self.slots += [self._storage.places[b] for b in step.operands]
-        self._first_size.append(len(self.sizes))
+        self._first_size.append((self.num_records, len(self.sizes)))
         self.sizes.extend([value(size) for size in step.sizes])
-        self.num_native += 1
+        self.num_records += 1
 
     def _end_segment(self, pending: list[int]) -> None:
         """Close the run of kernel launches `pending` (indices in the program) and place its barriers."""
         if not pending:
             return
-        rows = range(self.num_native - len(pending), self.num_native)
+        rows = range(self.num_records - len(pending), self.num_records)
         counts = [self.words[row * _ROW + _THREADS] for row in rows]
+        self.words.extend([0] * _ROW)
+        self.num_records += 1
         if max(counts) > 1:
             reads, writes = [], []
             for index in pending:
@@ -183,17 +189,17 @@ class StepTable:
 def set_barriers(words: array, rows: range, barriers: Sequence[bool], groups: int) -> int:
     """Write barriers before the steps `rows`, each with the counter and the chunks of the group of steps that it ends.
 
-    groups: number of the next counter; gives the one after the last used.
+    The record after the last step ends the last group. groups: the next counter; gives the one after the last used.
     """
     chunks = 0
-    for row, barrier in zip(rows, barriers):
+    for row, barrier in zip([*rows, rows.stop], [*barriers, True]):
         start = row * _ROW
-        words[start + _BARRIER] = int(barrier)
         if barrier:
             words[start + _GROUP] = groups * layout.LINE
             words[start + _GROUP_CHUNKS] = chunks
             groups += 1
             chunks = 0
+        words[start + _BARRIER] = int(barrier and row < rows.stop)
         chunks += words[start + _THREADS] * words[start + _CHUNKS]
     return groups
 

@@ -46,7 +46,11 @@ class Compiled:
 
     def __init__(self, ir_text: str):
         machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, reloc="pic", codemodel="small"
+            cpu=llvm.get_host_cpu_name(),
+            features=llvm.get_host_cpu_features().flatten(),
+            opt=3,
+            reloc="pic",
+            codemodel="small",
         )
         module = llvm.parse_assembly(ir_text)
         module.verify()

@@ -57,11 +57,11 @@ def asin_tail(z):
     return ((pi / 2 - acos(x)) / x - 1) / z
 
 
-def erfc_scaled(t, centre=mpf(4)):
-    """erfc(x) exp(x^2) (1 + 2x) with x given by t = (x - centre) / (x + centre)."""
+def erfc_scaled(t):
+    """erfc(x) exp(x^2) (1 + 2x) with x given by t = (x - 4) / (x + 4)."""
     if t > 1 - mpf(10) ** -20:
         return 2 / sqrt(pi)
-    x = centre * (1 + t) / (1 - t)
+    x = 4 * (1 + t) / (1 - t)
     return erfc(x) * exp(x * x) * (1 + 2 * x)
 
 
@@ -207,9 +207,7 @@ def two_over_pi_words(count: int) -> list[int]:
 
 
 def main():
-    print(
-        '"""Polynomial coefficients of vector_math.py, constant term first; made by tests/codegen/fit_polynomials.py."""'
-    )
+    print('"""Coefficients for vector_*.py, constant term first; made by tests/codegen/fit_polynomials.py."""')
     for name, function, low, high, degree, comment in FITS:
         coefficients = chebyshev_fit(function, low, high, degree)
         error = largest_error(function, coefficients, low, high)

@@ -73,7 +73,8 @@ def test_any_geometry(data):
     dynamic = range(data.draw(st.integers(0, 1)))
     attrs = attributes(rank, strides, padding, lhs_dilation, rhs_dilation, groups)
     packed = data.draw(st.booleans())
-    convolution((images, *sizes, channels), (*window, channels // groups, filters), attrs, packed=packed, dynamic=dynamic)
+    x, w = (images, *sizes, channels), (*window, channels // groups, filters)
+    convolution(x, w, attrs, packed=packed, dynamic=dynamic)
 
 
 LAYERS = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from kgraph import ops
 from kgraph.codegen.cpu import loop
-from kgraph.ir import PRIMITIVES, Dim, TensorType, Value, make_node, type_of
+from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node, type_of
 from kgraph.ops.region_gradient import record_region
 from tests.codegen.driver import Bound, host_target, run_node
 from tests.codegen.samples import check_sample
@@ -96,15 +96,17 @@ def test_any_broadcast(data):
 
 def test_coordinates_masks_and_conversions():
     x = normal(6, 5, 40)
-
-    def causal(x):
-        row = ops.iota(shape=(5, 40), dtype="int32", axis=0)
-        column = ops.iota(shape=(40,), dtype="int32", axis=0)
-        bias = ops.full(shape=(), value=-1e9, dtype="float32")
-        masked = ops.select(ops.ge(row, column), x, ops.broadcast_to(bias, shape=(6, 5, 40)))
-        return [masked, ops.convert(ops.gt(x, np.float32(0)), dtype="int8")]
-
-    masked, positive = run_node(loop.lower, fused(causal, x), [x])
+    value = Value(type_of(x))
+    body = Graph([value])
+    add = lambda name, *inputs, **attrs: body.add(PRIMITIVES[name], inputs, **attrs)
+    row = add("iota", shape=(5, 40), dtype="int32", axis=0)
+    column = add("iota", shape=(40,), dtype="int32", axis=0)
+    low = add("broadcast_to", add("full", shape=(), value=-1e9, dtype="float32"), shape=(6, 5, 40))
+    zero = add("full", shape=(1,), value=0.0, dtype="float32")
+    masked = add("select", add("ge", row, column), value, low)
+    body.outputs = [masked, add("convert", add("gt", value, zero), dtype="int8")]
+    node = make_node(PRIMITIVES["fusion"], [Value(type_of(x))], {"kind": "loop", "body": body})
+    masked, positive = run_node(loop.lower, node, [x], parts=2)
     np.testing.assert_array_equal(masked, np.where(np.arange(5)[:, None] >= np.arange(40), x, np.float32(-1e9)))
     np.testing.assert_array_equal(positive, (x > 0).astype(np.int8))
 
@@ -131,6 +133,15 @@ def test_scalar_constants_move_into_the_code():
     bound = Bound([call], {x: data})
     bound.run()
     np.testing.assert_array_equal(bound.buffers[call.operands[-1]], data * data)
+
+
+def test_negative_zero_is_no_zero():
+    x = np.full(5, -0.0, np.float32)
+    build = lambda x: [ops.add(x, np.float32(0.0)), ops.add(x, np.float32(-0.0)), ops.maximum(x, np.float32(np.nan))]
+    plus, minus, nan = run_node(loop.lower, fused(build, x), [x])
+    assert not np.signbit(plus).any()
+    assert np.signbit(minus).all()
+    assert np.isnan(nan).all()
 
 
 def test_output_may_overwrite_an_operand():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 import pytest
 import scipy.linalg
+from keras import ops
 
-from kgraph.errors import UnsupportedError
 from kgraph.frontend.keras_backend import linalg as backend
 from tests.frontend.numpy_cases import f
 from tests.frontend.test_backend_math import agree
@@ -56,7 +57,7 @@ def test_qr(mode):
 def test_solve():
     agree(backend.solve, A, B, expected=np.linalg.solve(A, B), rtol=1e-4)
     agree(backend.solve, A, B[..., 0], expected=np.linalg.solve(A, B)[..., 0], rtol=1e-4)
-    agree(backend.solve, A, B[0], expected=np.linalg.solve(A, B[0]), rtol=1e-4)
+    agree(backend.solve, A[0], B[0, :, 0], expected=np.linalg.solve(A[0], B[0, :, 0]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("lower", [True, False])
@@ -103,5 +104,33 @@ def test_errors():
         backend.qr(TALL, "r")
     with pytest.raises(ValueError, match="norm"):
         backend.norm(TALL, "fro", axis=1)
-    with pytest.raises(UnsupportedError, match="jvp"):
-        backend.jvp(np.sin, (A,), (A,))
+
+
+def test_derivative_in_a_direction():
+    point, direction = f(5, 4), f(5, 4, seed=1)
+    agree(
+        lambda x, t: backend.jvp(lambda v: ops.sin(v) * v, (x,), (t,)),
+        point,
+        direction,
+        expected=(np.sin(point) * point, (np.cos(point) * point + np.sin(point)) * direction),
+    )
+    # Of several arguments, through a contraction, with a variable and something beside.
+    variable = keras.Variable(f(4, 3, seed=2))
+
+    def function(x, y):
+        return ops.matmul(ops.exp(x), variable) * y, ops.shape(x)[0] + ops.sum(x)
+
+    y, y_direction = f(5, 3, seed=3), f(5, 3, seed=4)
+    result, derivative, aux = backend.jvp(function, (point, y), (direction, y_direction), has_aux=True)
+    product = np.exp(point) @ variable.numpy()
+    np.testing.assert_allclose(result, product * y, rtol=1e-5, atol=1e-5)
+    expected = (np.exp(point) * direction) @ variable.numpy() * y + product * y_direction
+    np.testing.assert_allclose(derivative, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(aux, 5 + point.sum(), rtol=1e-5)
+
+
+def test_derivative_of_what_does_not_depend_on_the_point():
+    result, derivative = backend.jvp(lambda x: {"a": ops.argmax(x), "b": ops.ones(3)}, (A,), (A,))
+    assert derivative["a"] == 0
+    assert not derivative["b"].any()
+    assert result["b"].all()

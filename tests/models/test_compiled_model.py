@@ -276,6 +276,15 @@ def test_explain_and_profile_name_layers():
     assert any("conv2d" in layer for layer in profile.layers)
 
 
+def test_networkx_view_has_the_order_and_the_types():
+    import networkx
+
+    view = kgraph.compile(make_convnet()).to_networkx()
+    assert networkx.is_directed_acyclic_graph(view)
+    assert [view.nodes[n]["kind"] for n in view].count("input") == 1
+    assert any("f32[N,12,12,3]" in data["type"] for _, _, data in view.edges(data=True))
+
+
 def test_data_dependent_python_specialises_and_says_so():
     inputs = keras.Input((None, 3))
 

@@ -29,19 +29,12 @@ def padded_reads(shape, window, strides, padding, base_dilation, window_dilation
 
 def conv_loop(x, w, strides, padding, lhs_dilation, rhs_dilation, feature_groups):
     record = PRIMITIVES["conv"]
-    attrs = dict(
-        strides=strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        feature_groups=feature_groups,
-    )
-    out = np.zeros(record.infer(TensorType(x.shape, "float32"), TensorType(w.shape, "float32"), **attrs).shape)
+    attrs = {"strides": strides, "padding": padding, "lhs_dilation": lhs_dilation, "rhs_dilation": rhs_dilation}
+    types = (TensorType(x.shape, "float32"), TensorType(w.shape, "float32"))
+    out = np.zeros(record.infer(*types, **attrs, feature_groups=feature_groups).shape)
     filters = w.shape[-1] // feature_groups
     channels = w.shape[-2]
-    reads = padded_reads(
-        x.shape[1:-1], w.shape[:-2], strides, padding, lhs_dilation, rhs_dilation, out.shape[1:-1]
-    )
+    reads = padded_reads(x.shape[1:-1], w.shape[:-2], strides, padding, lhs_dilation, rhs_dilation, out.shape[1:-1])
     for o, tap, i in reads:
         for g in range(feature_groups):
             own, mine = slice(g * filters, (g + 1) * filters), slice(g * channels, (g + 1) * channels)
@@ -74,7 +67,7 @@ def test_windows_that_do_not_fit_give_an_empty_result():
 # -- padding ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("window", "stride", "dilation"), itertools.product([1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2]))
+@pytest.mark.parametrize(("window", "stride", "dilation"), [*itertools.product(range(1, 6), range(1, 5), (1, 2))])
 def test_same_padding_of_symbolic_sizes_is_that_of_every_size(window, stride, dilation):
     symbolic = same_padding(H, window, stride, dilation)
     for size in range(1, 20):

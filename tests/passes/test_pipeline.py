@@ -17,6 +17,7 @@ from kgraph.passes.common_subexpressions import common_subexpressions
 from kgraph.passes.dead_code import dead_code
 from kgraph.passes.fold_batch_norm import fold_batch_norm
 from kgraph.passes.fold_constants import fold_constants
+from kgraph.passes.fold_padding import fold_padding
 from kgraph.passes.fuse import fuse
 from kgraph.passes.manager import PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE
@@ -181,6 +182,45 @@ def test_einsum_with_weights_becomes_one_matrix_product():
     main = split_prologue(after).main
     assert names(main) == ["dot_general", "add", "mul", "reshape"]
     check_same(graph, after)
+
+
+def test_zero_padding_joins_the_convolution():
+    def function(x, w):
+        x = ops.pad(x, np.float32(0), low=(0, 1, 2, 0), high=(0, 0, 1, 0), interior=(0, 0, 0, 0))
+        return conv(x, w, strides=(2, 1))
+
+    graph = traced(function, [f32(N, 6, 5, 4)], [f32(3, 3, 4, 8)])
+    after = dead_code(fold_padding(graph))
+    assert names(after) == ["conv"]
+    check_same(graph, after)
+
+
+@pytest.mark.parametrize(("activation", "expected"), [("relu", 1), ("tanh", 2)])
+def test_zero_padding_joins_a_maximum_of_what_is_not_negative(activation, expected):
+    def function(x):
+        x = ops.pad(getattr(ops, activation)(x), np.float32(0), low=(0, 1, 1, 0), high=(0, 1, 1, 0), interior=(0,) * 4)
+        return ops.reduce_window(
+            x,
+            kind="max",
+            window=(1, 3, 3, 1),
+            strides=(1, 2, 2, 1),
+            padding=((0, 0),) * 4,
+            window_dilation=(1,) * 4,
+            base_dilation=(1,) * 4,
+        )
+
+    graph = traced(function, [f32(N, 6, 5, 4)])
+    after = dead_code(fold_padding(graph))
+    assert len(names(after)) == expected + 1
+    check_same(graph, after)
+
+
+def test_other_padding_stays():
+    def function(x, w):
+        return conv(ops.pad(x, np.float32(1), low=(0, 1, 1, 0), high=(0, 1, 1, 0), interior=(0,) * 4), w)
+
+    graph = traced(function, [f32(N, 6, 5, 4)], [f32(3, 3, 4, 8)])
+    assert "pad" in names(dead_code(fold_padding(graph)))
 
 
 def fused(graph: Graph) -> tuple[Graph, PassContext]:

@@ -1,6 +1,7 @@
 import contextlib
 import ctypes
 import gc
+import platform
 
 import kernels
 import numpy as np
@@ -150,6 +151,19 @@ def test_writable_data_is_refused():
     text = "@counter = global i64 0\n" + kernels.HEADER + "\n  store i64 %begin, ptr @counter\n  ret void\n}"
     with pytest.raises(ArtifactError, match="writable data"):
         Library({"k": compile_ir(text)})
+
+
+def test_other_platforms_use_llvm(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "other")
+    library = Library({name: kernels.kernel(name) for name in ("add_one", "table", "copy")})
+    assert library.code_bytes > 0
+    x, y = np.ones(5, np.float32), np.zeros(5, np.float32)
+    call(library.address("add_one"), [x, y], 5)
+    np.testing.assert_array_equal(y, 2)
+    call(library.address("copy"), [x.view(np.uint8), y.view(np.uint8)], 20)
+    np.testing.assert_array_equal(y, 1)
+    with pytest.raises(ArtifactError, match="no function 'other'"):
+        library.address("table", "other")
 
 
 def test_many_objects():

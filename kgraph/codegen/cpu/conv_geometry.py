@@ -48,7 +48,9 @@ class AxisPhase(NamedTuple):
         return (positions - 1) * self.copy_step + (max(self.taps, 1) - 1) * self.copy_reach + 1
 
 
-def axis_phases(window: int, stride: int, low: int | None, input_dilation: int, window_dilation: int) -> list[AxisPhase]:
+def axis_phases(
+    window: int, stride: int, low: int | None, input_dilation: int, window_dilation: int
+) -> list[AxisPhase]:
     """The phases along one axis. low: padding before the first element; None if symbolic, without input dilation."""
     if input_dilation == 1:
         return [AxisPhase(0, 1, 0, 1, window, stride, None if low is None else -low, window_dilation)]

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
-from kgraph.codegen.cpu.epilogue import Epilogue, Parts
+from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, Parts
 from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
 from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node
+from kgraph.ir import Node
 from kgraph.ir.dims import product
 
 MOST_SEGMENTS = 8  # kinds of tiles along a row, beyond which sides test their taps at run time
@@ -92,6 +92,7 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
             extent=rows,
             flops=2 * rows * out_sizes[2] * filters * product(plan.window),
             bytes=x.type.nbytes + w.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
+            scratch_bytes=plan.positions * target.vector_bytes,
             notes={"inplace": parts.inplace(2)},
         )
     ]
@@ -114,6 +115,7 @@ class _Depthwise:
         self.x, self.weight = b.operand(0, plan.dtype), b.operand(1, plan.dtype)
         self.filters = plan.channels * plan.multiplier
         self.epilogue = Epilogue(*plan.epilogue)
+        self.finisher = Finisher(b, self.epilogue, plan.accumulate, plan.lanes, (0, 1))
 
     def emit(self) -> None:
         b, plan = self.b, self.plan
@@ -147,7 +149,7 @@ class _Depthwise:
                 self._tile(position, size, present)
 
     def _segments(self) -> list[tuple] | None:
-        """(first position, tiles, positions of a tile, which taps are inside): a row of static width, cut into tiles."""
+        """(first position, tiles, positions of a tile, which taps are inside): a row of static width in tiles."""
         plan = self.plan
         width, out_width, origin = self.sizes[2], self.out_sizes[2], self.origins[2]
         if not all(isinstance(s, int) for s in (width, out_width, origin)):
@@ -209,10 +211,17 @@ class _Depthwise:
                 line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2]
                 taps = (kd * plan.window[1] + kh) * plan.window[2]
                 self._row(acc, line, first, taps, c, mask, present)
-            buffers = b.function.args[0]
-            bound = self.epilogue.bind(b, buffers, lambda e: resolve(b, e), c, [mask], plan.lanes)
+            buffers, sizes = b.function.args[:2]
+            if self.epilogue.in_registers:
+                bound = self.epilogue.bind(b, buffers, lambda e: resolve(b, e), c, [mask], plan.lanes)
+                for p in range(size):
+                    bound.apply(self.first_pixel + position + p, [acc[p].get()])
+                return
+            sums = b.scratch(plan.accumulate)
             for p in range(size):
-                bound.apply(self.first_pixel + position + p, [acc[p].get()])
+                b.store(sums, p * plan.lanes, acc[p].get())
+            pixel, masked = self.first_pixel + position, mask is not None
+            self.finisher.call(buffers, sizes, sums, pixel, c, self.filters - c, (1, size), 1, masked)
 
         b.vector_loop(0, self.filters, plan.lanes, channels)
 
@@ -259,5 +268,3 @@ class _Depthwise:
             ]
             value = b.vector(scalars)
         return widen(b, value, plan.dtype, plan.accumulate)
-
-

@@ -7,13 +7,14 @@ last axis).
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from llvmlite import ir
 
 from kgraph.codegen.cpu import expressions
-from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer, compute_dtype
+from kgraph.codegen.cpu.builder import I64, PTR, VOID, Int, KernelBuilder, Pointer, compute_dtype
 from kgraph.ir import Dim, Graph, Node, TensorType, Value
 
 # Operations per vector beyond which an epilogue runs as a loop over stored sums: written out for every accumulator
@@ -93,6 +94,69 @@ class BoundEpilogue:
                 results = expressions.emit(b, self.epilogue.expression, operands)
             for at, result in zip(self.outputs, results, strict=True):
                 b.store(at, index, result, mask)
+
+
+@contextmanager
+def subfunction(b: KernelBuilder, name: str, arguments: list[ir.Type]):
+    """Builds an internal function of the kernel's module: within, `b` writes into it. Gives the function."""
+    function = ir.Function(b.module, ir.FunctionType(VOID, arguments), name)
+    function.linkage = "internal"
+    for attribute in ("nounwind", "noinline"):
+        function.attributes.add(attribute)
+    outer_function, outer_ir = b.function, b.ir
+    b.function, b.ir = function, ir.IRBuilder(function.append_basic_block("entry"))
+    yield function
+    b.ir.ret_void()
+    b.function, b.ir = outer_function, outer_ir
+
+
+def entry_value(b: KernelBuilder, sizes: ir.Value, entry):
+    """An entry of the params inside a subfunction, where the kernel's own reads of `sizes` are not visible."""
+    if isinstance(entry, int):
+        return entry
+    at = b.ir.gep(sizes, [ir.Constant(I64, entry[1])], inbounds=True, source_etype=I64)
+    return Int(b, b.ir.load(at, typ=I64))
+
+
+def vector_masks(b: KernelBuilder, vectors: int, masked: bool, remaining, lanes: int) -> list:
+    """One mask per vector of a tile whose output ends `remaining` columns on; None per vector if it is whole."""
+    return [b.tail_mask(remaining - j * lanes, lanes) if masked else None for j in range(vectors)]
+
+
+class Finisher:
+    """Functions that run a long epilogue over sums in memory, shared by all tiles of one width.
+
+    dtype, lanes: of the sums. pitches: distance of pixel rows and pixel columns in the output, in pixels (entries).
+    """
+
+    def __init__(self, b: KernelBuilder, epilogue: Epilogue, dtype: str, lanes: int, pitches: tuple, prefix: str = ""):
+        self.b, self.epilogue, self.dtype, self.lanes = b, epilogue, dtype, lanes
+        self.pitches, self.prefix = pitches, prefix
+        self.functions: dict[tuple, ir.Function] = {}
+
+    def call(self, buffers, sizes, sums: Pointer, pixel, column, remaining, extents: tuple, vectors: int, masked: bool):
+        """The epilogue of `extents` = (rows, columns) pixels; `sums` holds `vectors` vectors per pixel, densely."""
+        key = (vectors, masked)
+        if key not in self.functions:
+            self.functions[key] = self._build(vectors, masked)
+        integers = [self.b.i64(x) for x in (pixel, column, remaining, *extents)]
+        self.b.ir.call(self.functions[key], [buffers, sizes, sums.value, *integers])
+
+    def _build(self, vectors: int, masked: bool) -> ir.Function:
+        b, lanes = self.b, self.lanes
+        name = f"{self.prefix}finish_{vectors}{'_masked' if masked else ''}"
+        with subfunction(b, name, [PTR] * 3 + [I64] * 5) as function:
+            buffers, sizes, at = function.args[:3]
+            sums = Pointer(b, at, self.dtype, "sums")
+            pixel, column, remaining, rows, cols = (Int(b, x) for x in function.args[3:])
+            masks = vector_masks(b, vectors, masked, remaining, lanes)
+            bound = self.epilogue.bind(b, buffers, lambda e: entry_value(b, sizes, e), column, masks, lanes)
+            row_pitch, col_pitch = (entry_value(b, sizes, p) for p in self.pitches)
+            with b.loop(0, rows) as i, b.loop(0, cols) as j:
+                first = (i * cols + j) * (vectors * lanes)
+                values = [b.load(sums, first + v * lanes, lanes) for v in range(vectors)]
+                bound.apply(pixel + i * row_pitch + j * col_pitch, values)
+        return function
 
 
 def from_accumulator(b: KernelBuilder, value: ir.Value, accumulate: str, result: str) -> ir.Value:

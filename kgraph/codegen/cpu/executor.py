@@ -5,13 +5,13 @@ the loop of the pool's threads; the tables that they read are described in `kgra
 
 A call with several threads is one fork and one join. In between all threads walk over the same steps. A step with
 `threads == 1` is run by thread 0. Another is cut into chunks, and every thread owns the same number of them; it runs
-its own and then what others have not begun. So a thread that wakes late or loses its core delays the call by one chunk
-at most, and usually by nothing, while caches stay warm as under a fixed partition. Where the plan says so, a thread
-waits before a step until the chunks of all earlier steps are done.
+its own, and before it would wait for others, what they have not begun. So a thread that wakes late or loses its core
+delays the call by one chunk at most, and usually by nothing, while caches stay warm as under a fixed partition. Where
+the plan says so, and at the end, the steps before form a group that must be done before a thread goes on.
 
 Claims and completions are counted by words that only grow, against goals that grow with the number of times that these
-steps were run: nothing is reset between calls. Waiting is spinning for a bounded time, then sleeping in the kernel (futex). A
-second caller that finds the pool busy runs all steps alone.
+steps were run: nothing is reset between calls. Waiting is spinning for a bounded time, then sleeping in the kernel
+(futex). A second caller that finds the pool busy runs all steps alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import string
 import sys
 
 from kgraph.runtime import layout
+
+# Looks at a completion counter, with a pause in between, before a thread offers help: some 200 ns.
+_GLANCES = 12
 
 _BODY = """
 ; -- waiting ---------------------------------------------------------------------------------------------------------
@@ -158,52 +161,46 @@ done:
   ret i64 %count
 }
 
-; Run the chunks of a step that can still be claimed, own ones first. Gives how many were run.
-define internal i64 @share(ptr %context, ptr %step, i64 %thread, ptr %scratch) #1 {
+; Claim and run the chunks of %step that thread %owner owns and nobody has begun. Gives how many.
+define internal i32 @drain(ptr %context, ptr %step, i64 %owner, ptr %scratch) #1 {
 entry:
   %threads.p = getelementptr i8, ptr %step, i64 $STEP_THREADS
   %threads = load i64, ptr %threads.p
-  %takes_part = icmp ult i64 %thread, %threads
-  br i1 %takes_part, label %prepare, label %nothing
+  %owns = icmp ult i64 %owner, %threads
+  br i1 %owns, label %prepare, label %nothing
 nothing:
-  ret i64 0
+  ret i32 0
 prepare:
+  %all_claims.p = getelementptr i8, ptr %context, i64 $CONTEXT_CLAIMS
+  %all_claims = load ptr, ptr %all_claims.p
+  %step_claims.p = getelementptr i8, ptr %step, i64 $STEP_CLAIMS
+  %step_claims.offset = load i64, ptr %step_claims.p
+  %step_claims = getelementptr i8, ptr %all_claims, i64 %step_claims.offset
+  %line = mul i64 %owner, $LINE
+  %claims = getelementptr i8, ptr %step_claims, i64 %line
   %per_thread.p = getelementptr i8, ptr %step, i64 $STEP_CHUNKS
   %per_thread = load i64, ptr %per_thread.p
+  %epoch.pp = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
+  %epoch.p = load ptr, ptr %epoch.pp
+  %epoch = load i64, ptr %epoch.p
+  %base = mul i64 %epoch, %per_thread
+  %limit = add i64 %base, %per_thread
+  br label %again
+again:
+  %run = phi i32 [0, %prepare], [%run.next, %chunk]
+  %count = call i64 @claim(ptr %claims, i64 %limit)
+  %none = icmp eq i64 %count, %limit
+  br i1 %none, label %done, label %chunk
+chunk:
   %chunks = mul i64 %per_thread, %threads
   %extent.p = getelementptr i8, ptr %step, i64 $STEP_EXTENT
   %extent = load i64, ptr %extent.p
   %grain.p = getelementptr i8, ptr %step, i64 $STEP_GRAIN
   %grain = load i64, ptr %grain.p
   %grains = udiv i64 %extent, %grain
-  %epoch.pp = getelementptr i8, ptr %context, i64 $CONTEXT_EPOCH
-  %epoch.p = load ptr, ptr %epoch.pp
-  %epoch = load i64, ptr %epoch.p
-  %base = mul i64 %epoch, %per_thread
-  %limit = add i64 %base, %per_thread
-  %all_claims.p = getelementptr i8, ptr %context, i64 $CONTEXT_CLAIMS
-  %all_claims = load ptr, ptr %all_claims.p
-  %claims.p = getelementptr i8, ptr %step, i64 $STEP_CLAIMS
-  %claims.offset = load i64, ptr %claims.p
-  %step_claims = getelementptr i8, ptr %all_claims, i64 %claims.offset
-  br label %owner
-owner:
-  ; %victim: the thread whose chunks are tried; %hop: how many have been.
-  %victim = phi i64 [%thread, %prepare], [%victim.next, %exhausted]
-  %hop = phi i64 [0, %prepare], [%hop.next, %exhausted]
-  %run.0 = phi i64 [0, %prepare], [%run, %exhausted]
-  %line = mul i64 %victim, $LINE
-  %claims = getelementptr i8, ptr %step_claims, i64 %line
-  br label %again
-again:
-  %run = phi i64 [%run.0, %owner], [%run.next, %chunk]
-  %count = call i64 @claim(ptr %claims, i64 %limit)
-  %none = icmp eq i64 %count, %limit
-  br i1 %none, label %exhausted, label %chunk
-chunk:
   %own = sub i64 %count, %base
-  %victim.first = mul i64 %victim, %per_thread
-  %number = add i64 %victim.first, %own
+  %first = mul i64 %owner, %per_thread
+  %number = add i64 %first, %own
   %e0 = mul i64 %grains, %number
   %b = udiv i64 %e0, %chunks
   %from = mul i64 %b, %grain
@@ -214,21 +211,66 @@ chunk:
   %is_last = icmp eq i64 %number.next, %chunks
   %to = select i1 %is_last, i64 %extent, i64 %to.0
   call void @launch(ptr %context, ptr %step, i64 %from, i64 %to, ptr %scratch)
-  %run.next = add i64 %run, 1
+  %run.next = add i32 %run, 1
   br label %again
-exhausted:
-  %v = add i64 %victim, 1
-  %wraps = icmp eq i64 %v, %threads
-  %victim.next = select i1 %wraps, i64 0, i64 %v
-  %hop.next = add i64 %hop, 1
-  %more = icmp ult i64 %hop.next, %threads
-  br i1 %more, label %owner, label %done
 done:
-  ret i64 %run
+  ret i32 %run
 }
 
-; Report %run chunks done in the group of steps that ends before %step, and wait until all of the group are.
-define internal void @meet(ptr %context, ptr %pool, ptr %step, i32 %run) #1 {
+; Run what other threads own and have not begun of the steps from record %from up to %to. Gives the number of chunks.
+define internal i32 @help(ptr %context, ptr %from, ptr %to, i64 %thread, ptr %scratch) #1 {
+entry:
+  br label %test
+test:
+  %step = phi ptr [%from, %entry], [%step.next, %next]
+  %run = phi i32 [0, %entry], [%run.step, %next]
+  %more = icmp ult ptr %step, %to
+  br i1 %more, label %look, label %done
+look:
+  %threads.p = getelementptr i8, ptr %step, i64 $STEP_THREADS
+  %threads = load i64, ptr %threads.p
+  %single = icmp eq i64 %threads, 1
+  %apart = icmp uge i64 %thread, %threads
+  %not_mine = or i1 %single, %apart
+  br i1 %not_mine, label %next, label %hop
+hop:
+  ; The neighbour first, so that helpers spread.
+  %hops = phi i64 [1, %look], [%hops.next, %hop]
+  %run.hop = phi i32 [%run, %look], [%run.more, %hop]
+  %sum = add i64 %thread, %hops
+  %owner = urem i64 %sum, %threads
+  %count = call i32 @drain(ptr %context, ptr %step, i64 %owner, ptr %scratch)
+  %run.more = add i32 %run.hop, %count
+  %hops.next = add i64 %hops, 1
+  %again = icmp ult i64 %hops.next, %threads
+  br i1 %again, label %hop, label %next
+next:
+  %run.step = phi i32 [%run, %look], [%run.more, %hop]
+  %step.next = getelementptr i8, ptr %step, i64 $STEP_BYTES
+  br label %test
+done:
+  ret i32 %run
+}
+
+; Add %run finished chunks to the counter at %done. Gives whether it then stands at %goal, and wakes who waits for that.
+define internal i1 @report(ptr %pool, ptr %done, i32 %run, i32 %goal) #0 {
+entry:
+  %before = atomicrmw add ptr %done, i32 %run seq_cst
+  %after = add i32 %before, %run
+  %reached = icmp eq i32 %after, %goal
+  br i1 %reached, label %signal, label %leave
+signal:
+  %sleeping = getelementptr i8, ptr %pool, i64 $POOL_BARRIER_SLEEPING
+  call void @wake_sleepers(ptr %done, ptr %sleeping)
+  br label %leave
+leave:
+  ret i1 %reached
+}
+
+; The group of steps from record %from to %step ends. Report the %run chunks that this thread has done in it, and return
+; when all are: help others, then wait. A worker does not wait at the end of the job (%step_is_end).
+define internal void @meet(ptr %context, ptr %pool, ptr %from, ptr %step, i32 %run, i64 %thread, ptr %scratch,
+                           i1 %step_is_end) #1 {
 entry:
   %all_done.p = getelementptr i8, ptr %context, i64 $CONTEXT_DONE
   %all_done = load ptr, ptr %all_done.p
@@ -243,17 +285,52 @@ entry:
   %calls = add i64 %epoch, 1
   %goal.64 = mul i64 %calls, %total
   %goal = trunc i64 %goal.64 to i32
-  %sleeping = getelementptr i8, ptr %pool, i64 $POOL_BARRIER_SLEEPING
+  %is_worker = icmp ne i64 %thread, 0
+  %leaves = and i1 %is_worker, %step_is_end
   %idle = icmp eq i32 %run, 0
-  br i1 %idle, label %test, label %report
-report:
-  %before = atomicrmw add ptr %done.p, i32 %run seq_cst
-  %after = add i32 %before, %run
-  %reached = icmp eq i32 %after, %goal
-  br i1 %reached, label %signal, label %test
-signal:
-  call void @wake_sleepers(ptr %done.p, ptr %sleeping)
-  ret void
+  br i1 %idle, label %look, label %tell
+tell:
+  %last = call i1 @report(ptr %pool, ptr %done.p, i32 %run, i32 %goal)
+  br i1 %last, label %leave, label %others
+look:
+  %now.0 = load atomic i32, ptr %done.p acquire, align 4
+  %complete.0 = icmp eq i32 %now.0, %goal
+  br i1 %complete.0, label %leave, label %others
+others:
+  ; With all threads inside, the rest is probably under way: a short wait comes before looking for unclaimed chunks,
+  ; as looking takes cache lines away from their owners.
+  %state.p = getelementptr i8, ptr %pool, i64 $POOL_STATE
+  %state = load atomic i32, ptr %state.p monotonic, align 4
+  %inside = and i32 %state, $JOB_COUNT_MASK
+  %threads.p = getelementptr i8, ptr %context, i64 $CONTEXT_THREADS
+  %threads = load i64, ptr %threads.p
+  %threads.32 = trunc i64 %threads to i32
+  %with_caller = add i32 %inside, 1
+  %all_here = icmp uge i32 %with_caller, %threads.32
+  %patient = xor i1 %leaves, true
+  %hold = and i1 %all_here, %patient
+  br i1 %hold, label %glance, label %help
+glance:
+  %g = phi i64 [0, %others], [%g.next, %glance.again]
+  %now.g = load atomic i32, ptr %done.p acquire, align 4
+  %complete.g = icmp eq i32 %now.g, %goal
+  br i1 %complete.g, label %leave, label %glance.count
+glance.count:
+  %short = icmp ult i64 %g, $GLANCES
+  br i1 %short, label %glance.again, label %help
+glance.again:
+  call void @pause()
+  %g.next = add i64 %g, 1
+  br label %glance
+help:
+  %helped = call i32 @help(ptr %context, ptr %from, ptr %step, i64 %thread, ptr %scratch)
+  %no_help = icmp eq i32 %helped, 0
+  br i1 %no_help, label %stay, label %tell.more
+tell.more:
+  %last.more = call i1 @report(ptr %pool, ptr %done.p, i32 %helped, i32 %goal)
+  br i1 %last.more, label %leave, label %stay
+stay:
+  br i1 %leaves, label %leave, label %test
 test:
   %now = load atomic i32, ptr %done.p acquire, align 4
   %complete = icmp eq i32 %now, %goal
@@ -261,13 +338,14 @@ test:
 wait:
   %spin.p = getelementptr i8, ptr %pool, i64 $POOL_SPIN_BARRIER
   %spin = load i64, ptr %spin.p
+  %sleeping = getelementptr i8, ptr %pool, i64 $POOL_BARRIER_SLEEPING
   call void @wait_while_equal(ptr %done.p, i32 %now, i64 %spin, ptr %sleeping)
   br label %test
 leave:
   ret void
 }
 
-; Thread %thread of a job walks over steps [%first, %last). When it is through, all chunks are claimed.
+; Thread %thread of a job walks over steps [%first, %last). For thread 0 all of them are done at the end.
 define internal void @walk(ptr %context, ptr %pool, i64 %thread, i64 %first, i64 %last) #1 {
 entry:
   %steps.p = getelementptr i8, ptr %context, i64 $CONTEXT_STEPS
@@ -278,26 +356,38 @@ entry:
   %stride = load i64, ptr %stride.p
   %scratch.offset = mul i64 %stride, %thread
   %scratch = getelementptr i8, ptr %scratch.0, i64 %scratch.offset
+  %all_claims.p = getelementptr i8, ptr %context, i64 $CONTEXT_CLAIMS
+  %all_claims = load ptr, ptr %all_claims.p
+  %line = mul i64 %thread, $LINE
+  %claims = getelementptr i8, ptr %all_claims, i64 %line
   %is_thread_0 = icmp eq i64 %thread, 0
+  %first.offset = mul i64 %first, $STEP_BYTES
+  %first.step = getelementptr i8, ptr %steps, i64 %first.offset
   br label %test
 test:
   %i = phi i64 [%first, %entry], [%next, %advance]
-  ; Chunks that this thread has run since the last meeting.
+  %step = phi ptr [%first.step, %entry], [%step.next, %advance]
+  ; The first step of the group, and the chunks that this thread has run in it.
+  %from = phi ptr [%first.step, %entry], [%from.now, %advance]
   %run = phi i32 [0, %entry], [%run.next, %advance]
   %more = icmp ult i64 %i, %last
-  br i1 %more, label %loop, label %done
+  br i1 %more, label %loop, label %end
 loop:
-  %offset = mul i64 %i, $STEP_BYTES
-  %step = getelementptr i8, ptr %steps, i64 %offset
   %flag.p = getelementptr i8, ptr %step, i64 $STEP_BARRIER
   %flag = load i64, ptr %flag.p
   %flagged = icmp ne i64 %flag, 0
   br i1 %flagged, label %meet, label %work
 meet:
-  call void @meet(ptr %context, ptr %pool, ptr %step, i32 %run)
+  call void @meet(ptr %context, ptr %pool, ptr %from, ptr %step, i32 %run, i64 %thread, ptr %scratch, i1 false)
   br label %work
 work:
+  %from.now = phi ptr [%from, %loop], [%step, %meet]
   %run.now = phi i32 [%run, %loop], [0, %meet]
+  %step.next = getelementptr i8, ptr %step, i64 $STEP_BYTES
+  %ahead.p = getelementptr i8, ptr %step.next, i64 $STEP_CLAIMS
+  %ahead.offset = load i64, ptr %ahead.p
+  %ahead = getelementptr i8, ptr %claims, i64 %ahead.offset
+  call void @llvm.prefetch.p0(ptr %ahead, i32 1, i32 3, i32 1)
   br i1 %is_thread_0, label %stamp, label %choose
 stamp:
   %index = mul i64 %i, 2
@@ -317,17 +407,19 @@ run_whole:
   %run.plus_1 = add i32 %run.now, 1
   br label %advance
 part:
-  %count = call i64 @share(ptr %context, ptr %step, i64 %thread, ptr %scratch)
-  %count.32 = trunc i64 %count to i32
-  %run.plus = add i32 %run.now, %count.32
+  %count = call i32 @drain(ptr %context, ptr %step, i64 %thread, ptr %scratch)
+  %run.plus = add i32 %run.now, %count
   br label %advance
 advance:
   %run.next = phi i32 [%run.now, %whole], [%run.plus_1, %run_whole], [%run.plus, %part]
   %next = add i64 %i, 1
   br label %test
-done:
+end:
+  call void @meet(ptr %context, ptr %pool, ptr %from, ptr %step, i32 %run, i64 %thread, ptr %scratch, i1 true)
   ret void
 }
+
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 ; Write the addresses of the call's inputs and outputs into the operand slots that hold them.
 define internal void @patch(ptr %context) #1 {
@@ -402,7 +494,7 @@ wake:
   br i1 %more, label %wake, label %own
 own:
   call void @walk(ptr %context, ptr %pool, i64 0, i64 %first, i64 %last)
-  ; Nothing is left to claim, so whoever has not come in by now need not. Those inside leave when their chunks are done.
+  ; All is done, so whoever has not come in by now need not, and those inside leave at once.
   %before = atomicrmw and ptr %state, i32 $JOB_COUNT_MASK seq_cst
   %spin.p = getelementptr i8, ptr %pool, i64 $POOL_SPIN_BARRIER
   %spin = load i64, ptr %spin.p
@@ -658,6 +750,7 @@ def render(params: tuple = (), target=None) -> str:
     else:
         parts += [_AARCH64 if machine in ("aarch64", "arm64") else _OTHER_MACHINE, _NO_FLOAT_STATE]
     names = {k: v for k, v in vars(layout).items() if k.isupper()}
+    names["GLANCES"] = _GLANCES
     names["SYS_futex"] = 202 if machine in ("x86_64", "amd64") else 98
     names["CLOCK_MONOTONIC"] = 6 if sys.platform == "darwin" else 1
     functions = string.Template("".join(parts)).substitute(names)

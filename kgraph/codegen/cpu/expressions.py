@@ -87,7 +87,7 @@ def identity(dtype: str) -> Expression:
 
 
 def constant(value, dtype: str) -> tuple:
-    """The instruction of a constant; what is not finite is spelled out, so that equal instructions compare equal."""
+    """The instruction of a constant. NaN, infinities and -0.0 are spelled out, so that equality means identity."""
     value = np.asarray(value).reshape(()).item()
     if dtype == "bool":
         value = bool(value)
@@ -95,7 +95,7 @@ def constant(value, dtype: str) -> tuple:
         value = int(value)
     else:
         value = float(value)
-        value = value if math.isfinite(value) else str(value)
+        value = value if math.isfinite(value) and (value or math.copysign(1, value) > 0) else str(value)
     return ("constant", (), (("value", value),), dtype)
 
 

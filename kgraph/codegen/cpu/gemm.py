@@ -26,7 +26,7 @@ from kgraph.codegen.cpu.strided import SizeTable, collapse, dense_strides, resol
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
 from kgraph.ir.dims import ceil_div, product
-from kgraph.ops.packing import padded_columns, panels_layout
+from kgraph.ops.packing import panels_layout
 
 KC = 1024  # steps of k in a block, where K is cut: a panel of B of this depth stays in the second-level cache
 RUNTIME_KC = 512
@@ -57,9 +57,7 @@ def packing_for(node: Node, target) -> tuple | None:
     axes = _Axes(parts.node)
     lanes = target.vector_bytes // itemsize(accumulate)
     panel = register_tile(target)[1] * lanes
-    layout = panels_layout(
-        rhs.shape, axes.rhs_batch, axes.rhs_contract, axes.rhs_free, 1, panel, lanes, accumulate
-    )
+    layout = panels_layout(rhs.shape, axes.rhs_batch, axes.rhs_contract, axes.rhs_free, 1, panel, lanes, accumulate)
     return ((node.inputs.index(parts.operands[1]), layout),)
 
 
@@ -467,5 +465,3 @@ class _Gemm:
             self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, steps, first, last)
 
         self.row_tiles.walk(b, rows, tile)
-
-

@@ -1,4 +1,4 @@
-"""Register tiles: `C[rows*cols, vectors*lanes] += sum_k A[pixel, k] * B[k, column]`, the inside of every contraction kernel.
+"""Register tiles: `C[pixel, column] += sum_k A[pixel, k] * B[k, column]`, the inside of every contraction kernel.
 
 A tile is a small block of output pixels (`rows` x `cols`: both along an image for convolutions, `rows` = 1 for matrix
 products) times `vectors` vectors of output columns. All accumulators live in registers; each step of k loads
@@ -12,14 +12,12 @@ each with a stride in A and in B) around one run of `run` consecutive steps.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I64, PTR, VOID, Int, KernelBuilder, Pointer, itemsize
-from kgraph.codegen.cpu.epilogue import Epilogue
-from kgraph.codegen.cpu.strided import resolve
+from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer
+from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, entry_value, subfunction, vector_masks
 
 
 def register_tile(target) -> tuple[int, int]:
@@ -68,20 +66,6 @@ class Tile(NamedTuple):
     masked: bool
 
 
-@contextmanager
-def subfunction(b: KernelBuilder, name: str, arguments: list[ir.Type]):
-    """Builds an internal function of the kernel's module: within, `b` writes into it. Gives the function."""
-    function = ir.Function(b.module, ir.FunctionType(VOID, arguments), name)
-    function.linkage = "internal"
-    for attribute in ("nounwind", "noinline"):
-        function.attributes.add(attribute)
-    outer_function, outer_ir = b.function, b.ir
-    b.function, b.ir = function, ir.IRBuilder(function.append_basic_block("entry"))
-    yield function
-    b.ir.ret_void()
-    b.function, b.ir = outer_function, outer_ir
-
-
 class TileSet:
     """The tile functions of one kernel, made when first called.
 
@@ -91,9 +75,12 @@ class TileSet:
     def __init__(self, b: KernelBuilder, code: TileCode, epilogue: Epilogue, prefix: str = ""):
         self.b, self.code, self.epilogue, self.prefix = b, code, epilogue, prefix
         self.functions: dict[Tile, ir.Function] = {}
-        self.finishers: dict[tuple, ir.Function] = {}
+        pitches = (code.pixel_row_pitch, code.pixel_col_pitch)
+        self.finisher = Finisher(b, epilogue, code.dtype, code.lanes, pitches, prefix)
 
-    def call(self, tile: Tile, a: Pointer, bp: Pointer, sums: Pointer, pixel, column, remaining, run=0, first=1, last=1):
+    def call(
+        self, tile: Tile, a: Pointer, bp: Pointer, sums: Pointer, pixel, column, remaining, run=0, first=1, last=1
+    ):
         """Compute one tile.
 
         a, bp: first element of A and of B's panel. sums: scratch for the sums of the tile,
@@ -155,9 +142,8 @@ class TileSet:
         b_step = vectors * lanes
         masks: list = [None] * vectors
         if code.b_step is not None:
-            b_step = _entry(b, sizes, code.b_step)
-            if tile.masked:
-                masks = [b.tail_mask(remaining - j * lanes, lanes) for j in range(vectors)]
+            b_step = entry_value(b, sizes, code.b_step)
+            masks = vector_masks(b, vectors, tile.masked, remaining, lanes)
         displacements = [i * code.row_pitch + j * code.col_pitch for i in range(tile.rows) for j in range(tile.cols)]
 
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
@@ -193,7 +179,10 @@ class TileSet:
         b, code = self.b, self.code
         buffers, sizes = function.args[:2]
         if self.epilogue.in_registers:
-            bound, row_pitch, col_pitch = self._bind_epilogue(tile, function, column, remaining)
+            masks = vector_masks(b, tile.vectors, tile.masked, remaining, code.lanes)
+            bound = self.epilogue.bind(b, buffers, lambda e: entry_value(b, sizes, e), column, masks, code.lanes)
+            row_pitch = entry_value(b, sizes, code.pixel_row_pitch)
+            col_pitch = entry_value(b, sizes, code.pixel_col_pitch)
             for p in range(tile.rows * tile.cols):
                 i, j = divmod(p, tile.cols)
                 values = acc[p * tile.vectors : (p + 1) * tile.vectors]
@@ -201,36 +190,8 @@ class TileSet:
             return
         for i, value in enumerate(acc):
             b.store(sums, i * code.lanes, value)
-        key = (tile.vectors, tile.masked)
-        if key not in self.finishers:
-            self.finishers[key] = self._build_finisher(tile)
-        integers = [b.i64(x) for x in (pixel, column, remaining, tile.rows, tile.cols)]
-        b.ir.call(self.finishers[key], [buffers, sizes, sums.value, *integers])
-
-    def _build_finisher(self, tile: Tile) -> ir.Function:
-        """A function that runs the epilogue over stored sums, pixel by pixel."""
-        b, lanes = self.b, self.code.lanes
-        name = f"{self.prefix}finish_{tile.vectors}{'_masked' if tile.masked else ''}"
-        with subfunction(b, name, [PTR] * 3 + [I64] * 5) as function:
-            sums = Pointer(b, function.args[2], self.code.dtype, "sums")
-            pixel, column, remaining, rows, cols = (Int(b, x) for x in function.args[3:])
-            bound, row_pitch, col_pitch = self._bind_epilogue(tile, function, column, remaining)
-            width = tile.vectors * lanes
-            with b.loop(0, rows) as i, b.loop(0, cols) as j:
-                at = (i * cols + j) * width
-                values = [b.load(sums, at + v * lanes, lanes) for v in range(tile.vectors)]
-                bound.apply(pixel + i * row_pitch + j * col_pitch, values)
-        return function
-
-    def _bind_epilogue(self, tile: Tile, function, column, remaining) -> tuple:
-        """(the epilogue, the output's row pitch and column pitch in pixels) inside a function of the kernel."""
-        b, code, lanes = self.b, self.code, self.code.lanes
-        buffers, sizes = function.args[:2]
-        masks = [None] * tile.vectors
-        if tile.masked:
-            masks = [b.tail_mask(remaining - j * lanes, lanes) for j in range(tile.vectors)]
-        bound = self.epilogue.bind(b, buffers, lambda e: _entry(b, sizes, e), column, masks, lanes)
-        return bound, _entry(b, sizes, code.pixel_row_pitch), _entry(b, sizes, code.pixel_col_pitch)
+        extents = (tile.rows, tile.cols)
+        self.finisher.call(buffers, sizes, sums, pixel, column, remaining, extents, tile.vectors, tile.masked)
 
 
 def carried_loop(b: KernelBuilder, stop, step: int, values: list[ir.Value], turn) -> list[ir.Value]:
@@ -283,14 +244,6 @@ def _unroll(steps, accumulators: int) -> int:
     if not isinstance(steps, int):
         return 1
     return next(u for u in (8, 4, 3, 2, 1) if steps % u == 0 and (u * accumulators <= 32 or u == 1))
-
-
-def _entry(b: KernelBuilder, sizes: ir.Value, entry):
-    """An entry of the params inside a subfunction, where the kernel's own reads of `sizes` are not visible."""
-    if isinstance(entry, int):
-        return entry
-    at = b.ir.gep(sizes, [ir.Constant(I64, entry[1])], inbounds=True, source_etype=I64)
-    return Int(b, b.ir.load(at, typ=I64))
 
 
 class Panels(NamedTuple):
@@ -357,11 +310,3 @@ class TileRange(NamedTuple):
                 with b.loop(position, stop, size) as at:
                     emit(at, size)
             position = stop
-
-
-def sum_bytes(dtype: str, pixels: int, vectors: int, lanes: int) -> int:
-    """Scratch for the sums of `pixels` pixels, one panel wide."""
-    return pixels * vectors * lanes * itemsize(dtype)
-
-
-__all__ = ["KLoop", "Panels", "Tile", "TileCode", "TileRange", "TileSet", "multiply_add", "register_tile", "resolve"]

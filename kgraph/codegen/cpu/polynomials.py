@@ -1,4 +1,4 @@
-"""Polynomial coefficients of vector_math.py, constant term first; made by tests/codegen/fit_polynomials.py."""
+"""Coefficients for vector_*.py, constant term first; made by tests/codegen/fit_polynomials.py."""
 
 # (exp(r) - 1 - r) / r^2 on [-0.3473, 0.3473], relative error 1.3e-07
 EXP_F32 = (

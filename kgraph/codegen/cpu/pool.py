@@ -199,9 +199,8 @@ class WindowAxis:
         """The axes of a kernel, ahead of `channels` elements."""
         sizes = [resolve(b, p[0]) for p in params]
         strides = dense_strides([*sizes, channels])
-        return [
-            WindowAxis(n, resolve(b, out), *rest, t) for n, t, (_, out, *rest) in zip(sizes, strides, params, strict=False)
-        ]
+        outs = [resolve(b, p[1]) for p in params]
+        return [WindowAxis(n, m, *p[2:], t) for n, m, p, t in zip(sizes, outs, params, strides, strict=False)]
 
     def taps(self, b: KernelBuilder, position: Int):
         """(first source position of the window, first tap inside, first tap behind)."""

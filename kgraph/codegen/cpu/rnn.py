@@ -203,46 +203,65 @@ def lower(node: Node, target) -> list[KernelCall]:
 
 
 # -- the kernel -------------------------------------------------------------------------------------------------------
-class PackedWeights:
-    """Weights [k, gates * units] as panels in scratch, gates padded to whole vectors; products with them.
+class PanelProduct:
+    """Products of rows with weights that lie in scratch as panels [panel][k][vectors].
 
-    gates: which of the gates take part. a_stride, stride: between rows of the left operand, and of the initial sums.
+    count: vectors of columns. a_stride, c_stride, initial_stride: between rows of the left operand, the result and the
+    initial sums; start: see `block_product.Panel`.
     """
 
-    def __init__(self, kernel: RecurrentKernel, name: str, at: Pointer, k: int, gates: range, a_stride, stride):
-        b, layout = kernel.b, kernel.layout
-        self.kernel, self.at, self.k, self.gates = kernel, at, k, gates
-        self.count = len(gates) * layout.padded // layout.lanes
-        self.whole, self.rest = divmod(self.count, layout.vectors)
+    def __init__(self, b, dtype, layout: Layout, name, at, count, k, a_stride, c_stride, start, initial_stride=0):
+        self.b, self.layout, self.at, self.count, self.k = b, layout, at, count, k
+        self.whole, self.rest = divmod(count, layout.vectors)
         self.products = {}
         for vectors in {layout.vectors if self.whole else 0, self.rest} - {0}:
-            panel = Panel(
-                kernel.shape.dtype,
-                layout.lanes,
-                vectors,
-                a_stride,
-                vectors * layout.lanes,
-                layout.width,
-                start="initial",
-                initial_stride=stride,
-            )
+            width = vectors * layout.lanes
+            panel = Panel(dtype, layout.lanes, vectors, a_stride, width, c_stride, start, initial_stride)
             self.products[vectors] = BlockProduct(b, f"{name}_{vectors}", panel)
 
+    def column(self, number: int | Int) -> tuple[Pointer, Int]:
+        """Where vector `number` of the columns begins, and the elements from one step of k to the next."""
+        b, lanes, vectors = self.b, self.layout.lanes, self.layout.vectors
+        panel, place = b.int(number) // vectors, b.int(number) % vectors
+        last = b.int(panel).equals(self.whole)
+        width = Int(b, b.ir.select(last, b.i64(self.rest * lanes), b.i64(vectors * lanes)))
+        return self.at + (panel * (self.k * vectors * lanes) + place * lanes), width
+
+    def multiply(self, a: Pointer, c: Pointer, rows, initial: Pointer | None = None) -> None:
+        """c = initial + a @ weights, for `rows` rows."""
+        b, layout = self.b, self.layout
+        width = layout.vectors * layout.lanes
+        if self.whole:
+            with b.loop(0, self.whole) as p:
+                start = initial and initial + p * width
+                self.products[layout.vectors].emit(a, self.at + p * (self.k * width), c + p * width, rows, self.k, start)
+        if self.rest:
+            done = self.whole * width
+            start = initial and initial + done
+            self.products[self.rest].emit(a, self.at + done * self.k, c + done, rows, self.k, start)
+
+
+class GateWeights(PanelProduct):
+    """Weights [k, all gates * units] of some of the gates, each gate padded to whole vectors."""
+
+    def __init__(self, kernel: RecurrentKernel, name: str, at: Pointer, k: int, gates: range, a_stride, initial_stride):
+        shape, layout = kernel.shape, kernel.layout
+        count = len(gates) * layout.padded // layout.lanes
+        super().__init__(
+            kernel.b, shape.dtype, layout, name, at, count, k, a_stride, layout.width, "initial", initial_stride
+        )
+        self.shape, self.gates = shape, gates
+
     def pack(self, source: Pointer) -> None:
-        """Copies the weights out of `source` [k, all gates * units]."""
-        b, layout, shape = self.kernel.b, self.kernel.layout, self.kernel.shape
-        lanes, blocks = layout.lanes, layout.padded // layout.lanes
-        row = shape.gates * shape.units
+        """Copies the weights out of `source`."""
+        b, layout, shape = self.b, self.layout, self.shape
+        lanes, row = layout.lanes, shape.gates * shape.units
 
         def copy(gate: int, block, mask) -> None:
-            number = block + (gate - self.gates.start) * blocks
-            panel, place = number // layout.vectors, number % layout.vectors
-            last = b.int(panel).equals(self.whole)
-            wide = Int(b, b.ir.select(last, b.i64(self.rest * lanes), b.i64(layout.vectors * lanes)))
-            to = self.at + (panel * (self.k * layout.vectors * lanes) + place * lanes)
+            to, width = self.column(block + (gate - self.gates.start) * (layout.padded // lanes))
             at = source + (block * lanes + gate * shape.units)
             with b.loop(0, self.k) as k:
-                b.store(to, k * wide, b.load(at, k * row, lanes, mask))
+                b.store(to, k * width, b.load(at, k * row, lanes, mask))
 
         for gate in self.gates:
             full = shape.units // lanes
@@ -250,18 +269,6 @@ class PackedWeights:
                 copy(gate, block, None)
             if shape.units % lanes:
                 copy(gate, b.int(full), b.tail_mask(shape.units % lanes, lanes))
-
-    def multiply(self, a: Pointer, c: Pointer, initial: Pointer, rows) -> None:
-        """c = initial + a @ weights, for `rows` rows; c and initial begin at the first of the gates."""
-        b, layout = self.kernel.b, self.kernel.layout
-        wide = layout.vectors * layout.lanes
-        if self.whole:
-            with b.loop(0, self.whole) as p:
-                product = self.products[layout.vectors]
-                product.emit(a, self.at + p * (self.k * wide), c + p * wide, rows, self.k, initial + p * wide)
-        if self.rest:
-            done = self.whole * wide
-            self.products[self.rest].emit(a, self.at + done * self.k, c + done, rows, self.k, initial + done)
 
 
 class RecurrentKernel:
@@ -284,17 +291,17 @@ class RecurrentKernel:
         self.states = [scratch(layout.states + k * block, f"state{k}") for k in range(shape.states)]
         self.scaled, self.bias = scratch(layout.scaled, "scaled"), scratch(layout.bias, "bias")
         padded, time_stride = layout.padded, layout.steps * layout.width
-        self.kernel = PackedWeights(
+        self.kernel = GateWeights(
             self, "project", scratch(layout.kernel, "kernel"), shape.features, range(shape.gates), shape.features, 0
         )
         first = range(2 if shape.cell == "gru" else shape.gates)
         recurrent = scratch(layout.recurrent, "recurrent")
-        self.recurrent = PackedWeights(self, "recur", recurrent, shape.units, first, padded, time_stride)
+        self.recurrent = GateWeights(self, "recur", recurrent, shape.units, first, padded, time_stride)
         self.candidate = None
         if shape.cell == "gru":
             behind = recurrent + 2 * padded * shape.units
             stride = 0 if shape.reset_after else time_stride
-            self.candidate = PackedWeights(self, "candidate", behind, shape.units, range(2, 3), padded, stride)
+            self.candidate = GateWeights(self, "candidate", behind, shape.units, range(2, 3), padded, stride)
 
     # -- operands of the layer in turn ----------------------------------------------------------------------------
     def select_layer(self, layer) -> None:
@@ -371,7 +378,7 @@ class RecurrentKernel:
             x = self.inputs[0]
             with b.loop(0, rows) as r:
                 source = x + ((first + r) * self.steps + low) * shape.features
-                self.kernel.multiply(source, self.projected + r * (layout.steps * layout.width), self.bias, count)
+                self.kernel.multiply(source, self.projected + r * (layout.steps * layout.width), count, self.bias)
             with b.loop(0, count) as s:
                 place = Int(b, b.ir.select(backward, b.i64(count - 1 - s), b.i64(s)))
                 self.step(first, rows, low + place, self.projected + place * layout.width)
@@ -392,18 +399,18 @@ class RecurrentKernel:
     def step(self, first, rows, time, projected: Pointer) -> None:
         """One time step of all rows; `projected` is the step's input projection of the first row."""
         layout = self.layout
-        hidden = self.states[0]
-        self.recurrent.multiply(hidden, self.gates, projected, rows)
+        hidden, self.time = self.states[0], time
+        self.recurrent.multiply(hidden, self.gates, rows, projected)
         if self.shape.cell != "gru":
             rule = self.lstm if self.shape.cell == "lstm" else self.simple
             self.finish(first, rows, time, rule)
             return
         behind = self.gates + 2 * layout.padded
         if self.shape.reset_after:
-            self.candidate.multiply(hidden, behind, self.bias + layout.width, rows)
+            self.candidate.multiply(hidden, behind, rows, self.bias + layout.width)
         else:
             self.each_vector(rows, self.scale_by_reset)
-            self.candidate.multiply(self.scaled, behind, projected + 2 * layout.padded, rows)
+            self.candidate.multiply(self.scaled, behind, rows, projected + 2 * layout.padded)
         self.projected_step = projected
         self.finish(first, rows, time, self.gru)
 
@@ -450,23 +457,26 @@ class RecurrentKernel:
     def finish(self, first, rows, time, rule) -> None:
         """New states and output of a step, masks applied."""
         b, shape, layout = self.b, self.shape, self.layout
-        sequence = self.outputs[0]
 
         def body(row, unit, mask) -> None:
             number = (first + row) * self.steps + time
             new = rule(row, unit)
             out = new[0]
             if shape.has_mask:
-                valid = b.load(self.inputs[-1], number)
+                valid = b.load(self.inputs[5 + shape.states], number)
                 old = [self.state(row, unit, k) for k in range(shape.states)]
                 new = [b.ir.select(valid, n, o) for n, o in zip(new, old, strict=True)]
                 zero = b.constant(0, shape.dtype, layout.lanes)
                 out = b.ir.select(valid, out, zero) if shape.zero_output_for_mask else new[0]
+            self.write(row, unit, mask, number, out)
             for block, value in zip(self.states, new, strict=True):
                 b.store(block, row * layout.padded + unit, value)
-            b.store(sequence, number * shape.units + unit, out, mask)
 
         self.each_vector(rows, body)
+
+    def write(self, row, unit, mask, number, out: ir.Value) -> None:
+        """Output of (sequence, step) `number`; the states are still those before the step."""
+        self.b.store(self.outputs[0], number * self.shape.units + unit, out, mask)
 
 
 def render_rnn(params, target) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
+from kgraph.codegen.cpu import vector_math
 from kgraph.codegen.cpu.builder import (
     I8,
     I64,
@@ -20,6 +21,7 @@ from kgraph.codegen.cpu.builder import (
     KernelBuilder,
     Pointer,
     compute_dtype,
+    element_type,
     is_float,
     itemsize,
 )
@@ -98,15 +100,16 @@ def _lower_search(node: Node) -> KernelCall:
 
 # -- keys -------------------------------------------------------------------------------------------------------------
 def key_of(b: KernelBuilder, value: ir.Value, dtype: str, descending: bool = False) -> ir.Value:
-    """The unsigned key of a scalar in compute form."""
-    kind = MEMORY_TYPES[key_dtype(dtype)]
-    top = ir.Constant(kind, 1 << (kind.width - 1))
+    """The unsigned keys of a value in compute form, scalar or vector."""
+    kind = vector_math.with_element(value, MEMORY_TYPES[key_dtype(dtype)])
+    bits = (kind.element if isinstance(kind, ir.VectorType) else kind).width
+    top = b.constant_of(kind, 1 << (bits - 1))
     if is_float(value):
         # Adding zero makes the negative zero positive.
-        bits = b.ir.bitcast(b.add(value, b.constant_of(value.type, 0.0)), kind)
-        negative = b.ir.icmp_signed("<", bits, ir.Constant(kind, 0))
-        key = b.ir.select(negative, b.ir.not_(bits), b.ir.or_(bits, top))
-        key = b.ir.select(b.ir.fcmp_unordered("uno", value, value), ir.Constant(kind, -1), key)
+        raw = b.ir.bitcast(b.add(value, b.constant_of(value.type, 0.0)), kind)
+        negative = b.ir.icmp_signed("<", raw, b.constant_of(kind, 0))
+        key = b.ir.select(negative, b.ir.not_(raw), b.ir.or_(raw, top))
+        key = b.ir.select(b.ir.fcmp_unordered("uno", value, value), b.constant_of(kind, -1), key)
     elif dtype.startswith("int"):
         wide = value if value.type == kind else b.ir.sext(value, kind)
         key = b.ir.xor(wide, top)
@@ -323,10 +326,11 @@ class SortKernel:
 
 
 def resized(b: KernelBuilder, index: ir.Value, kind: ir.Type) -> ir.Value:
-    """A non-negative index as another integer type."""
-    if kind.width == index.type.width:
+    """Non-negative indices as another integer type."""
+    if kind == index.type:
         return index
-    return b.ir.zext(index, kind) if kind.width > index.type.width else b.ir.trunc(index, kind)
+    width = (kind.element if isinstance(kind, ir.VectorType) else kind).width
+    return (b.ir.zext if width > element_type(index).width else b.ir.trunc)(index, kind)
 
 
 def render_sort(params, target) -> str:
@@ -336,26 +340,32 @@ def render_sort(params, target) -> str:
 
 # -- searchsorted -----------------------------------------------------------------------------------------------------
 def render_search(params, target) -> str:
-    """A unit is VALUES_PER_UNIT values; each halves the sequence until one place is left."""
+    """A unit is VALUES_PER_UNIT values, searched a vector at a time: the lanes halve their ranges in step."""
     dtype, side, out_dtype, n, count = params
     b = KernelBuilder("searchsorted", target)
     sequence, values, out = b.operand(0, dtype), b.operand(1, dtype), b.operand(2, out_dtype)
     n, count = resolve(b, n), resolve(b, count)
     symbol = "<" if side == "left" else "<="
     compute = compute_dtype(dtype)
-    with b.loop(b.begin * VALUES_PER_UNIT, b.min(b.end * VALUES_PER_UNIT, count)) as i:
-        own = key_of(b, b.load(values, i), compute)
-        base, rest = b.variable(b.i64(0)), b.variable(b.i64(n))
+    lanes = target.vector_bytes // itemsize(key_dtype(dtype))
+    wide = ir.VectorType(I64, lanes)
 
-        def passes(place, own=own) -> ir.Value:
-            return b.ir.icmp_unsigned(symbol, key_of(b, b.load(sequence, place), compute), own)
+    def search(i, mask, slot) -> None:
+        own = key_of(b, b.load(values, i, lanes, mask), compute)
+        base, rest = b.variable(b.constant_of(wide, 0)), b.variable(b.i64(n))
 
-        with while_loop(b, lambda rest=rest: Int(b, rest.get()) > 1):
+        def passes(place) -> ir.Value:
+            return b.ir.icmp_unsigned(symbol, key_of(b, b.gather(sequence, place), compute), own)
+
+        with while_loop(b, lambda: Int(b, rest.get()) > 1):
             half = Int(b, rest.get()) // 2
-            at = Int(b, base.get())
-            base.set(b.ir.select(passes(at + half - 1), b.i64(at + half), at.value))
+            step = b.broadcast(half.value, lanes)
+            ahead = b.ir.add(base.get(), step)
+            base.set(b.ir.select(passes(b.sub(ahead, 1)), ahead, base.get()))
             rest.set(b.i64(Int(b, rest.get()) - half))
         with b.if_then(b.int(n) > 0):
-            base.set(b.ir.add(base.get(), b.ir.zext(passes(Int(b, base.get())), I64)))
-        b.store(out, i, resized(b, base.get(), MEMORY_TYPES[out_dtype]), raw=True)
+            base.set(b.ir.add(base.get(), b.ir.zext(passes(base.get()), wide)))
+        b.store(out, i, resized(b, base.get(), vector_math.with_element(base.get(), MEMORY_TYPES[out_dtype])), mask)
+
+    b.vector_loop(b.begin * VALUES_PER_UNIT, b.min(b.end * VALUES_PER_UNIT, count), lanes, search)
     return b.ir_text()

@@ -280,7 +280,8 @@ def lgamma(b: KernelBuilder, x):
     value = b.select(reflected, mirrored, value)
     pole = b.ir.and_(b.compare("<=", x, 0.0), b.compare("==", floor(b, x), x))
     value = b.select(b.ir.or_(b.compare("==", x, 1.0), b.compare("==", x, 2.0)), 0.0, value)
-    return b.select(pole, INF, value)
+    value = b.select(pole, INF, value)
+    return b.select(b.compare("==", x, -INF), x, value)  # as SciPy has it; C's lgamma gives +inf
 
 
 def _digamma_positive(b: KernelBuilder, x):

@@ -263,7 +263,7 @@ def scan(f, init, xs=None, length=None, reverse=False, unroll=1):
 def _eager_scan(f, init, xs, n: int, reverse: bool):
     carry, ys = init, []
     for i in reversed(range(n)) if reverse else range(n):
-        carry, y = f(carry, tree.map_structure(lambda x, i=i: x[i], xs))
+        carry, y = f(carry, None if xs is None else tree.map_structure(lambda x, i=i: x[i], xs))
         ys.append(y)
     ys = ys[::-1] if reverse else ys
     if not ys:
@@ -279,9 +279,11 @@ def _empty_scan(f, init, xs):
     tracer = GraphTracer("scan")
     with tracer.active():
         fake = tree.map_structure(lambda x: tracer.add_input(_type(x)), init)
-        slices = tree.map_structure(lambda x: tracer.add_input(TensorType(tuple(x.shape[1:]), x.dtype.name)), xs)
+        slices = None
+        if xs is not None:
+            slices = tree.map_structure(lambda x: tracer.add_input(TensorType(tuple(x.shape[1:]), x.dtype.name)), xs)
         _, y = f(fake, slices)
-        return init, tree.map_structure(lambda leaf: np.zeros((0, *leaf.shape), leaf.dtype), y)
+        return init, tree.map_structure(lambda t: t if t is None else np.zeros((0, *t.shape), t.dtype), y)
 
 
 def _traced_scan(f, init, xs, length, reverse: bool):

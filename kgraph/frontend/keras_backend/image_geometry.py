@@ -75,7 +75,7 @@ def _interpolate(
     for coordinate, size in zip(coordinates, sizes):
         extent = convert_to_tensor(size, "int32")
         if order == 0:
-            neighbours = [(ops.convert(ops.round_nearest_even(coordinate), dtype="int32"), None)]
+            neighbours = [(ops.convert(_round_half_away(coordinate), dtype="int32"), None)]
         else:
             lower = ops.floor(coordinate)
             upper_weight = ops.sub(coordinate, lower)

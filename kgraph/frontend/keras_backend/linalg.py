@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from keras.src import tree
 from keras.src.backend.common import dtypes
 
 from kgraph import ops
-from kgraph.errors import UnsupportedError
 from kgraph.frontend.keras_backend.core import convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     HALF_TYPES,
@@ -20,6 +20,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     broadcast_sizes,
     convert,
     dtype_of,
+    filled,
     insert_axes,
     is_complex,
     is_float,
@@ -31,6 +32,10 @@ from kgraph.frontend.keras_backend.numpy.common import (
     to_inexact,
     widened,
 )
+from kgraph.frontend.tracer import GraphTracer
+from kgraph.ir import Graph, TensorType
+from kgraph.ir.primitive import current_tracer
+from kgraph.ops.region_gradient import pull_back, replay
 
 
 def _matrices(function: str, x: Tensor) -> Tensor:
@@ -161,9 +166,58 @@ def pinv(x: Tensor, rcond: float | None = None) -> Tensor:
     return _in_full_precision(ops.pinv, x, rcond=None if rcond is None else float(rcond))
 
 
+# -- derivatives ----------------------------------------------------------------------------------------------------
 def jvp(fun: Callable, primals: Any, tangents: Any, has_aux: bool = False) -> Any:
-    """The derivative of a function in a direction."""
-    raise UnsupportedError("keras.ops.jvp: kgraph differentiates in reverse mode only; use kgraph.value_and_grad")
+    """(fun(*primals), its derivative in the direction of the tangents), and what fun gives beside if `has_aux`.
+
+    Computed by reverse mode twice: the cotangents of the inputs are linear in those of the outputs, and the transpose
+    of this linear map takes the tangents of the inputs to those of the outputs.
+    """
+    points = [convert_to_tensor(x) for x in tree.flatten(primals)]
+    directions = [convert_to_tensor(t, dtype_of(x)) for x, t in zip(points, tree.flatten(tangents), strict=True)]
+    extra: list = []
+
+    def flat_function(*inputs: Tensor) -> list[Tensor]:
+        result = fun(*tree.pack_sequence_as(primals, list(inputs)))
+        result, aux = result if has_aux else (result, ())
+        extra[:] = [result, aux]
+        return [convert_to_tensor(leaf) for leaf in tree.flatten((result, aux))]
+
+    graph, outer = _recorded(flat_function, points)
+    outputs, values = replay(graph, [*points, *outer])
+    result, aux = tree.pack_sequence_as(tuple(extra), list(outputs))
+    leaves = tree.flatten(result)
+    smooth = [i for i, x in enumerate(leaves) if is_float(x) or is_complex(x)]
+
+    def transposed(*cotangents: Tensor) -> list[Tensor]:
+        given = dict(zip(smooth, cotangents, strict=True))
+        found = pull_back(graph, values, [given.get(i) for i in range(len(outputs))])
+        return [_zeros_like(x) if c is None else c for x, c in zip(points, found)]
+
+    zeros = [_zeros_like(leaves[i]) for i in smooth]
+    backward, outer = _recorded(transposed, zeros)
+    _, values = replay(backward, [*zeros, *outer])
+    found = pull_back(backward, values, [t if is_float(t) or is_complex(t) else None for t in directions])
+    derivatives = {i: c for i, c in zip(smooth, found) if c is not None}
+    leaves = [derivatives.get(i, _zeros_like(x)) for i, x in enumerate(leaves)]
+    derivative = tree.pack_sequence_as(result, leaves)
+    return (result, derivative, aux) if has_aux else (result, derivative)
+
+
+def _zeros_like(x: Tensor) -> Tensor:
+    return filled(x.shape, 0, dtype_of(x))
+
+
+def _recorded(function: Callable, operands: list[Tensor]) -> tuple[Graph, list[Tensor]]:
+    """The graph of a function, and what it uses beside its operands, whose inputs come after theirs."""
+    tracer = GraphTracer(function.__name__, parent=current_tracer.get())
+    with tracer.active():
+        inputs = [tracer.add_input(TensorType(tuple(x.shape), dtype_of(x))) for x in operands]
+        tracer.graph.outputs = [tracer.lift(x) for x in function(*inputs)]
+    captured = [outer for outer, _ in tracer.captures.values()]
+    variables = [convert_to_tensor(variable) for variable, _ in tracer.variables.values()]
+    graph = Graph([*tracer.graph.inputs, *tracer.graph.params], (), tracer.graph.nodes, tracer.graph.outputs)
+    return graph, [*captured, *variables]
 
 
 # -- norms ----------------------------------------------------------------------------------------------------------

@@ -86,13 +86,14 @@ def truncated_normal(
 def uniform(shape: Any, minval: float = 0.0, maxval: float = 1.0, dtype: str | None = None, seed: Any = None) -> Tensor:
     """Draws from [minval, maxval), all equally likely."""
     dtype, draw = _float_dtype(dtype)
-    sample = ops.random_uniform(_seed(seed), shape=shape_of(shape), dtype=draw)
     if _is_number(minval, 0) and _is_number(maxval, 1):
-        return convert(sample, dtype)
+        return ops.random_uniform(_seed(seed), shape=shape_of(shape), dtype=dtype)
     low, high = (convert_to_tensor(v, draw) for v in (minval, maxval))
-    sample = ops.add(low, ops.mul(sample, ops.sub(high, low)))
+    sample = ops.random_uniform(_seed(seed), shape=shape_of(shape), dtype=draw)
+    sample = convert(ops.add(low, ops.mul(sample, ops.sub(high, low))), dtype)
     # Rounding must not carry a draw up to the excluded bound.
-    return convert(ops.maximum(low, ops.minimum(sample, ops.nextafter(high, low))), dtype)
+    low, high = convert(low, dtype), convert(high, dtype)
+    return ops.maximum(low, ops.minimum(sample, ops.nextafter(high, low)))
 
 
 def randint(shape: Any, minval: int, maxval: int, dtype: str = "int32", seed: Any = None) -> Tensor:

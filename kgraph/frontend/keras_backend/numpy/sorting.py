@@ -140,7 +140,8 @@ def histogram(x: Tensor, bins: int | Tensor = 10, range: tuple | None = None) ->
     total = filled((count + 1,), 0, "int32")
     ones = filled(x.shape, 1, "int32")
     counts = ops.scatter_nd(total, insert_axes(place, (1,)), ones, reduction="add")
-    return slice_axis(counts, 0, 0, count), edges
+    # Counted as integers, and given in the dtype of the edges, as in JAX.
+    return convert(slice_axis(counts, 0, 0, count), dtype_of(x)), edges
 
 
 def _bounds(x: Tensor, range: tuple | None) -> tuple[Tensor, Tensor]:
