@@ -237,7 +237,7 @@ class CompiledModel:
 
 
 class CompiledFunction:
-    """A function written in keras.ops, compiled at the first call for each set of shapes, dtypes and other arguments."""
+    """A function written in keras.ops, compiled at the first call with each set of shapes and other arguments."""
 
     def __init__(self, function: Callable, options: Options):
         functools.update_wrapper(self, function)

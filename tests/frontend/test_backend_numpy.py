@@ -118,6 +118,72 @@ def test_every_function_has_a_case():
     assert set(backend.__all__) == covered
 
 
+def test_symbolic_sizes_serve_as_shapes_and_as_numbers():
+    row = np.arange(3, dtype="float32")
+
+    def function(x):
+        n = x.shape[0]
+        return [
+            backend.arange(n),
+            backend.arange(1, 2 * n, 2, dtype="float32"),
+            backend.arange(n, 0, -1),
+            backend.ones((n, 2)),
+            backend.full((n,), n),
+            backend.eye(n, k=1),
+            backend.tri(n),
+            backend.tile(row, (n, 1)),
+            backend.repeat(row, n),
+            backend.broadcast_to(row, (n, 3)),
+            backend.reshape(x, (n, -1)),
+            backend.reshape(x, (-1, 1)),
+            backend.add(x, n),
+            backend.multiply(2, n),
+            backend.pad(x, ((0, 1), (n, 0))),
+            backend.roll(x, 1, axis=0),
+            backend.sum(x) / n,
+            backend.split(backend.concatenate([x, x]), 2)[1],
+            backend.array_split(x, [1])[1],
+            backend.meshgrid(backend.arange(n), row)[0],
+            backend.diag(x[:, 0]),
+            backend.diff(x, axis=0),
+            backend.quantile(x, 0.25, axis=0),
+            backend.vander(x[:, 0], 3),
+        ]
+
+    graph = trace(function, TensorType((N, 3), "float32"))
+    for size in (5, 2):
+        x = np.arange(3 * size, dtype="float32").reshape(size, 3)
+        check(evaluate(graph, [x]), function(x), 1e-6)
+
+
+def test_python_lists_of_traced_values_are_tensors():
+    graph = trace(lambda x: backend.concatenate([[x, 1.0], backend.stack([x, x])]), TensorType((), "float32"))
+    np.testing.assert_array_equal(evaluate(graph, [np.float32(2)])[0], [2, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda: backend.reshape(np.ones(6), (4, -1)), "do not fit"),
+        (lambda: backend.split(np.ones(5), 2), "array_split"),
+        (lambda: backend.squeeze(np.ones((2, 3)), 0), "not of size 1"),
+        (lambda: backend.stack([np.ones(2), np.ones(3)]), "same shape"),
+        (lambda: backend.sum(np.ones((2, 3)), axis=2), "out of bounds"),
+        (lambda: backend.sum(np.ones((2, 3)), axis=(0, 0)), "twice"),
+        (lambda: backend.max(np.ones((0, 3)), axis=0), "no elements"),
+        (lambda: backend.transpose(np.ones((2, 3)), (0, 0)), "not an order"),
+        (lambda: backend.pad(np.ones(3), 1, "reflect", constant_values=1), "constant_values"),
+        (lambda: backend.pad(np.ones(3), -1), "negative"),
+        (lambda: backend.where(True, 1.0), "both"),
+        (lambda: backend.quantile(np.ones(3), 0.5, method="best"), "method"),
+        (lambda: backend.cross(np.ones(4), np.ones(4)), "2 or 3"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error):
+    with pytest.raises(ValueError, match=error):
+        call()
+
+
 # Functions that are computed in float32 where half precision would lose digits or overflow.
 IN_HALF_PRECISION = "sin tanh exp log1p abs sum mean max var std cumsum sort median logaddexp add multiply".split()
 

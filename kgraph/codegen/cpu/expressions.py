@@ -125,6 +125,11 @@ def flops(expression: Expression) -> int:
     return sum(EXPENSIVE.get(i[0], 1) for i in expression[1] if i[0] != "constant")
 
 
+def is_heavy(expression: Expression) -> bool:
+    """Whether the code is long enough to overlap by itself and too long to be written out many times."""
+    return flops(expression) > 8
+
+
 def name(expression: Expression, limit: int = 4) -> str:
     """What is in the expression, such as `add_relu`."""
     names = [i[0] for i in expression[1] if i[0] != "constant"]

@@ -24,6 +24,7 @@ from kgraph.ir.dims import ceil_div, product
 CHUNK = 512  # elements of a unit of a flat loop
 BLOCK = 4096  # elements of a row that make a unit
 PERIODIC_REGISTERS = 16  # vector registers given to operands that live on the channels
+PERIODIC_CODE = 100  # operations written out for a period
 TEMPLATE = "kgraph.codegen.cpu.loop:render_{}"
 
 
@@ -92,6 +93,8 @@ def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[
         return "flat", (_fitting(lanes, size),), ceil_div(size, CHUNK)
     inner = sizes[-1]
     periodic = _period(sizes, leaves, lanes)
+    if periodic * max(4, expressions.flops(expression)) > PERIODIC_CODE:
+        periodic = 0
     if periodic:
         unit = lanes * periodic * max(1, CHUNK // (lanes * periodic))
         return "periodic", (lanes, inner, periodic, unit), ceil_div(product(sizes), unit)
@@ -135,7 +138,7 @@ class _Kernel:
             number += not is_coordinate
         self.outputs = [self.b.operand(number + i, dtype) for i, dtype in enumerate(dtypes)]
         # Short bodies are unrolled to keep loads ahead of stores; long ones overlap by themselves.
-        self.unroll = 4 if expressions.flops(self.expression) <= 8 else 1
+        self.unroll = 1 if expressions.is_heavy(self.expression) else 4
 
     def emit(self, values: list[ir.Value], lanes: int, index, mask) -> None:
         results = expressions.emit_lanes(self.b, self.expression, values, lanes)

@@ -12,6 +12,7 @@ from kgraph.codegen.kernel import KernelCall, Temporary
 from kgraph.ir import Node, TensorType, Value
 
 ROW_CORES = ("layer_norm", "rms_norm")
+MOST_GROUP_VECTORS = 4  # vectors of channels in a group up to which a strip covers whole groups
 TEMPLATE = "kgraph.codegen.cpu.norm:render"
 
 
@@ -30,26 +31,33 @@ def _affine(core: Node, parameters: list[Value], rank: int):
     return leaves, tuple(instructions)
 
 
+def _is_group_norm(node: Node) -> bool:
+    return any(n.name == "group_norm" for n in regions.body_of(node)[2])
+
+
 def _take_apart(node: Node) -> rows.Parts | str:
-    _, _, nodes, _ = regions.body_of(node)
-    if any(n.name == "group_norm" for n in nodes):
-        return _grouped(rows.take_apart(node, ("group_norm",), lambda core: (), _affine))
+    if _is_group_norm(node):
+        spatial = lambda core: tuple(range(1, len(core.inputs[0].shape) - 1))
+        return rows.take_apart(node, ("group_norm",), spatial, _affine)
     return rows.take_apart(node, ROW_CORES, _axes, _affine)
 
 
-def _grouped(parts: rows.Parts | str) -> rows.Parts | str:
-    """The parts of a group_norm with the channel axis split into groups and channels of a group."""
-    if isinstance(parts, str):
-        return parts
-    if any(leaf.is_coordinate and leaf.spans[-1] for leaf in (*parts.leaves, *parts.extras)):
-        return "channel numbers in a fused group_norm"
+def _lower_group_norm(parts: rows.Parts, target) -> list[KernelCall]:
+    """Vectors run along the channels, and statistics of neighbouring channels are folded, where a group is a power of
+    two of channels up to a few vectors; else each group of each sample is a row of its own, in short pieces."""
     groups, channels = parts.core.attrs["groups"], parts.shape[-1]
+    size = channels // groups
+    epsilon = parts.core.attrs["epsilon"]
+    widest = target.lanes("float64" if parts.core.output.dtype == "float64" else "float32")
+    if isinstance(size, int) and size & (size - 1) == 0 and 1 <= size <= widest * MOST_GROUP_VECTORS:
+        strip = lambda lanes: max(rows.STRIP, size // lanes)
+        return rows.lower_parts(parts, TEMPLATE, ("group_norm", epsilon, size), target, "group_norm", strip)
     rank = len(parts.shape)
     split = lambda leaves: [Leaf(x.value, x.dtype, (*x.spans, x.spans[-1])) for x in leaves]
-    parts.shape = (*parts.shape[:-1], groups, channels // groups)
+    parts.shape = (*parts.shape[:-1], groups, size)
     parts.axes = (*range(1, rank - 1), rank)
     parts.leaves, parts.extras = split(parts.leaves), split(parts.extras)
-    return parts
+    return rows.lower_parts(parts, TEMPLATE, ("group_norm", epsilon, 1), target, "group_norm")
 
 
 def accepts(node: Node) -> str | None:
@@ -57,7 +65,10 @@ def accepts(node: Node) -> str | None:
     if node.name == "batch_norm":
         return None
     parts = _take_apart(node)
-    return parts if isinstance(parts, str) else None
+    if isinstance(parts, str):
+        return parts
+    channel_numbers = any(x.is_coordinate and x.spans[-1] for x in (*parts.leaves, *parts.extras))
+    return "channel numbers in a fused group_norm" if _is_group_norm(node) and channel_numbers else None
 
 
 def lower(node: Node, target) -> list[KernelCall]:
@@ -67,7 +78,9 @@ def lower(node: Node, target) -> list[KernelCall]:
     parts = _take_apart(node)
     if isinstance(parts, str):
         raise ValueError(f"{node.name}: {parts}")
-    algorithm = (parts.core.name, parts.core.attrs["epsilon"])
+    if parts.core.name == "group_norm":
+        return _lower_group_norm(parts, target)
+    algorithm = (parts.core.name, parts.core.attrs["epsilon"], 1)
     return rows.lower_parts(parts, TEMPLATE, algorithm, target, parts.core.name)
 
 
@@ -100,18 +113,37 @@ def _lower_batch_norm(node: Node, target) -> list[KernelCall]:
 
 def render(params: tuple, target) -> str:
     kernel = rows.RowKernel(params, target)
-    core, epsilon = kernel.algorithm
+    core, epsilon, group = kernel.algorithm
     centred = core != "rms_norm"
-    return kernel.for_each_row(lambda k: _normalise(k, centred, epsilon))
+    return kernel.for_each_row(lambda k: _normalise(k, centred, epsilon, group))
 
 
-def _normalise(k: rows.RowKernel, centred: bool, epsilon: float) -> None:
+def _fold(k: rows.RowKernel, sums: list, group: int) -> list:
+    """Sums over groups of `group` neighbouring lanes of the strip, in every lane of the group."""
     b = k.b
-    share = b.div(1.0, k.row_length())
+    step = 1
+    while step < min(group, k.lanes):
+        turned = [[lane ^ step for lane in range(k.lanes)]] * len(sums)
+        sums = [b.add(s, b.shuffle(s, None, order)) for s, order in zip(sums, turned)]
+        step *= 2
+    vectors = max(1, group // k.lanes)
+    out = []
+    for first in range(0, len(sums), vectors):
+        total = sums[first]
+        for other in sums[first + 1 : first + vectors]:
+            total = b.add(total, other)
+        out += [total] * vectors
+    return out
+
+
+def _normalise(k: rows.RowKernel, centred: bool, epsilon: float, group: int) -> None:
+    """group: how many neighbouring rows of an outer kernel share their statistics."""
+    b = k.b
+    share = b.div(1.0 / group, k.row_length())
     square = lambda value, spot: (value, (b.mul(value, value),))
     if centred:
         (total,) = k.read(kinds=("sum",))
-        means = [b.mul(t, share) for t in total]
+        means = [b.mul(t, share) for t in _fold(k, total, group)]
 
         def deviation(value, spot):
             value = b.sub(value, means[spot.column])
@@ -120,5 +152,5 @@ def _normalise(k: rows.RowKernel, centred: bool, epsilon: float) -> None:
         (squares,) = k.again(deviation, ("sum",), keep=True)
     else:
         (squares,) = k.read(square, ("sum",))
-    inverse = [b.div(1.0, vm.sqrt(b, b.add(b.mul(s, share), epsilon))) for s in squares]
+    inverse = [b.div(1.0, vm.sqrt(b, b.add(b.mul(s, share), epsilon))) for s in _fold(k, squares, group)]
     k.write(lambda value, spot: b.mul(value, inverse[spot.column]))

@@ -26,7 +26,7 @@ from kgraph.ir.dims import ceil_div, product
 
 BLOCK_STEPS = 16  # vectors per accumulator added plainly before compensation
 SLOTS = 4  # independent accumulators along a row
-STRIP = 4  # vectors of neighbouring results of an outer kernel
+STRIP = 8  # vectors of neighbouring results of an outer kernel
 CHUNK_ELEMENTS = 32768  # operands per chunk of a two-stage reduction
 FEW_RESULTS = 64  # units below which two stages pay
 TEMPLATE = "kgraph.codegen.cpu.reduce:render_{}"
@@ -183,9 +183,9 @@ class _Plan:
         while isinstance(last, int) and lanes > 1 and lanes // 2 >= last:
             lanes //= 2
         self.lanes = lanes
-        strip = STRIP
+        strip = 2 if expressions.is_heavy(prologue) else STRIP
         if isinstance(last, int):
-            strip = max(1, min(STRIP, -(-last // lanes)))
+            strip = max(1, min(strip, -(-last // lanes)))
         self.strip = strip
         kept = [s for s, r in zip(sizes, roles) if r == "k"]
         if self.inner:
@@ -330,7 +330,7 @@ class _Kernel:
 def render_inner(params: tuple, target) -> str:
     k = _Kernel(params, target)
     b, lanes = k.b, k.lanes
-    slots = SLOTS if lanes > 1 else 1
+    slots = 1 if lanes == 1 or expressions.is_heavy(k.prologue) else SLOTS
     sums = k.accumulate(lanes, slots)
     last = k.reduced[-1]
     block = lanes * slots * BLOCK_STEPS
@@ -405,7 +405,7 @@ def _strip(k: _Kernel, positions: dict, chunk_number, masks: list) -> None:
     b, lanes = k.b, k.lanes
     last = k.reduced[-1]
     # Narrow strips add rows to several accumulators in turn, to hide the latency of additions.
-    turns = max(1, SLOTS // k.strip)
+    turns = 1 if expressions.is_heavy(k.prologue) else max(1, SLOTS // k.strip)
     sums = [k.accumulate(lanes, turns, across_rows=True) for _ in masks]
     every = [accumulator for column in sums for accumulator in column]
     for accumulator in every:

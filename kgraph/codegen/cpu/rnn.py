@@ -153,7 +153,7 @@ class Layout(NamedTuple):
     total: int
 
 
-def _layout(shape: Shape, target) -> Layout:
+def layout_of(shape: Shape, target) -> Layout:
     lanes = target.lanes(shape.dtype)
     padded = -(-shape.units // lanes) * lanes
     width = shape.gates * padded
@@ -181,7 +181,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     shape = _shape(layers[0][0])
     shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
     batch, steps, features = layers[0][1][0].shape
-    layout = _layout(shape, target)
+    layout = layout_of(shape, target)
     table = SizeTable()
     params = (tuple(shape), table(batch), table(steps))
     inputs = [v for _, operands, _ in layers for v in operands]
@@ -233,8 +233,8 @@ class PanelProduct:
         width = layout.vectors * layout.lanes
         if self.whole:
             with b.loop(0, self.whole) as p:
-                start = initial and initial + p * width
-                self.products[layout.vectors].emit(a, self.at + p * (self.k * width), c + p * width, rows, self.k, start)
+                panel, start = self.at + p * (self.k * width), initial and initial + p * width
+                self.products[layout.vectors].emit(a, panel, c + p * width, rows, self.k, start)
         if self.rest:
             done = self.whole * width
             start = initial and initial + done
@@ -277,7 +277,7 @@ class RecurrentKernel:
     def __init__(self, params, target):
         shape, batch, steps = params
         self.shape = shape = Shape(*shape)
-        self.layout = layout = _layout(shape, target)
+        self.layout = layout = layout_of(shape, target)
         b = self.b = KernelBuilder(shape.cell, target)
         self.batch, self.steps = resolve(b, batch), resolve(b, steps)
         self.activation = ACTIVATIONS[shape.activation]
@@ -368,27 +368,30 @@ class RecurrentKernel:
 
     # -- a block of sequences -------------------------------------------------------------------------------------
     def sequences(self, first, rows, backward) -> None:
+        """All steps of the sequences `first` to `first + rows`."""
+        count = self.shape.states
+        self.copy_states(rows, first, self.inputs[5 : 5 + count], self.states, load=True)
+        self.forward(first, rows, backward)
+        self.copy_states(rows, first, self.outputs[1:], self.states, load=False)
+
+    def forward(self, first, rows, backward) -> None:
+        """The steps in chunks, each behind the input projection of its chunk."""
         b, shape, layout = self.b, self.shape, self.layout
-        initial = self.inputs[5 : 5 + shape.states]
-        finals = self.outputs[1:]
-        self.copy_states(rows, first, initial, load=True)
         with b.loop(0, self.steps, layout.steps) as start:
             count = b.min(self.steps - start, layout.steps)
             low = Int(b, b.ir.select(backward, b.i64(self.steps - start - count), b.i64(start)))
-            x = self.inputs[0]
             with b.loop(0, rows) as r:
-                source = x + ((first + r) * self.steps + low) * shape.features
+                source = self.inputs[0] + ((first + r) * self.steps + low) * shape.features
                 self.kernel.multiply(source, self.projected + r * (layout.steps * layout.width), count, self.bias)
             with b.loop(0, count) as s:
                 place = Int(b, b.ir.select(backward, b.i64(count - 1 - s), b.i64(s)))
                 self.step(first, rows, low + place, self.projected + place * layout.width)
-        self.copy_states(rows, first, finals, load=False)
 
-    def copy_states(self, rows, first, dense: list[Pointer], load: bool) -> None:
+    def copy_states(self, rows, first, dense: list[Pointer], blocks: list[Pointer], load: bool) -> None:
         """States [B, U] into their padded blocks, or back."""
         b, shape, layout = self.b, self.shape, self.layout
         with b.loop(0, rows) as r:
-            for block, outside in zip(self.states, dense, strict=True):
+            for block, outside in zip(blocks, dense, strict=True):
                 for to, at, mask in self.unit_vectors(0, 0):
                     here, there = r * layout.padded + to, (first + r) * shape.units + at
                     if load:

@@ -22,7 +22,7 @@ from kgraph.ir.dims import ceil_div, product
 SLOTS = 4  # independent accumulators along a row
 STRIP = 2  # vectors of rows of an outer kernel
 BLOCK_STEPS = 16
-REGISTER_VECTORS = 16  # of a row kept in registers, on machines with 32 of them
+REGISTER_VECTORS = 2  # longest row of known length that is kept in registers; beyond that scratch is as fast
 
 
 @dataclass
@@ -103,8 +103,13 @@ def _with_parameters(epilogue: tuple, instructions: tuple, dtypes: list[str]) ->
     return ((own_dtypes[0], *dtypes, *own_dtypes[1:]), head + tail, tuple(map(moved, outputs)))
 
 
-def lower_parts(parts: Parts, template: str, algorithm: tuple, target, prefix: str) -> list[KernelCall]:
-    """One kernel call; `algorithm` is what the renderer has to know about the core."""
+def lower_parts(
+    parts: Parts, template: str, algorithm: tuple, target, prefix: str, strip_of: Callable | None = None
+) -> list[KernelCall]:
+    """One kernel call; `algorithm` is what the renderer has to know about the core.
+
+    strip_of(lanes): vectors in a strip of an outer kernel, where the algorithm minds.
+    """
     shape = parts.shape
     roles = tuple("r" if a in parts.axes else "k" for a in range(len(shape)))
     spans = [leaf.spans for leaf in (*parts.leaves, *parts.extras)]
@@ -127,13 +132,13 @@ def lower_parts(parts: Parts, template: str, algorithm: tuple, target, prefix: s
     kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
     strip, static = 1, 0
     if inner:
-        registers = REGISTER_VECTORS * target.num_vector_registers // 32
-        if len(reduced_sizes) == 1 and isinstance(last, int) and 0 < last <= registers * lanes:
+        if len(reduced_sizes) == 1 and isinstance(last, int) and 0 < last <= REGISTER_VECTORS * lanes:
             static = last
         row = product(reduced_sizes[:-1]) * ceil_div(last, lanes) * lanes
         units = product(kept_sizes)
     else:
         strip = min(STRIP, -(-last // lanes)) if isinstance(last, int) and last else STRIP
+        strip = strip_of(lanes) if strip_of else strip
         row = product(reduced_sizes) * (strip * lanes)
         units = product(kept_sizes[:-1]) * ceil_div(last, strip * lanes)
     describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
@@ -267,11 +272,11 @@ class RowKernel:
     def read(self, visit: Callable | None = None, kinds: Sequence[str] = ()) -> list:
         """First sweep: prologue values, kept. `visit(value, spot)` gives what is kept and the values to reduce, one per
         kind ("sum", "max"); gives the statistics, per kind a list over the columns."""
-        return self._sweep(lambda spot: self._load(spot), visit, kinds, keep=True)
+        return self._sweep(self._load, visit, kinds, True, expressions.is_heavy(self.prologue))
 
-    def again(self, visit: Callable, kinds: Sequence[str] = (), keep: bool = False) -> list:
-        """Another sweep over the kept values, as `read`."""
-        return self._sweep(self._kept_value, visit, kinds, keep)
+    def again(self, visit: Callable, kinds: Sequence[str] = (), keep: bool = False, heavy: bool = False) -> list:
+        """Another sweep over the kept values, as `read`. heavy: `visit` emits long code."""
+        return self._sweep(self._kept_value, visit, kinds, keep, heavy)
 
     def write(self, visit: Callable) -> None:
         """Last sweep: `visit(value, spot)` gives the core's result, which goes through the epilogue to the outputs."""
@@ -286,7 +291,7 @@ class RowKernel:
                 self.b.store(pointer, index, result, spot.mask)
             return value, ()
 
-        self._sweep(self._kept_value, store, (), keep=False)
+        self._sweep(self._kept_value, store, (), False, expressions.is_heavy(self.epilogue))
 
     def write_statistic(self, values: list[ir.Value]) -> None:
         """Stores one value per row (all lanes alike for inner rows) as the outputs."""
@@ -300,9 +305,9 @@ class RowKernel:
             mask = None if self.inner else self.masks[column]
             b.store(self.outputs[0], index + column * self.lanes, value, mask)
 
-    def _sweep(self, source: Callable, visit: Callable | None, kinds: Sequence[str], keep: bool) -> list:
+    def _sweep(self, source: Callable, visit: Callable | None, kinds: Sequence[str], keep: bool, heavy: bool) -> list:
         b = self.b
-        slots = SLOTS if self.inner and self.lanes > 1 else 1
+        slots = SLOTS if self.inner and self.lanes > 1 and not heavy else 1
         sums = [[accumulators.make(b, k, self.dtype, self.lanes, slots) for k in kinds] for _ in range(self.columns)]
         every = [a for column in sums for a in column]
         for accumulator in every:

@@ -46,7 +46,7 @@ def _softmax(k: rows.RowKernel) -> None:
         e = vm.exp_nonpositive(b, b.sub(value, largest[spot.column]))
         return e, (e,)
 
-    (total,) = k.again(exponential, ("sum",), keep=True)
+    (total,) = k.again(exponential, ("sum",), keep=True, heavy=True)
     inverse = [b.div(1.0, t) for t in total]
     k.write(lambda value, spot: b.mul(value, inverse[spot.column]))
 
@@ -59,7 +59,7 @@ def _log_softmax(k: rows.RowKernel) -> None:
         value = b.sub(value, largest[spot.column])
         return value, (vm.exp_nonpositive(b, value),)
 
-    (total,) = k.again(shifted, ("sum",), keep=True)
+    (total,) = k.again(shifted, ("sum",), keep=True, heavy=True)
     logarithm = [vm.log(b, t) for t in total]
     k.write(lambda value, spot: b.sub(value, logarithm[spot.column]))
 
@@ -73,5 +73,5 @@ def _logsumexp(k: rows.RowKernel) -> None:
     def exponential(value, spot):
         return value, (vm.exp(b, b.sub(value, finite[spot.column])),)
 
-    (total,) = k.again(exponential, ("sum",))
+    (total,) = k.again(exponential, ("sum",), heavy=True)
     k.write_statistic([b.add(m, vm.log(b, t)) for m, t in zip(finite, total)])

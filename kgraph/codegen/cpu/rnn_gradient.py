@@ -1,0 +1,332 @@
+"""Back-propagation through time for recurrent layers.
+
+One kernel runs the steps of a block of sequences again, keeping the gates in scratch, and then goes back through them.
+It leaves the cotangents of the gates and the states before each step; the cotangents of x, of the weights and of the
+biases are ordinary products and sums of those over all sequences and steps.
+
+Derivatives of the activations are taken at their results.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu import data_movement, gemm, reduce, rnn, vector_math
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, itemsize
+from kgraph.codegen.cpu.rnn import PanelProduct, RecurrentKernel, Shape
+from kgraph.codegen.cpu.strided import SizeTable
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
+from kgraph.ir.dims import ceil_div
+
+
+def _between(b: KernelBuilder, y, low: float, high: float):
+    inside = b.ir.and_(b.compare(">", y, low), b.compare("<", y, high))
+    return b.select(inside, b.constant_of(y.type, 1.0), 0.0)
+
+
+def _square(b: KernelBuilder, x):
+    return b.mul(x, x)
+
+
+# f'(x) in terms of y = f(x).
+DERIVATIVES = {
+    "linear": lambda b, y: b.constant_of(y.type, 1.0),
+    "tanh": lambda b, y: b.fma(b.ir.fneg(y), y, 1.0),
+    "sigmoid": lambda b, y: b.mul(y, b.sub(1.0, y)),
+    "relu": lambda b, y: b.select(b.compare(">", y, 0.0), b.constant_of(y.type, 1.0), 0.0),
+    "relu6": lambda b, y: _between(b, y, 0.0, 6.0),
+    "hard_sigmoid": lambda b, y: b.mul(_between(b, y, 0.0, 1.0), 1.0 / 6.0),
+    "hard_tanh": lambda b, y: _between(b, y, -1.0, 1.0),
+    "softsign": lambda b, y: _square(b, b.sub(1.0, vector_math.absolute(b, y))),
+    "softplus": lambda b, y: b.ir.fneg(vector_math.expm1(b, b.ir.fneg(y))),
+    "elu": lambda b, y: b.select(b.compare(">", y, 0.0), 1.0, b.add(y, 1.0)),
+    "selu": lambda b, y: b.select(
+        b.compare(">", y, 0.0), rnn.SELU_SCALE, b.add(y, rnn.SELU_SCALE * rnn.SELU_ALPHA)
+    ),
+    "exponential": lambda b, y: y,
+}
+
+# What is kept of a step, per unit: the gates' results and what else the way back reads.
+KEPT = {"lstm": 6, "gru": 5, "simple": 1}
+
+
+def accepts(node: Node) -> str | None:
+    """None where `lower` takes the node, else why not."""
+    if node.name != "rnn_gradient":
+        return f"{node.name} is not the gradient of a recurrent layer"
+    attrs, x, recurrent_kernel = node.attrs, node.inputs[0], node.inputs[2]
+    if x.dtype not in ("float32", "float64"):
+        return f"no recurrent kernel for {x.dtype}"
+    if isinstance(x.shape[2], Dim) or isinstance(recurrent_kernel.shape[0], Dim):
+        return "symbolic features or units"
+    missing = {attrs["activation"], attrs["recurrent_activation"]} - DERIVATIVES.keys()
+    if missing:
+        return f"no derivative of {sorted(missing)[0]} in terms of its result"
+    if attrs["cell"] == "gru" and not attrs["reset_after"]:
+        return "no gradient kernel for a GRU that resets before the product"
+    return None
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """The recurrent kernel, then products and sums over all sequences and steps."""
+    attrs = node.attrs
+    names = ("cell", "activation", "recurrent_activation", "reset_after", "has_mask", "zero_output_for_mask")
+    x, kernel, recurrent_kernel = node.inputs[:3]
+    batch, steps, features = x.shape
+    units = recurrent_kernel.shape[0]
+    shape = Shape(x.dtype, *(attrs[n] for n in names), features, units, (bool(attrs["reverse"]),))
+    to_x, to_kernel, to_recurrent, to_bias, to_recurrent_bias, *to_states = node.outputs
+    width = shape.gates * units
+    gates = Value(TensorType((batch, steps, width), x.dtype))
+    # The reset gate of a GRU scales the candidate's cotangent on its way to the recurrent weights.
+    recurrent_gates = Value(gates.type) if shape.cell == "gru" else gates
+    before = Value(TensorType((batch, steps, units), x.dtype))
+    table = SizeTable()
+    layout = rnn.layout_of(shape, target)
+    outputs = [gates, *([recurrent_gates] if shape.cell == "gru" else []), before, *to_states]
+    kept = steps * (layout.rows * layout.padded * KEPT[shape.cell])
+    transposed = shape.gates * layout.padded * layout.padded
+    block = layout.rows * layout.padded
+    calls = [
+        KernelCall(
+            KernelSpec(
+                f"{shape.cell}_gradient", "rnn_gradient:render_gradient", (tuple(shape), table(batch), table(steps))
+            ),
+            [*node.inputs, *outputs],
+            outputs=len(outputs),
+            sizes=table.values,
+            extent=ceil_div(batch, layout.rows),
+            flops=batch * steps * (2 * width * (features + 2 * units)),
+            bytes=sum((v.type.nbytes for v in (*node.inputs, *outputs)), 0),
+            scratch_bytes=(kept + layout.total + transposed + (1 + shape.states) * block) * itemsize(x.dtype),
+        )
+    ]
+    calls += _product(to_x, gates, kernel, (2,), (1,), target)
+    calls += _product(to_kernel, x, gates, (0, 1), (0, 1), target)
+    calls += _product(to_recurrent, before, recurrent_gates, (0, 1), (0, 1), target)
+    calls += _sum(to_bias, gates, target)
+    if recurrent_gates is gates:
+        calls += data_movement.lower_view("copy", to_bias, to_recurrent_bias, 0, [(width, 1)], target)
+    else:
+        calls += _sum(to_recurrent_bias, recurrent_gates, target)
+    return calls
+
+
+def _product(out: Value, lhs: Value, rhs: Value, lhs_contract, rhs_contract, target) -> list[KernelCall]:
+    """Calls that write the contraction of two values to `out`."""
+    attrs = {"lhs_contract": lhs_contract, "rhs_contract": rhs_contract, "lhs_batch": (), "rhs_batch": ()}
+    node = make_node(PRIMITIVES["dot_general"], [lhs, rhs], attrs | {"preferred_dtype": None})
+    return _writing_to(out, node, gemm.lower(node, target))
+
+
+def _sum(out: Value, x: Value, target) -> list[KernelCall]:
+    """Calls that write the sum of x over its two leading axes to `out`."""
+    node = make_node(PRIMITIVES["reduce_sum"], [x], {"axes": (0, 1), "keepdims": False})
+    return _writing_to(out, node, reduce.lower(node, target))
+
+
+def _writing_to(out: Value, node: Node, calls: list[KernelCall]) -> list[KernelCall]:
+    for call in calls:
+        call.operands = [out if operand is node.output else operand for operand in call.operands]
+    return calls
+
+
+class TransposedWeights(PanelProduct):
+    """The recurrent weights for products from the right side: [gates * units, units], both padded."""
+
+    def __init__(self, kernel: RecurrentKernel, at: Pointer):
+        layout = kernel.layout
+        super().__init__(
+            kernel.b,
+            kernel.shape.dtype,
+            layout,
+            "back",
+            at,
+            layout.padded // layout.lanes,
+            layout.width,
+            layout.width,
+            layout.padded,
+            "zero",
+        )
+        self.shape = kernel.shape
+
+    def pack(self, source: Pointer) -> None:
+        """Copies the weights out of `source` [units, gates * units]; what pads them is zero."""
+        b, layout, shape = self.b, self.layout, self.shape
+        zero = b.constant(0, shape.dtype, layout.lanes)
+        with b.loop(0, layout.width * layout.padded, layout.lanes) as i:
+            b.store(self.at, i, zero)
+        with b.loop(0, shape.units) as n:
+            column, width = self.column(n // layout.lanes)
+            lane = n % layout.lanes
+            for gate in range(shape.gates):
+                with b.loop(0, shape.units) as u:
+                    value = b.load(source, n * (shape.gates * shape.units) + (u + gate * shape.units))
+                    b.store(column, (u + gate * layout.padded) * width + lane, value)
+
+
+class GradientKernel(RecurrentKernel):
+    """The forward steps of `RecurrentKernel`, their gates kept, and the steps back."""
+
+    def __init__(self, params, target):
+        super().__init__(params, target)
+        shape, layout, b = self.shape, self.layout, self.b
+        self.activation_derivative = DERIVATIVES[shape.activation]
+        self.recurrent_derivative = DERIVATIVES[shape.recurrent_activation]
+        block = layout.rows * layout.padded
+        at = layout.total
+
+        def scratch(elements: int, name: str) -> Pointer:
+            nonlocal at
+            here = b.scratch(shape.dtype, at * itemsize(shape.dtype))
+            at += elements
+            return Pointer(b, here.value, shape.dtype, name)
+
+        self.back = TransposedWeights(self, scratch(shape.gates * layout.padded * layout.padded, "back"))
+        self.to_states = [scratch(block, f"to_state{k}") for k in range(shape.states)]
+        self.to_hidden = scratch(block, "to_hidden")
+        self.kept = scratch(0, "kept")
+
+    def select_layer(self, layer) -> None:
+        shape, b = self.shape, self.b
+        dtypes = [shape.dtype] * (5 + shape.states) + ["bool"] * shape.has_mask
+        self.inputs = [b.operand(k, dtype) for k, dtype in enumerate(dtypes)]
+        number = len(dtypes)
+        self.cotangents = [b.operand(number + k, shape.dtype) for k in range(1 + shape.states)]
+        number += len(self.cotangents)
+        count = 3 if shape.cell == "gru" else 2
+        self.gate_cotangents = [b.operand(number + k, shape.dtype) for k in range(count - 1)]
+        self.before = b.operand(number + count - 1, shape.dtype)
+        self.outputs = [b.operand(number + count + k, shape.dtype) for k in range(shape.states)]
+
+    def pack(self) -> None:
+        super().pack()
+        self.back.pack(self.inputs[2])
+
+    # -- forward, keeping the gates -------------------------------------------------------------------------------
+    def sequences(self, first, rows, backward) -> None:
+        """Forward through a block of sequences, then back."""
+        b, shape = self.b, self.shape
+        self.copy_states(rows, first, self.inputs[5 : 5 + shape.states], self.states, load=True)
+        self.forward(first, rows, backward)
+        self.copy_states(rows, first, self.cotangents[1:], self.to_states, load=True)
+        with b.loop(0, self.steps) as s:
+            time = Int(b, b.ir.select(backward, b.i64(s), b.i64(self.steps - 1 - s)))
+            self.step_back(first, rows, time)
+        self.copy_states(rows, first, self.outputs, self.to_states, load=False)
+
+    def place(self, row, unit, number: int):
+        """Where result `number` of a step is kept."""
+        layout, count = self.layout, KEPT[self.shape.cell]
+        return (self.time * layout.rows + row) * (count * layout.padded) + (unit + number * layout.padded)
+
+    def keep(self, row, unit, *values: ir.Value) -> None:
+        for number, value in enumerate(values):
+            self.b.store(self.kept, self.place(row, unit, number), value)
+
+    def recall(self, row, unit) -> list[ir.Value]:
+        count, lanes = KEPT[self.shape.cell], self.layout.lanes
+        return [self.b.load(self.kept, self.place(row, unit, number), lanes) for number in range(count)]
+
+    def write(self, row, unit, mask, number, out: ir.Value) -> None:
+        self.b.store(self.before, number * self.shape.units + unit, self.state(row, unit), mask)
+
+    def simple(self, row, unit) -> list[ir.Value]:
+        new = super().simple(row, unit)
+        self.keep(row, unit, *new)
+        return new
+
+    def lstm(self, row, unit) -> list[ir.Value]:
+        b, inner, outer = self.b, self.recurrent_activation, self.activation
+        enter, forget, candidate, leave = (
+            rule(b, self.gate(row, unit, g)) for g, rule in enumerate((inner, inner, outer, inner))
+        )
+        old = self.state(row, unit, 1)
+        cell = b.fma(enter, candidate, b.mul(forget, old))
+        squashed = outer(b, cell)
+        self.keep(row, unit, enter, forget, candidate, leave, old, squashed)
+        return [b.mul(leave, squashed), cell]
+
+    def gru(self, row, unit) -> list[ir.Value]:
+        b, layout = self.b, self.layout
+        update, reset = (self.recurrent_activation(b, self.gate(row, unit, g)) for g in range(2))
+        recurrent, old = self.gate(row, unit, 2), self.state(row, unit)
+        at = row * (layout.steps * layout.width) + (unit + 2 * layout.padded)
+        projected = b.load(self.projected_step, at, layout.lanes)
+        candidate = self.activation(b, b.fma(reset, recurrent, projected))
+        self.keep(row, unit, update, reset, candidate, recurrent, old)
+        return [b.fma(update, b.sub(old, candidate), candidate)]
+
+    # -- back -----------------------------------------------------------------------------------------------------
+    def step_back(self, first, rows, time) -> None:
+        """From the cotangents of the states behind a step to those before it."""
+        b, shape, layout = self.b, self.shape, self.layout
+        self.time = time
+        rule = {"lstm": self.lstm_back, "gru": self.gru_back, "simple": self.simple_back}[shape.cell]
+
+        def body(row, unit, mask) -> None:
+            number = (first + row) * self.steps + time
+            zero = b.constant(0, shape.dtype, layout.lanes)
+            to_out = b.load(self.cotangents[0], number * shape.units + unit, layout.lanes, mask)
+            at = row * layout.padded + unit
+            behind = [b.load(block, at, layout.lanes) for block in self.to_states]
+            gates, passed = rule(row, unit, [b.add(behind[0], to_out), *behind[1:]])
+            if shape.has_mask:
+                # A masked step passes the states' cotangents on, and its output was the state before it (or zeros).
+                valid = b.load(self.inputs[5 + shape.states], number)
+                gates = [[b.ir.select(valid, g, zero) for g in group] for group in gates]
+                kept = behind if shape.zero_output_for_mask else [b.add(behind[0], to_out), *behind[1:]]
+                passed = [b.ir.select(valid, p, k) for p, k in zip(passed, kept, strict=True)]
+            for block, value in zip(self.to_states, passed, strict=True):
+                b.store(block, at, value)
+            for to, group in zip(self.gate_cotangents, gates, strict=True):
+                for g, value in enumerate(group):
+                    b.store(to, number * (shape.gates * shape.units) + (unit + g * shape.units), value, mask)
+            for g, value in enumerate(gates[-1]):
+                b.store(self.gates, row * layout.width + (unit + g * layout.padded), value)
+
+        self.each_vector(rows, body)
+        self.back.multiply(self.gates, self.to_hidden, rows)
+
+        def add(row, unit, mask) -> None:
+            at = row * layout.padded + unit
+            hidden, more = (b.load(block, at, layout.lanes) for block in (self.to_states[0], self.to_hidden))
+            b.store(self.to_states[0], at, b.add(hidden, more))
+
+        self.each_vector(rows, add)
+
+    # Each gives the cotangents of the gates before their activations (for the projection and, last, for the recurrent
+    # product), and the states' cotangents that do not pass through the recurrent product.
+    def simple_back(self, row, unit, to_new: list):
+        b = self.b
+        (y,) = self.recall(row, unit)
+        return [[b.mul(to_new[0], self.activation_derivative(b, y))]], [b.constant_of(y.type, 0.0)]
+
+    def lstm_back(self, row, unit, to_new: list):
+        b, inner, outer = self.b, self.recurrent_derivative, self.activation_derivative
+        enter, forget, candidate, leave, old, squashed = self.recall(row, unit)
+        to_out, to_cell = to_new
+        to_cell = b.fma(b.mul(to_out, leave), outer(b, squashed), to_cell)
+        gates = [
+            b.mul(b.mul(to_cell, candidate), inner(b, enter)),
+            b.mul(b.mul(to_cell, old), inner(b, forget)),
+            b.mul(b.mul(to_cell, enter), outer(b, candidate)),
+            b.mul(b.mul(to_out, squashed), inner(b, leave)),
+        ]
+        return [gates], [b.constant_of(enter.type, 0.0), b.mul(to_cell, forget)]
+
+    def gru_back(self, row, unit, to_new: list):
+        b, inner, outer = self.b, self.recurrent_derivative, self.activation_derivative
+        update, reset, candidate, recurrent, old = self.recall(row, unit)
+        (to_new,) = to_new
+        to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner(b, update))
+        to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), outer(b, candidate))
+        to_reset = b.mul(b.mul(to_candidate, recurrent), inner(b, reset))
+        gates = [to_update, to_reset, to_candidate]
+        return [gates, [to_update, to_reset, b.mul(to_candidate, reset)]], [b.mul(to_new, update)]
+
+
+def render_gradient(params, target) -> str:
+    """LLVM IR of the kernel that goes back through a recurrent layer."""
+    return GradientKernel(params, target).render()
