@@ -87,6 +87,14 @@ def drop_empty_pad(node, inputs, rewriter):
 
 
 @rule("rev")
+def merge_revs(node, inputs, rewriter):
+    """`rev(rev(x; a); a) -> x`."""
+    if made_by(inputs[0], "rev") and set(inputs[0].node.attrs["axes"]) == set(node.attrs["axes"]):
+        return inputs[0].node.inputs[0]
+    return None
+
+
+@rule("rev")
 def drop_empty_rev(node, inputs, rewriter):
     """`rev(x; axes=()) -> x`."""
     return inputs[0] if not node.attrs["axes"] else None

@@ -295,7 +295,7 @@ class Binding:
         name = self.program.name
         if len(out) != len(self._outputs):
             raise InputError(f"{name} has {len(self._outputs)} outputs, out= has {len(out)}")
-        others = [*arrays, *(p for p in self.program.values if p is not None), *self.constants.values()]
+        others = list(arrays)
         results = []
         for i, (given, (shape, dtype)) in enumerate(zip(out, self._outputs)):
             if given is None:
@@ -307,7 +307,7 @@ class Binding:
             if not given.flags.writeable:
                 raise InputError(f"{name}: out[{i}] is read-only")
             usable = type(given) is np.ndarray and given.flags.num & _DENSE == _DENSE
-            if usable and not any(np.may_share_memory(given, o) for o in others):
+            if usable and not any(np.may_share_memory(given, o) for o in others) and not self.program.holds(given):
                 others.append(given)
                 results.append(given)
             else:

@@ -6,6 +6,8 @@ constants, so a change here changes the key of its cached object.
 
 from __future__ import annotations
 
+import zlib
+
 WORD = 8
 
 # A context: one call in flight. Its memory belongs to Python (runtime/context.py).
@@ -71,3 +73,9 @@ MAILBOX_BYTES = 128  # two lines: the neighbour line prefetcher makes pairs shar
 
 JOB_OPEN = 1 << 30
 JOB_COUNT_MASK = JOB_OPEN - 1
+
+
+def version() -> int:
+    """A number that differs between layouts: an executor made for another one must not be used."""
+    fields = sorted((name, value) for name, value in globals().items() if name.isupper())
+    return zlib.crc32(repr(fields).encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +129,7 @@ class Program:
         self._bindings: dict[tuple, Binding] = {}
         # Replaced as a whole when a parameter changes, so that a call in flight keeps the arrays it started with.
         self.values: tuple[np.ndarray | None, ...] = (None,) * len(self.params)
+        self._held: tuple[tuple | None, list[int], list[int]] = None, [], []
 
     def __reduce__(self):
         fields = (self.name, self.buffers, self.steps, self.inputs, self.outputs, self.params, self.kernels)
@@ -195,6 +198,20 @@ class Program:
         self.values = tuple(values)
         for binding in list(self._bindings.values()):
             binding.release_old_params()
+
+    def holds(self, array: np.ndarray) -> bool:
+        """Whether a contiguous array overlaps a parameter or constant in memory."""
+        values, starts, ends = self._held
+        if values is not self.values:
+            held = [a for a in (*self.values, *self.constants.values()) if a is not None and a.nbytes]
+            ranges = sorted((a.ctypes.data, a.ctypes.data + a.nbytes) for a in held)
+            values, starts = self.values, [start for start, _ in ranges]
+            # The furthest end among all that start no later: ranges may overlap.
+            ends = list(itertools.accumulate((end for _, end in ranges), max))
+            self._held = values, starts, ends
+        begin = array.ctypes.data
+        before = bisect.bisect_left(starts, begin + array.nbytes)
+        return before > 0 and ends[before - 1] > begin
 
     # -- sizes ------------------------------------------------------------------------------------------------------
     def resolve(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:

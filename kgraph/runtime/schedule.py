@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# What one thread does in a nanosecond, roughly: vectorised arithmetic, and memory between second-level cache and DRAM.
-_FLOPS_PER_NS = 20.0
-_BYTES_PER_NS = 12.0
+# What one thread does in a nanosecond, roughly: between matrix products (100) and scalar code (2), and memory between
+# second-level cache and DRAM. Too low is the safer side: sharing a short step costs less than not sharing a long one.
+_FLOPS_PER_NS = 40.0
+_BYTES_PER_NS = 16.0
 # A thread is not worth having for less than this.
 _NS_PER_THREAD = 1500.0
 _FORK_NS = 4000.0
-_BARRIER_NS = 300.0
+# Each thread adds this to a meeting: all of them count on one cache line.
+_MEETING_NS_PER_THREAD = 150.0
 # More chunks than threads balance the load, but each should be worth its claim and the kernel's set-up.
 _NS_PER_CHUNK = 15000.0
 _MAX_CHUNKS_PER_THREAD = 4
@@ -41,12 +43,14 @@ def choose_threads(costs: Iterable[StepCost], limit: int) -> list[int]:
     saved = 0.0
     for cost in costs:
         time = cost.nanoseconds
-        threads = min(limit, cost.extent, int(time / _NS_PER_THREAD))
+        # The square root minimises time / threads + threads * _MEETING_NS_PER_THREAD.
+        best = int((time / _MEETING_NS_PER_THREAD) ** 0.5)
+        threads = min(limit, cost.extent, int(time / _NS_PER_THREAD), best)
         if cost.max_threads:
             threads = min(threads, cost.max_threads)
         threads = max(threads, 1)
         if threads > 1:
-            saved += time * (1 - 1 / threads) - _BARRIER_NS
+            saved += time * (1 - 1 / threads) - threads * _MEETING_NS_PER_THREAD
         out.append(threads)
     return out if saved > _FORK_NS else [1] * len(out)
 

@@ -14,6 +14,7 @@ import os
 import time
 from pathlib import Path
 
+from kgraph.errors import ArtifactError
 from kgraph.runtime import layout
 from kgraph.runtime.loader import Library, allocate_forever
 
@@ -47,6 +48,9 @@ class Executor:
 
     def __init__(self, payload: bytes):
         self.library = Library({"executor": payload})
+        made_for = ctypes.CFUNCTYPE(ctypes.c_int64)(self.library.address("executor", "layout_version"))()
+        if made_for != layout.version():
+            raise ArtifactError("the executor was made by another version of kgraph; compile the model again")
         self.library.keep_forever()
         word, integer = ctypes.c_void_p, ctypes.c_ssize_t
         self.run = ctypes.CFUNCTYPE(None, word)(self.library.address("executor", "run"))
@@ -55,7 +59,10 @@ class Executor:
 
 
 def install(payload: bytes) -> Executor:
-    """The executor of these object bytes, loaded once per process."""
+    """The executor of these object bytes, loaded once per process.
+
+    Raises ArtifactError for damaged bytes and for an executor that a different version of kgraph has saved.
+    """
     digest = hashlib.sha256(payload).digest()
     executor = _executors.get(digest)
     if executor is None:

@@ -106,6 +106,7 @@ def test_constants_fold():
         (lambda x: ops.pow(x, np.float32(2)), ["mul"]),
         (lambda x: ops.maximum(x, np.float32(0)), ["relu"]),
         (lambda x: ops.neg(ops.neg(x)), []),
+        (lambda x: ops.rev(ops.rev(x, axes=(0, 1)), axes=(1, 0)), []),
         (lambda x: ops.convert(ops.convert(x, dtype="float64"), dtype="float32"), []),
     ],
 )

@@ -150,7 +150,7 @@ def test_failing_renderer_names_the_kernel(tmp_path, monkeypatch):
 # Kernels in a module of their own below kgraph.codegen.cpu, as the children of a parallel compilation import them.
 _SCRIPT = """
 import sys, types
-import kernels
+from tests.runtime import kernels
 module = types.ModuleType("kgraph.codegen.cpu.samples")
 def render(params, target):
     if params[0] == "fail":
@@ -180,7 +180,7 @@ print(compiler.stats()["misses"], hashlib.sha256(b"".join(out[spec_key(s)] for s
 def _run(tmp_path, script, **environment):
     here = os.path.dirname(__file__)
     root = os.path.dirname(os.path.dirname(here))
-    env = dict(os.environ, KGRAPH_CACHE_DIR=str(tmp_path), PYTHONPATH=f"{root}:{here}", **environment)
+    env = dict(os.environ, KGRAPH_CACHE_DIR=str(tmp_path), PYTHONPATH=root, **environment)
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 

@@ -4,19 +4,20 @@ import platform
 import threading
 import time
 
-import kernels
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import HEAVY, N, chain, program, totals
 
 from kgraph.codegen.compiler import compile_ir
 from kgraph.codegen.cpu.executor import executor_object
-from kgraph.runtime import threads
+from kgraph.errors import ArtifactError
+from kgraph.runtime import layout, threads
 from kgraph.runtime.loader import Library
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
 from kgraph.runtime.schedule import StepCost, choose_chunks, choose_threads, place_barriers
+from tests.runtime import kernels
+from tests.runtime.kernels import HEAVY, N, chain, program, totals
 
 
 def in_order(x):
@@ -262,7 +263,12 @@ def test_small_steps_are_serial():
     assert choose_threads([StepCost(1e7, 1e6, 3)], 8) == [3]
     assert choose_threads([StepCost(1e7, 1e6, 64, max_threads=2)], 8) == [2]
     # One step that would gain, but not enough to pay for the fork.
-    assert choose_threads([StepCost(7e4, 0, 64)], 2) == [1]
+    assert choose_threads([StepCost(1.8e5, 0, 64)], 2) == [1]
+    # More threads than a step is worth only meet more slowly.
+    (few,) = choose_threads([StepCost(4e6, 0, 1000)], 256)
+    (many,) = choose_threads([StepCost(4e9, 0, 1000)], 256)
+    assert few < 30
+    assert many == 256
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1e12), st.integers(2, 64))
@@ -295,6 +301,13 @@ def test_conflicting_steps_have_a_barrier_between_them(items):
                 assert any(barriers[earlier + 1 : later + 1])
                 needed = True
         assert needed or not barriers[later]
+
+
+def test_executor_of_another_version_is_refused(monkeypatch):
+    old = executor_object()
+    monkeypatch.setattr(layout, "STEP_EXTENT", layout.STEP_EXTENT + 8)
+    with pytest.raises(ArtifactError, match="another version"):
+        threads.Executor(old)
 
 
 def test_pool_is_shared_by_programs(num_threads):

@@ -3,13 +3,13 @@ import ctypes
 import gc
 import platform
 
-import kernels
 import numpy as np
 import pytest
 
 from kgraph.codegen.compiler import compile_ir
 from kgraph.errors import ArtifactError
 from kgraph.runtime.loader import Library, external_address
+from tests.runtime import kernels
 
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_void_p)
 

@@ -6,12 +6,12 @@ import weakref
 import ml_dtypes
 import numpy as np
 import pytest
-from kernels import HEAVY, N, chain, program
 
 from kgraph.errors import InputError, KGraphError
 from kgraph.ir import Dim
 from kgraph.runtime import context as context_module
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
+from tests.runtime.kernels import HEAVY, N, chain, program
 
 
 def array(*shape, seed=0):
@@ -272,6 +272,19 @@ def test_out_of_any_layout_or_overlapping_the_input():
     before = memory.copy()
     p([memory[:5]], out=[memory[1:]])
     np.testing.assert_array_equal(memory[1:], before[:5] + 1 + 1)
+
+
+def test_out_in_the_memory_of_a_parameter():
+    p = weighted()
+    memory = array(3 * 64)
+    w = memory[64:128]
+    p.set_param(0, w)
+    x = array(64, seed=1)
+    for start in (0, 1, 40, 64, 100, 127, 128):
+        before = w.copy()
+        (y,) = p([x], out=[memory[start : start + 64]])
+        np.testing.assert_array_equal(y, x * before)
+        assert p.holds(memory[start : start + 64]) == (0 < start < 128)
 
 
 def test_wrong_out_is_refused():

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from kernels import HEAVY, chain
 
 from kgraph.runtime import threads
+from tests.runtime.kernels import HEAVY, chain
 
 X = np.zeros(300, np.float32)
 HERE = os.path.dirname(__file__)
@@ -17,7 +17,7 @@ HERE = os.path.dirname(__file__)
 
 def run(script, timeout=40, **environment):
     root = os.path.dirname(os.path.dirname(HERE))
-    env = {**os.environ, "PYTHONPATH": f"{root}:{HERE}", **environment}
+    env = {**os.environ, "PYTHONPATH": root, **environment}
     return subprocess.run([sys.executable, "-c", script], capture_output=True, env=env, timeout=timeout)
 
 
@@ -149,7 +149,7 @@ def test_multiprocessing_by_fork():
     script = """
 import multiprocessing, numpy as np
 from kgraph.runtime import threads
-from kernels import chain, HEAVY
+from tests.runtime.kernels import chain, HEAVY
 threads.set_num_threads(2)
 p = chain(4, flops=HEAVY)
 x = np.zeros(100, np.float32)
@@ -168,7 +168,7 @@ def test_exit_with_idle_workers(wait):
     script = f"""
 import numpy as np
 from kgraph.runtime import threads
-from kernels import chain, HEAVY
+from tests.runtime.kernels import chain, HEAVY
 threads.set_num_threads(4)
 p = chain(4, flops=HEAVY)
 for _ in range(5):
@@ -186,7 +186,7 @@ def test_exit_while_daemon_threads_call():
     script = """
 import threading, time, numpy as np
 from kgraph.runtime import threads
-from kernels import chain, HEAVY
+from tests.runtime.kernels import chain, HEAVY
 threads.set_num_threads(2)
 p = chain(50, flops=HEAVY)
 x = np.zeros(20000, np.float32)
@@ -207,7 +207,7 @@ def test_keyboard_interrupt_leaves_the_program_sound():
     script = """
 import signal, time, numpy as np
 from kgraph.runtime import threads
-from kernels import chain, HEAVY
+from tests.runtime.kernels import chain, HEAVY
 threads.set_num_threads(2)
 p = chain(200, flops=HEAVY)
 x = np.zeros(100000, np.float32)

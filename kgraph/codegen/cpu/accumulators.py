@@ -24,6 +24,7 @@ KINDS = {
     "argmax": "argmax",
     "argmin": "argmin",
 }
+MAX_NUMBER = "max_number"  # the maximum of what is not NaN: one instruction, where NaN shows up later anyway
 POSITIONS = ("argmax", "argmin")
 
 
@@ -46,6 +47,8 @@ def neutral(kind: str, dtype: str):
 
 def combine(b: KernelBuilder, kind: str, dtype: str, x, y):
     """Two partial results of a reduction that keeps no position."""
+    if kind == MAX_NUMBER:
+        return b.select(b.compare(">", y, x), y, x)
     if kind in ("max", "min"):
         return extremum(b, x, y, dtype, greater=kind == "max")
     name = {"sum": "add", "prod": "mul", "and": "bitwise_and", "or": "bitwise_or"}[kind]

@@ -633,6 +633,12 @@ done:
   ret void
 }
 
+; Entry: the layout of the tables that this code reads.
+define i64 @layout_version() #1 {
+entry:
+  ret i64 $LAYOUT_VERSION
+}
+
 attributes #0 = { nounwind alwaysinline }
 attributes #1 = { nounwind }
 !1 = !{!"branch_weights", i32 1000, i32 1}
@@ -750,7 +756,7 @@ def render(params: tuple = (), target=None) -> str:
     else:
         parts += [_AARCH64 if machine in ("aarch64", "arm64") else _OTHER_MACHINE, _NO_FLOAT_STATE]
     names = {k: v for k, v in vars(layout).items() if k.isupper()}
-    names["GLANCES"] = _GLANCES
+    names["GLANCES"], names["LAYOUT_VERSION"] = _GLANCES, layout.version()
     names["SYS_futex"] = 202 if machine in ("x86_64", "amd64") else 98
     names["CLOCK_MONOTONIC"] = 6 if sys.platform == "darwin" else 1
     functions = string.Template("".join(parts)).substitute(names)

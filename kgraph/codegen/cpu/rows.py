@@ -22,7 +22,7 @@ from kgraph.ir.dims import ceil_div, product
 SLOTS = 4  # independent accumulators along a row
 STRIP = 2  # vectors of rows of an outer kernel
 BLOCK_STEPS = 16
-REGISTER_VECTORS = 2  # longest row of known length that is kept in registers; beyond that scratch is as fast
+REGISTER_VECTORS = 8  # longest row of known length that is kept in registers
 
 
 @dataclass

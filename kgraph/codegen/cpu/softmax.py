@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kgraph.codegen.cpu import rows
 from kgraph.codegen.cpu import vector_math as vm
+from kgraph.codegen.cpu.accumulators import MAX_NUMBER
 from kgraph.codegen.kernel import KernelCall
 from kgraph.ir import Node
 
@@ -38,9 +39,12 @@ def render(params: tuple, target) -> str:
     return kernel.for_each_row({"softmax": _softmax, "log_softmax": _log_softmax, "logsumexp": _logsumexp}[core])
 
 
+# A NaN in a row reaches all its results through the sum, so the maximum need not look for it.
+
+
 def _softmax(k: rows.RowKernel) -> None:
     b = k.b
-    (largest,) = k.read(kinds=("max",))
+    (largest,) = k.read(kinds=(MAX_NUMBER,))
 
     def exponential(value, spot):
         e = vm.exp_nonpositive(b, b.sub(value, largest[spot.column]))
@@ -53,7 +57,7 @@ def _softmax(k: rows.RowKernel) -> None:
 
 def _log_softmax(k: rows.RowKernel) -> None:
     b = k.b
-    (largest,) = k.read(kinds=("max",))
+    (largest,) = k.read(kinds=(MAX_NUMBER,))
 
     def shifted(value, spot):
         value = b.sub(value, largest[spot.column])
@@ -66,7 +70,7 @@ def _log_softmax(k: rows.RowKernel) -> None:
 
 def _logsumexp(k: rows.RowKernel) -> None:
     b = k.b
-    (largest,) = k.read(kinds=("max",))
+    (largest,) = k.read(kinds=(MAX_NUMBER,))
     # An infinite maximum is the result; subtracting it would give NaN.
     finite = [b.select(b.compare("<", vm.absolute(b, m), vm.INF), m, 0.0) for m in largest]
 

@@ -22,6 +22,17 @@ def _tensors(structure):
     return tree.map_structure(lambda x: x if x is None else convert_to_tensor(x), structure)
 
 
+def _leaves(structure) -> list:
+    """The tensors of a structure; a None among them is an empty structure, as in JAX."""
+    return [x for x in tree.flatten(structure) if x is not None]
+
+
+def _pack(structure, values):
+    """A structure with its tensors replaced, in order."""
+    values = iter(values)
+    return tree.map_structure(lambda x: x if x is None else next(values), structure)
+
+
 def _type(x) -> TensorType:
     return TensorType(tuple(x.shape), x.dtype.name)
 
@@ -44,7 +55,7 @@ class _Body:
                 scope.add_update((variable, entering))
             entered = dict(scope.state_mapping) if scope is not None else {}
             self.structure = function(*inputs)
-            self.results = [convert_to_tensor(leaf) for leaf in tree.flatten(self.structure)]
+            self.results = [convert_to_tensor(leaf) for leaf in _leaves(self.structure)]
             self.updates = {}
             if scope is not None:
                 for key, value in scope.state_mapping.items():
@@ -138,7 +149,7 @@ def _branch(index, functions, operands):
     results = results if isinstance(results, tuple) else (results,)
     for variable, value in zip(variables, results[len(dtypes) :]):
         get_stateless_scope().add_update((variable, value))
-    return tree.pack_sequence_as(first.structure, list(results[: len(dtypes)]))
+    return _pack(first.structure, results[: len(dtypes)])
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------
@@ -327,8 +338,7 @@ def _traced_scan(f, init, xs, length, reverse: bool):
     _store_state(variables, results[n : len(operands)])
     _, y_structure = body.structure
     stacked = results[len(operands) :]
-    y = tree.pack_sequence_as(y_structure, stacked) if stacked else y_structure
-    return tree.pack_sequence_as(init, results[:n]), y
+    return tree.pack_sequence_as(init, results[:n]), _pack(y_structure, stacked)
 
 
 def map(f, xs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import operator
 from typing import Any
 
@@ -25,9 +26,13 @@ HALF_TYPES = ("float16", "bfloat16")
 SMALL_INTS = {"bool": "int32", "int8": "int32", "int16": "int32", "uint8": "uint32", "uint16": "uint32"}
 
 
+# `numpy.dtype.name` is computed anew at each call, and takes longer than a small operation.
+_name_of = functools.cache(standardize_dtype)
+
+
 def dtype_of(x: Tensor) -> str:
     """The dtype name of a tensor."""
-    return standardize_dtype(x.dtype)
+    return _name_of(x.dtype)
 
 
 def is_float(x: Tensor) -> bool:
@@ -78,7 +83,7 @@ def _weak_or_tensor(x: Tensor) -> Tensor:
 def _promotion_type(x: Tensor) -> Any:
     if isinstance(x, Dim):
         return int
-    return x.dtype if is_tensor(x) or isinstance(x, Traced) else type(x)
+    return dtype_of(x) if is_tensor(x) or isinstance(x, Traced) else type(x)
 
 
 def promote(*tensors: Tensor, extra: tuple = ()) -> list[Tensor]:
@@ -87,8 +92,15 @@ def promote(*tensors: Tensor, extra: tuple = ()) -> list[Tensor]:
     extra: further types that take part, such as `float` where the result must be inexact.
     """
     tensors = [_weak_or_tensor(t) for t in tensors]
-    dtype = dtypes.result_type(*(_promotion_type(t) for t in tensors), *extra)
-    return [convert_to_tensor(t, dtype) for t in tensors]
+    types = [_promotion_type(t) for t in tensors]
+    dtype = _common_type((*types, *extra), config.floatx())
+    return [t if own == dtype else convert_to_tensor(t, dtype) for t, own in zip(tensors, types, strict=True)]
+
+
+@functools.lru_cache(4096)
+def _common_type(types: tuple, floatx: str) -> str:
+    """Keras' `result_type`, which depends on floatx for Python numbers alone."""
+    return dtypes.result_type(*types)
 
 
 def promote_inexact(*tensors: Tensor) -> list[Tensor]:

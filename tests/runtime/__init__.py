@@ -1,0 +1,1 @@
+"""Tests of the runtime and of what it loads: cache, compiler, executor."""
