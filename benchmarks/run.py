@@ -189,6 +189,10 @@ def table(results: list[dict], engines: list[str]) -> str:
             f"{entries.get('kgraph', {}).get('peak_mb', 0):.0f}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
+    imports = [r["engines"]["kgraph"] for r in results if "import_s" in r["engines"].get("kgraph", {})]
+    if imports:
+        ours, keras = (statistics.median(e[key] for e in imports) for key in ("import_s", "keras_import_s"))
+        rows.append(f"\nImport: kgraph {ours:.2f} s on top of Keras' {keras:.2f} s (medians over the cases).")
     if ratios:
         rows.append(f"\nGeometric mean of the ratios: {float(np.exp(np.mean(np.log(ratios)))):.2f}")
     return "\n".join(rows)

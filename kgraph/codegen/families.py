@@ -21,7 +21,9 @@ BY_PRIMITIVE = {
     "batch_norm": "norm",
     "attention": "attention",
     "rnn": "rnn",
+    "rnn_gradient": "rnn_gradient",
     "resize": "resize",
+    "select_and_scatter_add": "pool_gradient",
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
@@ -44,6 +46,7 @@ BY_KIND = {
     "pool": "pool",
     "softmax": "softmax",
     "norm": "norm",
+    "rnn": "rnn",
 }
 
 

@@ -32,6 +32,7 @@ class Captured:
         of `outputs` and then the new values of `updates`.
     symbols: for each symbolic size where it comes from ("N": "batch", "L1": "axis 1 of input 'tokens'").
     sizes: the symbols that were fixed to a number, as asked for.
+    adds_losses: the call adds losses (`add_loss`, activity regularizers), which are not among the outputs.
     """
 
     graph: Graph
@@ -41,6 +42,7 @@ class Captured:
     updates: list = field(default_factory=list)
     symbols: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    adds_losses: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -339,7 +341,9 @@ def _capture_once(call, inputs: Structure, symbols: dict, sizes: dict, name: str
             raise CaptureError(f"variable {variable.path!r} is not initialised: build {name!r} or call it once first")
     used = {s for v in graph.inputs for d in v.shape if isinstance(d, Dim) for s in d.symbols()}
     origins = {s: text for s, text in symbols.items() if s in used}
-    return Captured(graph, variables, inputs, outputs, [v for v, _ in updates], origins, dict(sizes))
+    return Captured(
+        graph, variables, inputs, outputs, [v for v, _ in updates], origins, dict(sizes), bool(scope.losses)
+    )
 
 
 @contextlib.contextmanager

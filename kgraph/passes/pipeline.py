@@ -10,6 +10,7 @@ from kgraph.passes.fold_batch_norm import fold_batch_norm
 from kgraph.passes.fold_constants import fold_constants
 from kgraph.passes.fold_padding import fold_padding
 from kgraph.passes.fuse import fuse
+from kgraph.passes.group_recurrent import group_recurrent
 from kgraph.passes.layout import layout
 from kgraph.passes.manager import Pass
 from kgraph.passes.reshape_motion import reshape_motion
@@ -30,6 +31,7 @@ INFERENCE: list[Pass] = [
     common_subexpressions,
     fold_batch_norm,
     dead_code,
+    group_recurrent,
     fuse,
     layout,
     common_subexpressions,

@@ -92,10 +92,15 @@ def is_inline_constant(value: Value) -> bool:
     return array is not None and array.ndim == 0
 
 
-def fused_node(contraction: Contraction, kind: str, nodes: list[Node]) -> tuple[Node, list[Value]]:
-    """The `fusion` node that stands for `nodes`, and the old values that its results replace."""
+def fused_node(
+    contraction: Contraction, kind: str, nodes: list[Node], results: list[Value] | None = None
+) -> tuple[Node, list[Value]]:
+    """The `fusion` node that stands for `nodes`, and the old values that its results replace.
+
+    results: the values to give; by default those that are read outside.
+    """
     inputs = contraction.external_inputs(nodes)
-    results = contraction.live_outputs(nodes)
+    results = contraction.live_outputs(nodes) if results is None else results
     mapping: dict[Value, Value] = {v: Value(v.type) for v in inputs}
     body = Graph([mapping[v] for v in inputs], name=kind)
     provenance: frozenset = frozenset()

@@ -4,78 +4,48 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
 import itertools
 
-import llvmlite.binding as llvm
 import numpy as np
 
-from kgraph.codegen.cpu import builder as _builder
+from kgraph.codegen import compiler
 from kgraph.codegen.kernel import KernelCall, Temporary
+from kgraph.codegen.target import Target, initialize_llvm, make_target
 from kgraph.ir.dims import evaluate
-
-llvm.initialize_native_target()
-llvm.initialize_native_asmprinter()
+from kgraph.runtime.loader import Library
 
 SIGNATURE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
-
-class StandInTarget:
-    """The host, as codegen/target.py describes it."""
-
-    def __init__(self, vector_bytes: int | None = None):
-        self.triple = llvm.get_process_triple()
-        features = llvm.get_host_cpu_features()
-        self.features = features.flatten()
-        self.cpu = llvm.get_host_cpu_name()
-        widest = 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
-        self.vector_bytes = vector_bytes or widest
-        self.num_vector_registers = 32 if features.get("avx512f") else 16
-
-    def lanes(self, dtype: str) -> int:
-        return self.vector_bytes // _builder.itemsize(_builder.compute_dtype(dtype))
+_LEVELS = {64: "x86-64-v4", 32: "x86-64-v3", 16: "x86-64-v2"}
 
 
 @functools.cache
-def host_target(vector_bytes: int | None = None) -> StandInTarget:
-    return StandInTarget(vector_bytes)
+def host_target(vector_bytes: int | None = None) -> Target:
+    """The machine's own target, or one of a narrower instruction set with vectors of `vector_bytes`."""
+    initialize_llvm()
+    native = make_target("native")
+    if vector_bytes in (None, native.vector_bytes):
+        return native
+    return make_target(_LEVELS[vector_bytes])
 
 
 class Compiled:
-    """Machine code of one module; keeps the engine alive."""
+    """Machine code of one module; keeps it in memory."""
 
-    def __init__(self, ir_text: str):
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=llvm.get_host_cpu_name(),
-            features=llvm.get_host_cpu_features().flatten(),
-            opt=3,
-            reloc="pic",
-            codemodel="small",
-        )
-        module = llvm.parse_assembly(ir_text)
-        module.verify()
-        options = llvm.create_pipeline_tuning_options(speed_level=3)
-        options.loop_vectorization = options.slp_vectorization = False
-        builder = llvm.create_pass_builder(machine, options)
-        builder.getModulePassManager().run(module, builder)
-        self.optimized = str(module)
-        self.assembly = machine.emit_assembly(module)
-        self.engine = llvm.create_mcjit_compiler(module, machine)
-        self.engine.finalize_object()
-        self.function = SIGNATURE(self.engine.get_function_address("kernel"))
+    def __init__(self, ir_text: str, target: Target):
+        self.library = Library({"kernel": compiler.compile_ir(ir_text, target=target)})
+        self.function = SIGNATURE(self.library.address("kernel"))
 
 
 @functools.cache
-def compile_ir(ir_text: str) -> Compiled:
+def compile_ir(ir_text: str, target: Target | None = None) -> Compiled:
     """IR text -> `Compiled`, whose `.function(buffers, sizes, begin, end, scratch)` is callable."""
-    return Compiled(ir_text)
+    return Compiled(ir_text, target or host_target())
 
 
-def render(spec, target=None) -> str:
-    module, function = spec.template.split(":")
-    if not module.startswith("kgraph."):
-        module = f"kgraph.codegen.cpu.{module}"
-    return getattr(importlib.import_module(module), function)(spec.params, target or host_target())
+def render(spec, target: Target | None = None) -> str:
+    """The IR text of a kernel."""
+    return compiler.render(spec, target or host_target())
 
 
 def aligned_empty(nbytes: int, offset: int = 0) -> np.ndarray:
@@ -103,7 +73,7 @@ class Bound:
                     fresh = aligned_empty(int(np.prod(shape)) * type.itemsize)
                     fresh[:] = 0xA5
                     self.buffers[operand] = fresh.view(type.np_dtype).reshape(shape)
-            compiled = compile_ir(render(call.spec, target))
+            compiled = compile_ir(render(call.spec, target), target)
             pointers = np.array([self.buffers[o].ctypes.data for o in call.operands], np.uint64)
             integers = np.array([evaluate(s, sizes) for s in call.sizes] or [0], np.int64)
             scratch = aligned_empty(max(evaluate(call.scratch_bytes, sizes), 1))

@@ -12,7 +12,7 @@ from kgraph.codegen.cpu.conv_geometry import axis_phases
 from kgraph.ir import Dim, TensorType, Value, make_node
 from kgraph.ops.convolution import CONV
 from tests.codegen.contractions import add, check, filled
-from tests.codegen.driver import StandInTarget
+from tests.codegen.driver import host_target
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 SAMPLES = list(CONV.samples())
@@ -179,7 +179,7 @@ def test_same_bits_for_any_split(options):
 
 @pytest.mark.parametrize("vector_bytes", [16, 32])
 def test_narrower_vectors(vector_bytes):
-    target = StandInTarget(vector_bytes)
+    target = host_target(vector_bytes)
     target.num_vector_registers = 16
     attrs = attributes(2, padding=1)
     convolution((1, 9, 8, 5), (3, 3, 5, 20), attrs, packed=True, target=target)
@@ -193,7 +193,7 @@ def test_phases_multiply_no_zeros():
     x, w = (1, 8, 8, 4), (3, 3, 4, 8)
     attrs = attributes(2, lhs_dilation=2, padding=((1, 2), (1, 2)))
     node = make_node(CONV, [Value(TensorType(s, "float32")) for s in (x, w)], attrs)
-    (call,) = conv.lower(node, StandInTarget())[-1:]
+    (call,) = conv.lower(node, host_target())[-1:]
     assert call.flops == 2 * 8 * 8 * 9 * 4 * 8
 
 

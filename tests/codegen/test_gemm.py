@@ -11,7 +11,7 @@ from kgraph.codegen.cpu import gemm
 from kgraph.ir import Dim, TensorType
 from kgraph.ops.contraction import DOT_GENERAL
 from tests.codegen.contractions import add, check, filled
-from tests.codegen.driver import StandInTarget
+from tests.codegen.driver import host_target
 from tests.codegen.samples import check_sample
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -182,7 +182,7 @@ def test_same_bits_for_any_split(packed):
 
 @pytest.mark.parametrize("vector_bytes", [16, 32])
 def test_narrower_vectors(vector_bytes):
-    target = StandInTarget(vector_bytes)
+    target = host_target(vector_bytes)
     target.num_vector_registers = 16
     for m, k, n in ((13, 40, 21), (30, 600, 64), (1, 17, 5)):
         for packed in (False, True):
@@ -191,7 +191,6 @@ def test_narrower_vectors(vector_bytes):
 
 def test_packing_is_left_to_the_kernel_where_the_weight_is_empty():
     from kgraph.ir import Value, make_node
-    from tests.codegen.driver import host_target
 
     types = (TensorType((3, 0), "float32"), TensorType((0, 4), "float32"))
     node = make_node(DOT_GENERAL, [Value(t) for t in types], PLAIN)

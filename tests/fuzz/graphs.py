@@ -50,7 +50,7 @@ def random_case(seed: int, length: int | None = None) -> Case:
     case = Case(seed, tracer.graph)
     names = sorted(OPERATIONS)
     chances = np.array([OPERATIONS[n][0] for n in names])
-    length = length or int(rng.integers(2, 15))
+    length = length or int(rng.integers(3, 20))
     with tracer.active():
         for number, (type_, is_param) in enumerate(_operand_types(b, dtype)):
             traced = tracer.add_input(type_, f"{'w' if is_param else 'x'}{number}")
@@ -71,7 +71,7 @@ def random_case(seed: int, length: int | None = None) -> Case:
             except (SkipOperation, DimDecisionError, ShapeError):
                 continue
             case.operations.append(name)
-        results = _choose_outputs(b)
+        results = _choose_outputs(b, tracer.graph)
         tracer.graph.outputs = [tracer.lift(r) for r in results]
         case.exact = {tracer.lift(v) for v in b.values if b.exact(v)}
     drop_dead(tracer.graph)
@@ -106,11 +106,13 @@ def _operand_types(b: Builder, dtype: str) -> list[tuple[TensorType, bool]]:
     return out
 
 
-def _choose_outputs(b: Builder) -> list:
-    recent = b.values[-5:]
-    count = min(b.integer(1, 4), len(recent))
-    results = [recent[-1]] + [recent[int(i)] for i in b.rng.permutation(len(recent))[: count - 1]]
-    if b.chance(0.1):
+def _choose_outputs(b: Builder, graph: Graph) -> list:
+    """Mostly what nobody has read yet, so that little of what was drawn is dead."""
+    read = {v for node in graph.nodes for v in node.inputs}
+    unread = [v for v in b.values if v.value not in read and v.value.node is not None] or b.values[-1:]
+    order = b.rng.permutation(len(unread))[: b.integer(1, 5)]
+    results = [unread[int(i)] for i in order]
+    if b.chance(0.15):
         results.append(b.choice(b.values))  # an input, a parameter, an intermediate, or the same one twice
     return results
 

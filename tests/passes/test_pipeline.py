@@ -19,6 +19,7 @@ from kgraph.passes.fold_batch_norm import fold_batch_norm
 from kgraph.passes.fold_constants import fold_constants
 from kgraph.passes.fold_padding import fold_padding
 from kgraph.passes.fuse import fuse
+from kgraph.passes.group_recurrent import group_recurrent
 from kgraph.passes.manager import PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.passes.prologue import split_prologue
@@ -302,3 +303,32 @@ def test_prologue_holds_all_that_weights_decide():
     split = split_prologue(after)
     assert not split.prologue.inputs
     assert set(split.main.params) == set(split.prologue.outputs)
+
+
+def rnn(x, kernel, recurrent, bias, state, reverse):
+    zero = np.zeros(16, "float32")
+    return ops.rnn(x, kernel, recurrent, bias, zero, state, state, cell="lstm", reverse=reverse)
+
+
+def test_directions_of_a_bidirectional_layer_join():
+    def function(x, s, k, r, b, k2, r2, b2):
+        forward = rnn(x, k, r, b, s, False)
+        backward = rnn(x, k2, r2, b2, s, True)
+        return ops.concatenate(forward[0], backward[0], axis=2), backward[1]
+
+    weights = [f32(3, 16), f32(4, 16), f32(16)]
+    graph = traced(function, [f32(N, 5, 3), f32(N, 4)], weights * 2)
+    after = group_recurrent(graph, PassContext())
+    assert kinds(after) == ["rnn", "concatenate"]
+    check_same(graph, after)
+
+
+def test_stacked_recurrent_layers_stay_apart():
+    def function(x, s, k, r, b):
+        first = rnn(x, k, r, b, s, False)[0]
+        return rnn(x, k, r, b, ops.reduce_sum(first, axes=(1,), keepdims=False), False)[0]
+
+    graph = traced(function, [f32(N, 5, 3), f32(N, 4)], [f32(3, 16), f32(4, 16), f32(16)])
+    after = group_recurrent(graph, PassContext())
+    assert kinds(after).count("rnn") == 2
+    check_same(graph, after)

@@ -479,6 +479,8 @@ class KernelBuilder:
             wide = self._vector(I32, lanes)
             bits = self.ir.shl(self.ir.zext(value, wide), self.constant_of(wide, 16))
             return self.ir.bitcast(bits, self._vector(F32, lanes))
+        if dtype == "float16" and not self._has("f16c"):
+            return self._half_to_float(value)
         if dtype == "float16":
             return self.ir.fpext(self.ir.bitcast(value, self._vector(HALF, lanes)), self._vector(F32, lanes))
         return value
@@ -496,9 +498,45 @@ class KernelBuilder:
             quiet = self.ir.or_(bits, self.constant_of(wide, 0x400000))
             rounded = self.ir.select(self.ir.fcmp_unordered("uno", value, value), quiet, rounded)
             return self.ir.trunc(self.ir.lshr(rounded, self.constant_of(wide, 16)), self._vector(I16, lanes))
+        if dtype == "float16" and not self._has("f16c"):
+            return self._float_to_half(value)
         if dtype == "float16":
             return self.ir.bitcast(self.ir.fptrunc(value, self._vector(HALF, lanes)), self._vector(I16, lanes))
         return value
+
+    def _half_to_float(self, value: ir.Value) -> ir.Value:
+        """float16 bits to float32 by integer arithmetic."""
+        wide = self._vector(I32, lanes_of(value))
+        constant = lambda n: self.constant_of(wide, n)
+        bits = self.ir.zext(value, wide)
+        magnitude = self.ir.shl(self.ir.and_(bits, constant(0x7FFF)), constant(13))
+        # The exponent's bias differs by 112; a multiplication also settles denormals.
+        scaled = self.mul(self.ir.bitcast(magnitude, self._vector(F32, lanes_of(value))), 2.0**112)
+        result = self.ir.bitcast(scaled, wide)
+        special = self.ir.icmp_unsigned(">=", magnitude, constant(0x0F800000))
+        result = self.ir.select(special, self.ir.or_(magnitude, constant(0x7F800000)), result)
+        sign = self.ir.shl(self.ir.and_(bits, constant(0x8000)), constant(16))
+        return self.ir.bitcast(self.ir.or_(result, sign), scaled.type)
+
+    def _float_to_half(self, value: ir.Value) -> ir.Value:
+        """float32 to float16 bits by integer arithmetic, to nearest even."""
+        wide = self._vector(I32, lanes_of(value))
+        constant = lambda n: self.constant_of(wide, n)
+        bits = self.ir.bitcast(value, wide)
+        magnitude = self.ir.and_(bits, constant(0x7FFFFFFF))
+        odd = self.ir.and_(self.ir.lshr(magnitude, constant(13)), constant(1))
+        rounded = self.ir.add(magnitude, self.ir.add(odd, constant(0xFFF)))
+        normal = self.ir.sub(self.ir.lshr(rounded, constant(13)), constant(112 << 10))
+        # Below 2^-14 the addition of 0.5 leaves the rounded bits at the end of the mantissa.
+        lifted = self.add(self.ir.bitcast(magnitude, value.type), 0.5)
+        denormal = self.ir.sub(self.ir.bitcast(lifted, wide), constant(0x3F000000))
+        result = self.ir.select(self.ir.icmp_unsigned("<", magnitude, constant(0x38800000)), denormal, normal)
+        overflow = self.ir.icmp_unsigned(">=", magnitude, constant(0x477FF000))
+        result = self.ir.select(overflow, constant(0x7C00), result)
+        nan = self.ir.icmp_unsigned(">", magnitude, constant(0x7F800000))
+        result = self.ir.select(nan, constant(0x7E00), result)
+        sign = self.ir.and_(self.ir.lshr(bits, constant(16)), constant(0x8000))
+        return self.ir.trunc(self.ir.or_(result, sign), self._vector(I16, lanes_of(value)))
 
     # -- arithmetic on data values ------------------------------------------------------------------------------
     # Either operand may be a Python scalar. `flags` are fast-math flags: "contract", "reassoc", "nsz" at most.
@@ -516,9 +554,39 @@ class KernelBuilder:
         return self._binary("fdiv", None, x, y, flags)
 
     def fma(self, x, y, z):
-        """x * y + z, rounded once."""
+        """x * y + z, rounded once (on machines without the instruction: as good as once, and slow)."""
         like = next(v for v in (x, y, z) if isinstance(v, ir.Value))
-        return self.intrinsic("llvm.fma", *(self._like(v, like) for v in (x, y, z)))
+        x, y, z = (self._like(v, like) for v in (x, y, z))
+        if self._has("fma"):
+            return self.intrinsic("llvm.fma", x, y, z)
+        if element_type(x) == F32:  # float64 holds the product exactly
+            wide = self._vector(F64, lanes_of(x))
+            x, y, z = (self.ir.fpext(v, wide) for v in (x, y, z))
+            return self.ir.fptrunc(self.add(self.mul(x, y), z), like.type)
+        product, error = self._exact_product(x, y)
+        total = self.add(product, z)
+        # The error is NaN or useless where the product overflows.
+        return self.select(
+            self.compare("<", self.intrinsic("llvm.fabs", product), 2.0**990), self.add(total, error), total
+        )
+
+    def _exact_product(self, x, y):
+        """x * y of float64 as (rounded product, its error), by halves of the mantissas (Dekker, 1971)."""
+
+        def halves(v):
+            scaled = self.mul(v, 134217729.0)  # 2^27 + 1
+            high = self.sub(scaled, self.sub(scaled, v))
+            return high, self.sub(v, high)
+
+        product = self.mul(x, y)
+        (x_high, x_low), (y_high, y_low) = halves(x), halves(y)
+        error = self.sub(self.mul(x_high, y_high), product)
+        error = self.add(self.add(error, self.mul(x_high, y_low)), self.mul(x_low, y_high))
+        return product, self.add(error, self.mul(x_low, y_low))
+
+    def _has(self, feature: str) -> bool:
+        """Whether the machine has an instruction set extension; all 64-bit ARM machines have what is asked for here."""
+        return self.target.has(feature) or self.target.triple.startswith(("aarch64", "arm64"))
 
     def select(self, mask, on_true, on_false):
         like = on_true if isinstance(on_true, ir.Value) else on_false

@@ -18,11 +18,10 @@ DEPTH = 1600  # steps of k between which sums stay in registers, where there are
 class ConvPlan(NamedTuple):
     """Params of `render_conv`: a convolution brought to three spatial axes. Sizes are `int` or ("size", slot).
 
-    sizes, out_sizes: of the spatial axes. channels, filters: per group. window: taps per axis. phases: one tuple of
-    three `AxisPhase` per phase. origins: minus the padding below, for axes where it is symbolic. counts: positions per
-    axis, one triple per phase. block: (rows, columns) of positions of a unit. tile: (rows, columns) of a full tile.
-    group: panels of a unit. row_tiles, col_tiles: tile extents (see TileRange) per phase. pixel_pitch: distance of
-    pixels in the copy. outer: how many of the tap loops lie outside of the tiles.
+    sizes, out_sizes: of the spatial axes. channels, filters: per group. window: taps per axis. phases: per phase the
+    fields of one `AxisPhase` per axis. origins: minus the padding below, per axis. counts: positions per axis, per phase.
+    block: (rows, columns) of positions of a unit. group: panels of a unit. row_tiles, col_tiles: tile extents (see
+    `TileRange`) per phase. pixel_pitch: distance of pixels in the copy. lanes, vectors: of a vector, of a full panel.
     """
 
     accumulate: str
@@ -118,7 +117,7 @@ class _Conv:
         self.images = resolve(b, plan.images)
         self.sizes, self.out_sizes = resolve_all(b, plan.sizes), resolve_all(b, plan.out_sizes)
         self.counts = resolve_all(b, plan.counts[index])
-        self.panels = Panels(plan.filters, plan.vectors * plan.lanes, plan.lanes, None)
+        self.panels = Panels(plan.filters, plan.vectors * plan.lanes, plan.lanes)
         self.row_tiles, self.col_tiles = TileRange(plan.row_tiles[index]), TileRange(plan.col_tiles[index])
         origins = resolve_all(b, plan.origins)
         self.origins = [o if p.origin is None else p.origin for p, o in zip(section.phases, origins)]

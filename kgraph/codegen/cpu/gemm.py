@@ -354,7 +354,7 @@ class _Gemm:
         self.b, self.plan = b, plan
         self.rows, self.columns, self.depth = (resolve(b, s) for s in (plan.rows, plan.columns, plan.depth))
         self.batch = resolve_all(b, plan.batch)
-        self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes, None)
+        self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes)
         self.row_tiles = TileRange(plan.row_tiles)
         if plan.copy == "rows":
             col_pitch, a_step = plan.copy_pitch, 1

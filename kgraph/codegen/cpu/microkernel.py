@@ -249,15 +249,13 @@ def _unroll(steps, accumulators: int) -> int:
 class Panels(NamedTuple):
     """The columns of B, cut into panels of `width` columns.
 
-    columns: how many there are (`int` or ("size", slot)). tail: vectors of the last panel, if its width is not full
-    (packed panels are as wide as their vectors; with run-time columns every panel is full in memory).
-    depth: rows of a packed panel; None where B is read in place, panels being `width` columns apart.
+    columns: how many there are, as a resolved integer. width: of a panel; lanes: of a vector. Packed panels are as wide
+    as the vectors that they need; with a run-time number of columns every panel is full in memory.
     """
 
-    columns: int | tuple
+    columns: int | Int
     width: int
     lanes: int
-    depth: int | tuple | None
 
     @property
     def vectors(self) -> int:
@@ -270,7 +268,7 @@ class Panels(NamedTuple):
         return self.vectors
 
     def count(self):
-        """Number of panels; needs integers, so call it on a resolved copy."""
+        """Number of panels."""
         return (self.columns + (self.width - 1)) // self.width
 
     def packed_columns(self):

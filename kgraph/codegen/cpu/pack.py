@@ -88,7 +88,7 @@ def render_pack(params: tuple, target) -> str:
     depth, columns = resolve(b, plan.depth), resolve(b, plan.columns)
     k_stride, n_stride = resolve(b, plan.k_stride), resolve(b, plan.n_stride)
     batch, strides = resolve_all(b, plan.batch), resolve_all(b, plan.batch_strides)
-    panels = Panels(columns, plan.width, plan.lanes, None)
+    panels = Panels(columns, plan.width, plan.lanes)
     count, lanes = panels.count(), plan.lanes
     transposed = plan.k_stride == 1 and plan.n_stride != 1
 

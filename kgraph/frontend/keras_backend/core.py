@@ -178,7 +178,7 @@ class TraceScope(StatelessScope):
     """The stateless scope of a trace: remembers which variables were assigned, in order."""
 
     def __init__(self, initialize_variables: bool = False):
-        super().__init__(initialize_variables=initialize_variables)
+        super().__init__(collect_losses=True, initialize_variables=initialize_variables)
         self.variables_by_id: dict[int, Variable] = {}
 
     def add_update(self, update):

@@ -1,6 +1,8 @@
-"""The part of Keras' Model that evaluates and predicts. Training runs later, by the compiled train step."""
+"""The part of Keras' Model that evaluates and predicts, with a compiled forward pass. Training is not there yet."""
 
 from __future__ import annotations
+
+import warnings
 
 import numpy as np
 from keras.src import backend, tree
@@ -13,16 +15,24 @@ from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.utils import traceback_utils
 from keras.src.utils.python_utils import pythonify_logs
 
-from kgraph.errors import UnsupportedError
+from kgraph.errors import KGraphError, UnsupportedError
 from kgraph.frontend.keras_backend.core import is_tensor
 
 _NO_TRAINING = "training on kgraph is not there yet; train with another Keras backend and load the weights here"
 
 
+def _is_bare(model) -> bool:
+    """Whether a built model knows the shapes of its inputs neither from Functional inputs nor from its building."""
+    functional = getattr(model, "_functional", None) or model
+    return not hasattr(functional, "_inputs_struct") and not getattr(model, "_build_shapes_dict", None)
+
+
 class NumpyTrainer(base_trainer.Trainer):
     """`evaluate` and `predict` of Keras models (the name is the one Keras imports).
 
-    Steps run eagerly, on the reference implementations; `kgraph.compile(model)` is the fast way to predict.
+    The forward pass is compiled at the first batch (`kgraph.compile`), unless the model was compiled with
+    `run_eagerly=True` or `jit_compile=False`, overrides the step, or cannot be captured; a warning then says why, and
+    it runs eagerly on the reference implementations.
     """
 
     def __init__(self):
@@ -30,17 +40,45 @@ class NumpyTrainer(base_trainer.Trainer):
         self.train_function = None
         self.test_function = None
         self.predict_function = None
+        self._compiled_forward = None
 
-    # -- steps ----------------------------------------------------------------------------------------------------
+    # -- the forward pass -----------------------------------------------------------------------------------------
     def _forward(self, x):
         return self(x, training=False) if self._call_has_training_arg else self(x)
 
+    def _fast_forward(self, x, keeps_losses: bool = False):
+        """The model's outputs, by its compiled form where there is one.
+
+        keeps_losses: what the call adds with `add_loss` is needed, so a model that does so runs eagerly.
+        """
+        if self._compiled_forward is None:
+            self._compiled_forward = self._compile_forward(x)
+        compiled, adds_losses = self._compiled_forward
+        if compiled is None or (keeps_losses and adds_losses):
+            return self._forward(x)
+        return compiled(x)
+
+    def _compile_forward(self, x) -> tuple:
+        """(the compiled model or None, whether the call adds losses)."""
+        if self.run_eagerly or not self.jit_compile:
+            return None, False
+        from kgraph.api import compile
+        from kgraph.frontend.capture import capture
+
+        try:
+            example = None if self.built and not _is_bare(self) else x
+            return compile(self, example=example), capture(self, example=example).adds_losses
+        except KGraphError as error:
+            warnings.warn(f"{self.name} runs eagerly, it could not be compiled: {error}", RuntimeWarning, stacklevel=4)
+            return None, False
+
+    # -- steps ----------------------------------------------------------------------------------------------------
     def train_step(self, data):
         raise UnsupportedError(_NO_TRAINING)
 
     def test_step(self, data):
         x, y, sample_weight = data_adapter_utils.unpack_x_y_sample_weight(data)
-        y_pred = self._forward(x)
+        y_pred = self._fast_forward(x, keeps_losses=True)
         loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
         first = next(leaf for leaf in tree.flatten(x) if leaf is not None)
         self._loss_tracker.update_state(loss, sample_weight=first.shape[0])
@@ -48,13 +86,14 @@ class NumpyTrainer(base_trainer.Trainer):
 
     def predict_step(self, data):
         x, _, _ = data_adapter_utils.unpack_x_y_sample_weight(data)
-        return self._forward(x)
+        return self._fast_forward(x)
 
     def make_train_function(self, force=False):
         raise UnsupportedError(_NO_TRAINING)
 
     def make_test_function(self, force=False):
         if self.test_function is None or force:
+            self._compiled_forward = None
 
             def run(batches):
                 for batch in batches:
@@ -66,6 +105,7 @@ class NumpyTrainer(base_trainer.Trainer):
 
     def make_predict_function(self, force=False):
         if self.predict_function is None or force:
+            self._compiled_forward = None
 
             def run(batches):
                 outputs = [self.predict_step(batch) for batch in batches]

@@ -75,8 +75,8 @@ def scalar(value: Any, like: Tensor) -> np.ndarray:
     return np.array(value, dtype=like.dtype)
 
 
-def _weak_or_tensor(x: Tensor) -> Tensor:
-    """Python ints and floats (and symbolic sizes) stay as they are, for they do not take part in promotion fully."""
+def number_or_tensor(x: Tensor) -> Tensor:
+    """Python ints and floats (and symbolic sizes) as they are, for promotion treats them weakly; a tensor otherwise."""
     return x if type(x) in (int, float) or isinstance(x, Dim) else convert_to_tensor(x)
 
 
@@ -91,7 +91,7 @@ def promote(*tensors: Tensor, extra: tuple = ()) -> list[Tensor]:
 
     extra: further types that take part, such as `float` where the result must be inexact.
     """
-    tensors = [_weak_or_tensor(t) for t in tensors]
+    tensors = [number_or_tensor(t) for t in tensors]
     types = [_promotion_type(t) for t in tensors]
     dtype = _common_type((*types, *extra), config.floatx())
     return [t if own == dtype else convert_to_tensor(t, dtype) for t, own in zip(tensors, types, strict=True)]

@@ -26,6 +26,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     insert_axes,
     is_traced,
     move_axis,
+    number_or_tensor,
     promote,
     reshape_to,
     scalar,
@@ -196,6 +197,7 @@ def linspace(
     num = size_of(num)
     if num < 0:
         raise ValueError(f"linspace: num cannot be negative. Received: num={num}")
+    start, stop = number_or_tensor(start), number_or_tensor(stop)
     compute = dtypes.result_type(*(_range_type(v) for v in (start, stop)), float)
     dtype = compute if dtype is None else standardize_dtype(dtype)
     intervals = num - 1 if endpoint else num
@@ -237,6 +239,7 @@ def logspace(
     axis: int = 0,
 ) -> Tensor:
     """`num` numbers from base**start to base**stop, evenly spaced on a logarithmic scale."""
+    start, stop, base = (number_or_tensor(v) for v in (start, stop, base))
     if dtype is None:
         dtype = dtypes.result_type(*(_range_type(v) for v in (start, stop)), float)
     dtype = standardize_dtype(dtype)
@@ -256,12 +259,11 @@ def geomspace(
     axis: int = 0,
 ) -> Tensor:
     """`num` numbers from start to stop with a constant ratio; both ends of one sign, neither of them 0."""
-    if dtype is None:
-        dtype = dtypes.result_type(*(_range_type(v) for v in (start, stop)), float)
-    dtype = standardize_dtype(dtype)
+    start, stop = number_or_tensor(start), number_or_tensor(stop)
+    compute = dtypes.result_type(*(_range_type(v) for v in (start, stop)), float)
+    dtype = compute if dtype is None else standardize_dtype(dtype)
     if not is_traced(start, stop) and np.ndim(start) == np.ndim(stop) == 0:
         return np.geomspace(float(start), float(stop), size_of(num), endpoint).astype(_np_dtype(dtype))
-    compute = dtypes.result_type(*(_range_type(v) for v in (start, stop)), float)
     start, stop = (convert_to_tensor(v, compute) for v in (start, stop))
     shape = broadcast_sizes(start.shape, stop.shape)
     start, stop = broadcast(start, shape), broadcast(stop, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 from keras.src.backend.common.variables import standardize_dtype
 
@@ -397,8 +398,6 @@ def nan_to_num(x: Tensor, nan: float = 0.0, posinf: float | None = None, neginf:
 
 
 def _largest(dtype: str) -> float:
-    import ml_dtypes
-
     return float(ml_dtypes.finfo(standardize_dtype(dtype)).max)
 
 
