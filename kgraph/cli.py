@@ -152,7 +152,7 @@ def bench_command(
     x = random_inputs(loaded, batch, size)
     compiled(x)
     typer.echo(f"compile and first call: {time.perf_counter() - start:.2f} s")
-    times = []
+    times: list[float] = []
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times) < 5:
         start = time.perf_counter()

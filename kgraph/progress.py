@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class CompileProgress:
@@ -16,8 +20,8 @@ class CompileProgress:
         self.name = name
         self.show = sys.stderr.isatty() if show is None else show
         self.delay = delay
-        self._bar = None
-        self._task = None
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
         self._start = time.perf_counter()
 
     def __enter__(self):
@@ -27,7 +31,7 @@ class CompileProgress:
     def __call__(self, done: int, total: int) -> None:
         if not self.show:
             return
-        if self._bar is None:
+        if self._bar is None or self._task is None:
             if time.perf_counter() - self._start < self.delay:
                 return
             from rich.console import Console

@@ -40,17 +40,17 @@ def _members(node: Node) -> tuple[str, ...]:
 def _rows(compiled: CompiledGraph) -> list[KernelRow]:
     rows = []
     for step, node in zip(compiled.program.steps, compiled.nodes):
-        host = not hasattr(step, "kernel")
+        native = isinstance(step, NativeStep)
         rows.append(
             KernelRow(
                 label=step.label,
                 layers=_layer_names(node.provenance),
                 members=_members(node),
                 output=", ".join(str(o.type) for o in node.outputs),
-                flops=0 if host else step.flops,
-                bytes=0 if host else step.bytes,
-                host=host,
-                reason=step.reason if host else "",
+                flops=step.flops if native else 0,
+                bytes=step.bytes if native else 0,
+                host=not native,
+                reason="" if native else step.reason,
             )
         )
     return rows

@@ -25,7 +25,7 @@ _LARGEST_UNIFORM_CONSTANT = 16
 
 def _operation_name() -> str:
     """The outermost Keras backend function on the stack, such as `matmul`, or ''."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     name = ""
     inside = False
     while frame is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,13 @@ class Value:
     @property
     def dtype(self) -> str:
         return self.type.dtype
+
+    @property
+    def producer(self) -> Node:
+        """The node that makes the value. Raises ValueError for inputs and params of a graph."""
+        if self.node is None:
+            raise ValueError(f"{self!r} is made by no node")
+        return self.node
 
     def __repr__(self):
         return f"%{self.name or '?'}: {self.type}"
@@ -78,8 +86,8 @@ class Graph:
                 out.setdefault(value, []).append(node)
         return out
 
-    def add(self, primitive: Primitive, inputs, provenance: frozenset = frozenset(), **attrs) -> Value | tuple:
-        """Append a node with inferred result types; gives its value, or a tuple of them."""
+    def add(self, primitive: Primitive, inputs, provenance: frozenset = frozenset(), **attrs) -> Any:
+        """Append a node with inferred result types; gives its Value, or a tuple of them for several results."""
         node = make_node(primitive, inputs, attrs, provenance)
         self.nodes.append(node)
         return node.outputs[0] if primitive.results == 1 else node.outputs
@@ -113,8 +121,8 @@ class Rewriter:
     def map(self, value: Value) -> Value:
         return self.mapping.get(value, value)
 
-    def emit(self, primitive: Primitive, *inputs: Value, **attrs):
-        """Append a node carrying the provenance of the node being visited."""
+    def emit(self, primitive: Primitive, *inputs: Value, **attrs) -> Any:
+        """Append a node carrying the provenance of the node being visited; gives its Value, or a tuple of them."""
         return self.target.add(primitive, inputs, self.provenance, **attrs)
 
     def run(self, visit: Callable[[Node, tuple, Rewriter], tuple | None]) -> Graph:

@@ -147,7 +147,8 @@ def bind_sizes(
             raise InputError(f"operand {number}: expected rank {type.rank} ({type}), got shape {tuple(shape)}")
         for size, n in zip(type.shape, shape):
             if isinstance(size, Dim) and size.terms == ((tuple(size.symbols()), 1),):
-                sizes.setdefault(*size.symbols(), int(n))
+                (symbol,) = size.symbols()
+                sizes.setdefault(symbol, int(n))
     for number, (type, shape) in enumerate(pairs):
         for size, n in zip(type.shape, shape):
             if isinstance(size, Dim) and not size.symbols() <= sizes.keys():

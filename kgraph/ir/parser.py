@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class _Parser:
     def token(self) -> _Token:
         return self.tokens[self.position]
 
-    def fail(self, expected: str):
+    def fail(self, expected: str) -> NoReturn:
         found = self.token.text or "the end of the text"
         raise ArtifactError(f"graph text, line {self.token.line}: expected {expected}, found {found!r}")
 

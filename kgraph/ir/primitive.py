@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,18 @@ class Traced:
 
     __slots__ = ()
     tracer: Tracer
+
+    @property
+    def shape(self) -> tuple:
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
 
 # Set while a trace runs: primitives without operands (iota, dim_value, random with a constant seed) are recorded in it

@@ -118,7 +118,7 @@ def _array(array: np.ndarray, blobs: dict) -> str:
     if array.size <= INLINE_ELEMENTS and array.dtype.kind != "c" and _reads_back(array):
         return f"array({type_of(array)}, [{', '.join(_number(x) for x in array.reshape(-1))}])"
     digest = hashlib.blake2b(f"{array.dtype.name}{array.shape}".encode(), digest_size=8)
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     blobs[digest.hexdigest()] = array
     return f"blob({_string(digest.hexdigest())})"
 

@@ -34,6 +34,7 @@ from kgraph.ops.control_flow import cond, scan, while_loop
 from kgraph.ops.conversion import bitcast_convert, bitcast_regroup, complex, conj, convert, imag, real, stop_gradient
 from kgraph.ops.convolution import conv, conv_transpose, conv_transpose_padding, same_padding, window_padding
 from kgraph.ops.creation import constant, dim_value, full, iota
+from kgraph.ops.ctc import ctc_beam_search
 from kgraph.ops.cumulative import cumlogsumexp, cummax, cummin, cumprod, cumsum
 from kgraph.ops.einsum import diagonal, einsum
 from kgraph.ops.fourier import fft, fft2, ifft, ifft2, irfft, rfft
@@ -164,6 +165,7 @@ __all__ = [
     "convert",
     "cos",
     "cosh",
+    "ctc_beam_search",
     "cumlogsumexp",
     "cummax",
     "cummin",

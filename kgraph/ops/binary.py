@@ -8,7 +8,7 @@ from kgraph import ops
 from kgraph.ir import NotDifferentiable
 from kgraph.ir.types import COMPLEX, FLOATS, INTS
 from kgraph.ops.common import INEXACT, NUMBERS, ORDERED, REAL, dtype_of, like
-from kgraph.ops.elementwise import ZERO, binary, unary
+from kgraph.ops.elementwise import ZERO, Binary, Unary, binary, unary
 
 # The rules read `gradient(c, x, y, z)`: c is the cotangent of z = f(x, y). Sums over broadcast axes come after them.
 
@@ -16,9 +16,9 @@ NONZERO = (0.5, 3.0)
 
 # -- arithmetic -------------------------------------------------------------------------------------------------------
 
-add = binary("add", np.add, lambda c, x, y, z: (c, c), "x + y; ints wrap.", traits={"commutative"})
-sub = binary("sub", np.subtract, lambda c, x, y, z: (c, ops.neg(c)), "x - y; ints wrap.")
-mul = binary(
+add: Binary = binary("add", np.add, lambda c, x, y, z: (c, c), "x + y; ints wrap.", traits={"commutative"})
+sub: Binary = binary("sub", np.subtract, lambda c, x, y, z: (c, ops.neg(c)), "x - y; ints wrap.")
+mul: Binary = binary(
     "mul",
     np.multiply,
     lambda c, x, y, z: (ops.mul(c, y), ops.mul(c, x)),
@@ -32,13 +32,13 @@ def _div_gradient(c, x, y, z):
     return dx, ops.neg(ops.mul(dx, z))
 
 
-div = binary("div", np.divide, _div_gradient, "x / y, true division.", dtypes=INEXACT, y=NONZERO)
+div: Binary = binary("div", np.divide, _div_gradient, "x / y, true division.", dtypes=INEXACT, y=NONZERO)
 
 
-floor_divide = binary(
+floor_divide: Binary = binary(
     "floor_divide", np.floor_divide, ZERO, "floor(x / y); 0 for ints where y is 0.", dtypes=REAL, x=(-9, 9), y=NONZERO
 )
-mod = binary(
+mod: Binary = binary(
     "mod",
     np.mod,
     lambda c, x, y, z: (c, ops.neg(ops.mul(c, ops.floor_divide(x, y)))),
@@ -47,7 +47,7 @@ mod = binary(
     x=(-9, 9),
     y=NONZERO,
 )
-rem = binary(
+rem: Binary = binary(
     "rem",
     np.fmod,
     lambda c, x, y, z: (c, ops.neg(ops.mul(c, ops.round_nearest_even(ops.div(ops.sub(x, z), y))))),
@@ -78,7 +78,7 @@ def _pow_gradient(c, x, y, z):
     return ops.mul(c, dx), ops.mul(c, dy)
 
 
-pow = binary(
+pow: Binary = binary(
     "pow", _pow, _pow_gradient, "x ** y; ints with y < 0 truncate towards 0.", dtypes=NUMBERS, x=(0.2, 3.0), y=(-2, 3)
 )
 
@@ -88,7 +88,7 @@ def _atan2_gradient(c, y, x, z):
     return ops.mul(scale, x), ops.neg(ops.mul(scale, y))
 
 
-atan2 = binary(
+atan2: Binary = binary(
     "atan2",
     np.arctan2,
     _atan2_gradient,
@@ -105,7 +105,7 @@ def _hypot_gradient(c, x, y, z):
     return ops.mul(scale, x), ops.mul(scale, y)
 
 
-hypot = binary(
+hypot: Binary = binary(
     "hypot",
     np.hypot,
     _hypot_gradient,
@@ -122,7 +122,7 @@ def _logaddexp_gradient(c, x, y, z):
     return ops.mul(c, ops.exp(ops.sub(x, safe))), ops.mul(c, ops.exp(ops.sub(y, safe)))
 
 
-logaddexp = binary(
+logaddexp: Binary = binary(
     "logaddexp",
     np.logaddexp,
     _logaddexp_gradient,
@@ -130,7 +130,7 @@ logaddexp = binary(
     dtypes=FLOATS,
     traits={"commutative"},
 )
-nextafter = binary(
+nextafter: Binary = binary(
     "nextafter",
     np.nextafter,
     NotDifferentiable("it moves by one unit in the last place"),
@@ -151,7 +151,7 @@ def _extremum_gradient(beats):
     return gradient
 
 
-maximum = binary(
+maximum: Binary = binary(
     "maximum",
     np.maximum,
     _extremum_gradient(lambda a, b: ops.gt(a, b)),
@@ -159,7 +159,7 @@ maximum = binary(
     dtypes=ORDERED,
     traits={"commutative"},
 )
-minimum = binary(
+minimum: Binary = binary(
     "minimum",
     np.minimum,
     _extremum_gradient(lambda a, b: ops.lt(a, b)),
@@ -177,12 +177,12 @@ def _bits(name: str, reference, doc: str, traits=()):
     return binary(name, reference, _INT_RESULT, doc, dtypes=INTS, traits=traits)
 
 
-bitwise_and = _bits("bitwise_and", np.bitwise_and, "x & y.", {"commutative"})
-bitwise_or = _bits("bitwise_or", np.bitwise_or, "x | y.", {"commutative"})
-bitwise_xor = _bits("bitwise_xor", np.bitwise_xor, "x ^ y.", {"commutative"})
-bitwise_not = unary("bitwise_not", np.bitwise_not, _INT_RESULT, "~x.", dtypes=INTS)
-shift_left = _bits("shift_left", np.left_shift, "x << y; 0 where y is not in [0, bits of x).")
-shift_right = _bits(
+bitwise_and: Binary = _bits("bitwise_and", np.bitwise_and, "x & y.", {"commutative"})
+bitwise_or: Binary = _bits("bitwise_or", np.bitwise_or, "x | y.", {"commutative"})
+bitwise_xor: Binary = _bits("bitwise_xor", np.bitwise_xor, "x ^ y.", {"commutative"})
+bitwise_not: Unary = unary("bitwise_not", np.bitwise_not, _INT_RESULT, "~x.", dtypes=INTS)
+shift_left: Binary = _bits("shift_left", np.left_shift, "x << y; 0 where y is not in [0, bits of x).")
+shift_right: Binary = _bits(
     "shift_right",
     np.right_shift,
     "x >> y, arithmetic for signed x and logical for unsigned x; where y is not in [0, bits of x) only sign bits stay.",

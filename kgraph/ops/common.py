@@ -187,7 +187,7 @@ def is_differentiable(x: Array) -> bool:
 # -- references -------------------------------------------------------------------------------------------------------
 
 # NumPy has no loops, or only inexact ones, for these: they are computed in the wider dtype and rounded back.
-WIDER = {n: np.dtype("float32") for n in FLOATS if np_dtype(n).itemsize < 4}
+WIDER: dict[str, np.dtype] = {n: np.dtype("float32") for n in FLOATS if np_dtype(n).itemsize < 4}
 WIDER |= {"int4": np.dtype("int8"), "uint4": np.dtype("uint8")}
 
 

@@ -24,7 +24,7 @@ from kgraph.ops.common import (
     special,
     uniform,
 )
-from kgraph.ops.elementwise import binary, unary
+from kgraph.ops.elementwise import Binary, Unary, binary, unary
 
 # -- convert ----------------------------------------------------------------------------------------------------------
 
@@ -186,31 +186,33 @@ def bitcast_regroup(x: Array, *, dtype: str) -> Array:
 
 # -- stop_gradient ----------------------------------------------------------------------------------------------------
 
-stop_gradient = unary(
+stop_gradient: Unary = unary(
     "stop_gradient", np.array, lambda c, x, y: None, "x, through which no gradient flows.", dtypes=ANY, widen=False
 )
 
 # -- complex numbers --------------------------------------------------------------------------------------------------
 
-real = unary(
+real: Unary = unary(
     "real",
     lambda x: x.real.copy(),
     lambda c, x, y: ops.complex(c, like(c, 0)),
     "The real part.",
     dtypes=COMPLEX,
-    result=REAL_OF.get,
+    result=REAL_OF.__getitem__,
     traits={"host"},
 )
-imag = unary(
+imag: Unary = unary(
     "imag",
     lambda x: x.imag.copy(),
     lambda c, x, y: ops.complex(like(c, 0), ops.neg(c)),
     "The imaginary part.",
     dtypes=COMPLEX,
-    result=REAL_OF.get,
+    result=REAL_OF.__getitem__,
     traits={"host"},
 )
-conj = unary("conj", np.conj, lambda c, x, y: ops.conj(c), "The complex conjugate.", dtypes=COMPLEX, traits={"host"})
+conj: Unary = unary(
+    "conj", np.conj, lambda c, x, y: ops.conj(c), "The complex conjugate.", dtypes=COMPLEX, traits={"host"}
+)
 
 
 def _complex(re: np.ndarray, im: np.ndarray) -> np.ndarray:
@@ -219,13 +221,13 @@ def _complex(re: np.ndarray, im: np.ndarray) -> np.ndarray:
     return out
 
 
-complex = binary(
+complex: Binary = binary(
     "complex",
     _complex,
     lambda c, re, im, z: (ops.real(c), ops.neg(ops.imag(c))),
     "re + i * im; float32 gives complex64, float64 complex128.",
     dtypes=frozenset(COMPLEX_OF),
-    result=COMPLEX_OF.get,
+    result=COMPLEX_OF.__getitem__,
     traits={"host"},
     widen=False,
     samples=lambda: [

@@ -67,7 +67,7 @@ def window_padding(padding, sizes, window, strides, dilation) -> tuple:
     return tuple(same_padding(*axis) for axis in zip(sizes, window, strides, dilation, strict=True))
 
 
-def conv_transpose_padding(window: int, stride: int, dilation: int, padding: str, output_padding: int | None) -> tuple:
+def conv_transpose_padding(window: int, stride: int, dilation: int, padding: str, output_padding=None) -> tuple:
     """The (low, high) padding of the stride-dilated input of a transposed convolution, as Keras defines it.
 
     The output size is (size - 1) * stride + extent + output_padding for "valid", and for "same" size * stride where

@@ -26,7 +26,9 @@ from kgraph.ops.common import (
 )
 
 
-def _cumulative(name: str, step: np.ufunc, gradient: Callable, doc: str, *, dtypes: frozenset, make=uniform, **rules):
+def _cumulative(
+    name: str, step: np.ufunc, gradient: Callable, doc: str, *, dtypes: frozenset, make=uniform, **rules
+) -> Callable[..., Array]:
     """Register a cumulative reduction by `step` and give its function.
 
     gradient: `gradient(c, x, y, axis)` of the forward direction; the other one is its mirror image.
@@ -112,7 +114,7 @@ def _logsumexp_gradient(c, x, y, axis):
     return ops.sub(part(ops.maximum(c, zero)), part(ops.maximum(ops.neg(c), zero)))
 
 
-cumsum = _cumulative(
+cumsum: Callable[..., Array] = _cumulative(
     "cumsum",
     np.add,
     lambda c, x, y, axis: ops.cumsum(c, axis=axis, reverse=True),

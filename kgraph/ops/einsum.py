@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from kgraph import ops
 from kgraph.errors import ShapeError
 from kgraph.ir import Dim
 from kgraph.ir.dims import evaluate, symbols
-from kgraph.ops.common import dtype_of, sizes_differ
+from kgraph.ops.common import Array, dtype_of, sizes_differ
 from kgraph.ops.contraction import contract_labels, sum_labels
 from kgraph.ops.rules import reorder
 
@@ -72,7 +74,7 @@ def _labels(term: str, rank: int, subscripts: str) -> list:
     return [*before, *range(hidden, 0, -1), *after]
 
 
-def _take_diagonals(x, labels: list) -> tuple:
+def _take_diagonals(x, labels: list) -> tuple[Array, list]:
     """`x` with every repeated label reduced to the diagonal of its axes."""
     for label in dict.fromkeys(labels):
         while labels.count(label) > 1:
@@ -113,14 +115,14 @@ def _cheapest_pair(pending: list, result: list) -> tuple[int, int]:
     if len(pending) == 2:
         return 0, 1
     sizes = {label: _estimate(size) for x, labels in pending for label, size in zip(labels, x.shape)}
-    best = None
+    best = (math.inf, 0, 1)
     for i in range(len(pending)):
         for j in range(i + 1, len(pending)):
             others = {*result}.union(*(labels for k, (_, labels) in enumerate(pending) if k not in (i, j)))
             elements = 1
             for label in {*pending[i][1], *pending[j][1]} & others:
                 elements *= sizes[label]
-            if best is None or elements < best[0]:
+            if elements < best[0]:
                 best = (elements, i, j)
     return best[1], best[2]
 

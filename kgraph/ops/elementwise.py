@@ -6,7 +6,8 @@ from the record's own facts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import numpy as np
 
@@ -31,11 +32,14 @@ from kgraph.ops.common import (
 )
 
 ZERO: Callable = lambda *_: None  # the derivative is zero wherever it exists
-Domain = Sequence[float]
+Domain: TypeAlias = tuple[float, float]
+Unary: TypeAlias = Callable[[Array], Array]
+Binary: TypeAlias = Callable[[Array, Array], Array]
+Result: TypeAlias = str | Callable[[str], str] | None
 
 
 def elementwise_infer(
-    name: str, operands: int, dtypes: frozenset, result: str | Callable[[str], str] | None = None, attrs: tuple = ()
+    name: str, operands: int, dtypes: frozenset, result: Result = None, attrs: tuple = ()
 ) -> Callable:
     """The shape rule of an elementwise primitive: NumPy broadcasting, one dtype out of `dtypes`.
 
@@ -103,13 +107,13 @@ def unary(
     doc: str,
     *,
     dtypes: frozenset = INEXACT,
-    result: str | Callable[[str], str] | None = None,
+    result: Result = None,
     domain: Domain = (-2.0, 2.0),
     traits: Iterable[str] = (),
     samples: Callable[[], list[Sample]] | None = None,
     widen: bool = True,
     tolerance: float = 1e-6,
-) -> Callable[[Array], Array]:
+) -> Unary:
     """Register an elementwise primitive of one operand and give its function.
 
     gradient: `gradient(cotangent, x, y)` gives x's cotangent, y being the result.
@@ -151,14 +155,14 @@ def binary(
     doc: str,
     *,
     dtypes: frozenset = FLOATS | INTS | COMPLEX,
-    result: str | Callable[[str], str] | None = None,
+    result: Result = None,
     x: Domain = (-2.0, 2.0),
     y: Domain = (-2.0, 2.0),
     traits: Iterable[str] = (),
     samples: Callable[[], list[Sample]] | None = None,
     widen: bool = True,
     tolerance: float = 1e-6,
-) -> Callable[[Array, Array], Array]:
+) -> Binary:
     """Register a broadcasting elementwise primitive of two operands and give its function.
 
     gradient: `gradient(cotangent, x, y, z)` gives the two cotangents, not yet summed over broadcast axes.
@@ -195,7 +199,7 @@ def binary_gradient(gradient: Callable | NotDifferentiable) -> Callable | NotDif
     return vjp
 
 
-def comparison(name: str, reference: Callable, doc: str, *, dtypes: frozenset, traits: Iterable[str] = ()) -> Callable:
+def comparison(name: str, reference: Callable, doc: str, *, dtypes: frozenset, traits: Iterable[str] = ()) -> Binary:
     """Register an elementwise primitive of two operands with a bool result."""
     no_gradient = NotDifferentiable("its result is bool")
     return binary(name, reference, no_gradient, doc, dtypes=dtypes, result="bool", traits=traits)

@@ -32,7 +32,7 @@ def _check(name: str, types, *, cell, activation, recurrent_activation, has_mask
     batch, steps, features = x.shape
     units = recurrent_kernel.shape[0]
     width = units * GATES[cell]
-    expected = [(kernel, (features, width)), (recurrent_kernel, (units, width))]
+    expected: list[tuple[TensorType, tuple]] = [(kernel, (features, width)), (recurrent_kernel, (units, width))]
     expected += [(bias, (width,)), (recurrent_bias, (width,))]
     expected += [(state, (batch, units)) for state in types[5:count]]
     if has_mask:

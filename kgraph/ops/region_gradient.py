@@ -10,7 +10,7 @@ from kgraph import ops
 from kgraph.errors import UnsupportedError
 from kgraph.ir import PRIMITIVES, Graph, Node, NotDifferentiable, TensorType, Traced, Tracer, Value, bind, type_of
 from kgraph.ir.primitive import current_tracer
-from kgraph.ops.common import INEXACT, zeros_like
+from kgraph.ops.common import INEXACT, Array, zeros_like
 
 # A constant of equal elements above this many becomes `full`, so that it takes no memory in the graph.
 _LARGEST_UNIFORM_CONSTANT = 16
@@ -72,9 +72,9 @@ def record_region(name: str, types: Sequence[TensorType], build) -> Graph:
     return tracer.graph
 
 
-def replay(graph: Graph, operands: Sequence) -> tuple[tuple, dict[Value, object]]:
+def replay(graph: Graph, operands: Sequence) -> tuple[tuple, dict[Value, Array]]:
     """(outputs, all values) of the graph applied to operands of a running trace, or to arrays."""
-    values: dict[Value, object] = dict(zip(graph.inputs, operands, strict=True))
+    values: dict[Value, Array] = dict(zip(graph.inputs, operands, strict=True))
     for node in graph.nodes:
         out = bind(node.primitive, *(values[v] for v in node.inputs), **node.attrs)
         values.update(zip(node.outputs, out if isinstance(out, tuple) else (out,), strict=True))
@@ -87,7 +87,7 @@ def pull_back(graph: Graph, values: dict, cotangents: Sequence) -> list:
     values: those of `replay`. Raises UnsupportedError where a primitive on the way has no gradient rule.
     """
     active = _depending_on_floats(graph)
-    found: dict[Value, object] = {}
+    found: dict[Value, Array] = {}
 
     def add(value: Value, cotangent) -> None:
         if cotangent is not None and value in active:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from kgraph import ops
@@ -188,7 +190,7 @@ def _searchsorted_infer(sequence: TensorType, values: TensorType, side: str, dty
     return values.with_dtype(dtype)
 
 
-def _searchsorted(sequence: np.ndarray, values: np.ndarray, side: str, dtype: str) -> np.ndarray:
+def _searchsorted(sequence: np.ndarray, values: np.ndarray, side: Literal["left", "right"], dtype: str) -> np.ndarray:
     return np.asarray(np.searchsorted(sequence, values, side)).astype(np_dtype(dtype))
 
 

@@ -36,8 +36,8 @@ def fold_constants(graph: Graph, context: PassContext | None = None) -> Graph:
             return None
         if not _static_attrs(node) or not all(o.type.is_static for o in node.outputs):
             return None
-        arrays = [constant_value(v) for v in inputs]
-        if any(a is None for a in arrays):
+        arrays = [a for v in inputs if (a := constant_value(v)) is not None]
+        if len(arrays) < len(inputs):
             return None
         if not _worth_storing(node, sum(a.nbytes for a in arrays)):
             return None

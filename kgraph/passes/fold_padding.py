@@ -11,7 +11,7 @@ def _zero_padding(value: Value) -> tuple[Value, tuple, tuple] | None:
     """(source, low, high) of a value that is `pad(source, 0)` without cropping and without gaps."""
     if not made_by(value, "pad"):
         return None
-    node = value.node
+    node = value.producer
     if scalar_constant(node.inputs[1]) != 0 or any(node.attrs["interior"]):
         return None
     low, high = node.attrs["low"], node.attrs["high"]

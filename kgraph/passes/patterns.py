@@ -26,9 +26,9 @@ def scalar_constant(value: Value):
     """The Python scalar of a constant in which all elements are equal, else None."""
     array = constant_value(value)
     if array is None and made_by(value, "full"):
-        return value.node.attrs["value"]
+        return value.producer.attrs["value"]
     if array is None and (made_by(value, "broadcast_to") or made_by(value, "reshape")):
-        return scalar_constant(value.node.inputs[0])
+        return scalar_constant(value.producer.inputs[0])
     if array is None or array.size == 0 or array.dtype.kind == "V":
         return None
     first = array.reshape(-1)[0]

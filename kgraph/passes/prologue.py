@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kgraph.ir import Graph, Value, constant_value
+from kgraph.ir import Graph, Node, Value, constant_value
 from kgraph.passes.patterns import state_only_values
 
 
@@ -26,7 +26,8 @@ def split_prologue(graph: Graph) -> Split:
     """
     state_only = state_only_values(graph)
     needed: dict[Value, None] = {}
-    early, late = [], []
+    early: list[Node] = []
+    late: list[Node] = []
     for node in graph.nodes:
         (early if all(o in state_only for o in node.outputs) else late).append(node)
     for node in late:
@@ -36,7 +37,7 @@ def split_prologue(graph: Graph) -> Split:
     for value in graph.outputs:
         if value in state_only:
             needed.setdefault(value)
-    constants = [v.node for v in needed if constant_value(v) is not None]
+    constants = [v.producer for v in needed if constant_value(v) is not None]
     boundary = [v for v in needed if constant_value(v) is None]
     live = set(boundary)
     kept = []

@@ -13,8 +13,8 @@ def _before_reshape(value: Value, source: tuple, shape: tuple, state_only, rewri
     if all(isinstance(s, int) and s == 1 for s in value.shape):
         return value if not value.shape else rewriter.emit(primitive("reshape"), value, shape=())
     if value.shape == shape:
-        if made_by(value, "reshape") and value.node.inputs[0].shape == source:
-            return value.node.inputs[0]
+        if made_by(value, "reshape") and value.producer.inputs[0].shape == source:
+            return value.producer.inputs[0]
         return rewriter.emit(primitive("reshape"), value, shape=source)
     if value in state_only:
         # A weight along the last axes of `shape` which together are the last axis of `source`.
@@ -41,7 +41,7 @@ def reshape_motion(graph: Graph, context: PassContext | None = None) -> Graph:
         for old, value in zip(node.inputs, inputs):
             if not made_by(value, "reshape") or value.shape != shape or value in state_only:
                 continue
-            below = value.node.inputs[0]
+            below = value.producer.inputs[0]
             if below.node is None or not (below.node.name in ("dot_general", "conv") or is_elementwise(below.node)):
                 continue
             if len(readers.get(old, ())) > 1:

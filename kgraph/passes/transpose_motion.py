@@ -20,8 +20,8 @@ def _inverse(permutation) -> tuple:
 
 def _untransposed(value: Value, permutation: tuple, rank: int, state_only, rewriter: Rewriter) -> Value | None:
     """The operand of an elementwise node as seen before `transpose(...; permutation)`; None where that costs a copy."""
-    if made_by(value, "transpose") and value.node.attrs["permutation"] == permutation:
-        return value.node.inputs[0]
+    if made_by(value, "transpose") and value.producer.attrs["permutation"] == permutation:
+        return value.producer.inputs[0]
     if all(isinstance(s, int) and s == 1 for s in value.shape):
         return value if not value.shape else rewriter.emit(primitive("reshape"), value, shape=())
     if value not in state_only:
@@ -55,7 +55,7 @@ def transpose_motion(graph: Graph, context: PassContext | None = None) -> Graph:
         transposed = [v for v in inputs if made_by(v, "transpose") and v not in state_only]
         if not transposed:
             return None
-        permutation = transposed[0].node.attrs["permutation"]
+        permutation = transposed[0].producer.attrs["permutation"]
         rank = len(permutation)
         emit = rewriter.emit
         if is_elementwise(node) and len(node.outputs) == 1 and node.output.type.rank == rank:
@@ -68,7 +68,7 @@ def transpose_motion(graph: Graph, context: PassContext | None = None) -> Graph:
                 new.append(operand)
             moved = rewriter.target.add(node.primitive, new, node.provenance, **node.attrs)
             return emit(primitive("transpose"), moved, permutation=permutation)
-        source = transposed[0].node.inputs[0]
+        source = transposed[0].producer.inputs[0]
         inverse = _inverse(permutation)
         if name == "pad" and inputs[0] is transposed[0]:
             attrs = {key: _permute(node.attrs[key], inverse) for key in ("low", "high", "interior")}
@@ -80,8 +80,8 @@ def transpose_motion(graph: Graph, context: PassContext | None = None) -> Graph:
             moved = emit(node.primitive, source, kind=node.attrs["kind"], **attrs)
             return emit(primitive("transpose"), moved, permutation=permutation)
         if name == "concatenate" and len(transposed) == len(inputs):
-            if all(v.node.attrs["permutation"] == permutation for v in inputs):
-                sources = [v.node.inputs[0] for v in inputs]
+            if all(v.producer.attrs["permutation"] == permutation for v in inputs):
+                sources = [v.producer.inputs[0] for v in inputs]
                 moved = emit(node.primitive, *sources, axis=permutation[node.attrs["axis"]])
                 return emit(primitive("transpose"), moved, permutation=permutation)
         if name.startswith("reduce_") and "axes" in node.attrs and inputs[0] is transposed[0]:
@@ -89,8 +89,8 @@ def transpose_motion(graph: Graph, context: PassContext | None = None) -> Graph:
             moved = emit(node.primitive, source, axes=axes, keepdims=node.attrs["keepdims"])
             if node.attrs["keepdims"]:
                 return emit(primitive("transpose"), moved, permutation=permutation)
-            kept = [a for a in permutation if a not in axes]
-            order = tuple(sorted(kept).index(a) for a in kept)
+            left = [a for a in permutation if a not in axes]
+            order = tuple(sorted(left).index(a) for a in left)
             return emit(primitive("transpose"), moved, permutation=order)
         return None
 

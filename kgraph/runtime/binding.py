@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from kgraph.runtime.storage import place_buffers
 from kgraph.runtime.table import BoundStep, StepTable
 
 if TYPE_CHECKING:
-    from kgraph.runtime.plan import HostStep, Program
+    from kgraph.runtime.plan import Program
+    from kgraph.runtime.steps import HostStep
 
 # NumPy's flags C_CONTIGUOUS and ALIGNED.
 _DENSE = 0x101
@@ -74,6 +75,8 @@ class Binding:
         # Outputs that are copied after the run: (output number, buffer id).
         self._copied = [(i, program.outputs[i]) for i, b in enumerate(self.storage.direct) if b < 0]
         simple = len(self.table.segments) == 1 and not self._copied and self.table.segments[0].host is None
+        # Without kernels there is no executor, and nothing that would call it.
+        self._native: Any = program.executor.run if program.executor is not None else None
         self.run: Callable[[Sequence[np.ndarray]], tuple] = self._prepare_run() if simple else self._run_in_segments
 
     @property
@@ -152,7 +155,9 @@ class Binding:
             return self.program.bind(self.sizes)(arrays, out)
         arrays = self._dense_inputs(arrays)
         results, finals = self._check_out(arrays, out)
-        self._call(arrays, results, None)
+        context = self._context()
+        self._call(context, arrays, results)
+        self._free.append(context)
         for final, result in zip(finals, results):
             if final is not None and final is not result:
                 np.copyto(final, result)
@@ -161,14 +166,14 @@ class Binding:
     def _prepare_run(self) -> Callable[[Sequence[np.ndarray]], tuple]:
         """The fast path of a program without host steps: one native call, and nothing looked up that can be bound."""
         program, free, new_context = self.program, self._free, self._context
-        native, generation, ndarray, empty = program.executor.run, self.generation, np.ndarray, np.empty
+        native, generation, ndarray, empty = self._native, self.generation, np.ndarray, np.empty
         dtypes, outputs = self._input_dtypes, self._outputs
         first, slow = FIRST_EXTERNAL, self._run_in_segments
 
         if len(dtypes) == len(outputs) == 1 and context_module.EXTERNAL_OFFSET >= 0:
             ((dtype,), ((shape, out_dtype),)) = dtypes, outputs
 
-            def run(arrays: Sequence[np.ndarray]) -> tuple:
+            def run_single(arrays: Sequence[np.ndarray]) -> tuple:
                 (a,) = arrays
                 if (
                     type(a) is not ndarray
@@ -193,7 +198,7 @@ class Binding:
                 free.append(context)
                 return (result,)
 
-            return run
+            return run_single
 
         def run(arrays: Sequence[np.ndarray]) -> tuple:
             for a, dtype in zip(arrays, dtypes):
@@ -216,15 +221,15 @@ class Binding:
         if self.generation != threads.generation:
             return self.program.bind(self.sizes).run(arrays)
         self.used = True
+        arrays = self._dense_inputs(arrays)
         results = [np.empty(shape, dtype) for shape, dtype in self._outputs]
-        self._call(self._dense_inputs(arrays), results, None)
+        context = self._context()
+        self._call(context, arrays, results)
+        self._free.append(context)
         return tuple(results)
 
-    def _call(self, arrays, results, times: list[int] | None, context: Context | None = None) -> None:
+    def _call(self, context: Context, arrays, results, times: list[int] | None = None) -> None:
         """Run all segments on dense `arrays` into `results`. times: gets the nanoseconds of host steps."""
-        own = context is None
-        if own:
-            context = self._context()
         _set_externals(context, arrays, results)
         for number, segment in enumerate(self.table.segments):
             if segment.host is None:
@@ -232,7 +237,7 @@ class Binding:
                 context.put(layout.CONTEXT_FIRST, segment.first)
                 context.put(layout.CONTEXT_LAST, segment.last)
                 context.put(layout.CONTEXT_THREADS, segment.threads)
-                self.program.executor.run(context.address)
+                self._native(context.address)
             else:
                 start = time.perf_counter_ns()
                 self._run_host(segment.host, context, arrays, results)
@@ -240,8 +245,6 @@ class Binding:
                     times[segment.index] = time.perf_counter_ns() - start
         for number, b in self._copied:
             np.copyto(results[number], self._view(b, context, arrays, results))
-        if own:
-            self._free.append(context)
 
     def _run_host(self, step: HostStep, context: Context, arrays, results) -> None:
         split = len(step.operands) - step.outputs
@@ -335,7 +338,7 @@ class Binding:
         times = [0] * len(self.steps)
         stamps = array("q", bytes(2 * layout.WORD * (self.table.num_records + 1)))
         context.put(layout.CONTEXT_PROFILE, stamps.buffer_info()[0])
-        self._call(arrays, results, times, context)
+        self._call(context, arrays, results, times)
         for index, record in enumerate(self.table.records):
             if record >= 0:
                 # A step ends where the next of its segment begins; only a segment's last has a stamp for its end.

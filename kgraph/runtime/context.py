@@ -66,12 +66,13 @@ class Context:
         self._slots = FIRST_EXTERNAL + len(program.inputs) + len(program.outputs)
         self.words = words = array("q", bytes(layout.WORD * (self._slots + len(table.slots))))
         self.address = words.buffer_info()[0]
-        self.params: tuple | None = None
+        self.params: tuple = ()
         # One allocation for the arena and each thread's scratch; untouched pages cost nothing.
         arena = -(-storage.arena_bytes // ALIGNMENT) * ALIGNMENT
         self._memory = _aligned(np.empty, arena + table.threads * table.scratch_bytes)
         base = self._memory.ctypes.data
         self.arena = self._memory[:arena]
+        self._records: array
         self._records, groups = table.meeting_everywhere() if profile else (table.words, table.num_groups)
         claims = table.num_claims * layout.LINE
         self._counters = _aligned(np.zeros, claims + (groups + len(table.segments)) * layout.LINE)

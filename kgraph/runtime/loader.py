@@ -51,6 +51,7 @@ class Library:
 
     def __init__(self, objects: Mapping[str, bytes]):
         self._symbols: dict[str, dict[str, int]] = {}
+        self._release: weakref.finalize | None = None
         self.code_bytes = 0
         if not objects:
             return
@@ -68,7 +69,10 @@ class Library:
 
     def keep_forever(self) -> None:
         """Never release the mapping: threads may run in it until the process is gone."""
-        self._release.detach()
+        if self._release is not None:
+            self._release.detach()
+        else:
+            _IMMORTAL.append(self)
 
     def _load_elf(self, objects: Mapping[str, bytes]) -> None:
         parsed: list[_Object] = []
@@ -115,7 +119,6 @@ class Library:
 
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
-        self._engines = []
         for name, data in objects.items():
             engine = llvm.create_mcjit_compiler(
                 llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine()
@@ -123,14 +126,13 @@ class Library:
             # Each object in an engine of its own: all of them define a function of the same name.
             engine.add_object_file(llvm.ObjectFileRef.from_data(data))
             engine.finalize_object()
-            self._engines.append(engine)
             self._symbols[name] = _EngineSymbols(engine)
             self.code_bytes += len(data)
-        self._release = weakref.finalize(self, lambda engines: engines.clear(), self._engines)
-        self._release.atexit = False
 
 
 class _EngineSymbols(dict):
+    """Addresses of the functions of one of LLVM's JIT engines, which lives as long as this."""
+
     def __init__(self, engine):
         super().__init__()
         self._engine = engine
@@ -218,12 +220,12 @@ class _Object:
     def place(self, image: bytearray, base: int, slots: Mapping[str, int], next_slot: int) -> int:
         """Copy the sections into `image` and apply relocations for address `base`; gives the next free GOT slot."""
         data = self.data
-        for section, position in zip(self.sections, self.places):
-            if position is not None and section[1] != _SHT_NOBITS:
-                image[position : position + section[5]] = data[section[4] : section[4] + section[5]]
+        for fields, position in zip(self.sections, self.places):
+            if position is not None and fields[1] != _SHT_NOBITS:
+                image[position : position + fields[5]] = data[fields[4] : fields[4] + fields[5]]
         got: dict[int, int] = {}
         for section, entries in self.entries:
-            origin, length = self.places[section], self.sections[section][5]
+            origin, length = self.places[section] or 0, self.sections[section][5]
             for offset, symbol, kind, addend in entries:
                 width = 8 if kind in (_ABS64, _PC64) else 4
                 if offset + width > length:
@@ -278,9 +280,11 @@ def external_address(symbol: str) -> int:
     """Address of a function of the C library, libm or the compiler's support library. Raises ArtifactError."""
     for library in _c_libraries():
         try:
-            return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
+            address = ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
         except AttributeError:
             continue
+        if address:
+            return address
     raise ArtifactError(f"a kernel needs the function {symbol!r}, which no C library of this process defines")
 
 

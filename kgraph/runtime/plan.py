@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,71 +14,14 @@ from kgraph.ir.types import SHORT_NAMES, np_dtype
 from kgraph.runtime import threads
 from kgraph.runtime.binding import Binding, StepTime
 from kgraph.runtime.loader import Library
+from kgraph.runtime.steps import Buffer, HostStep, NativeStep
+
+__all__ = ["Binding", "Buffer", "HostStep", "NativeStep", "Program", "StepTime"]
 
 _KINDS = frozenset({"input", "param", "constant", "temporary", "dim"})
 _MAX_BINDINGS = 16
 # Idle arenas of a program may hold this much together; beyond it, those of other sizes than the current are released.
 _IDLE_ARENA_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A dense row-major tensor that steps read and write.
-
-    kind: "input", "param", "constant", "temporary", or "dim" (a scalar holding a size that `value` gives as a Dim).
-    shape: tuple of `int | Dim`; dtype: a dtype name. value: the array of a constant.
-    alias: id of the buffer in whose storage this one lies, `offset` bytes from its start; -1 for storage of its own.
-    """
-
-    kind: str
-    shape: tuple
-    dtype: str
-    value: Any = None
-    alias: int = -1
-    offset: int | Dim = 0
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class NativeStep:
-    """A kernel launch over [0, extent).
-
-    kernel: key of its object; operands: buffer ids, inputs then outputs; outputs: how many of the last are written.
-    sizes: run-time integers for the kernel; scratch_bytes: memory per thread.
-    flops, bytes: totals, for the thread decision and profiles.
-    inplace: pairs (output, input) of operand positions: the output may lie where the input lies, if that dies here.
-    label, layers: for profiles. max_threads: limit of the threads that share the extent, 0 for none.
-    """
-
-    kernel: str
-    operands: tuple[int, ...]
-    outputs: int
-    extent: int | Dim
-    sizes: tuple = ()
-    scratch_bytes: int | Dim = 0
-    flops: int | Dim = 0
-    bytes: int | Dim = 0
-    inplace: tuple[tuple[int, int], ...] = ()
-    label: str = ""
-    layers: tuple[str, ...] = ()
-    max_threads: int = 0
-
-
-@dataclass(frozen=True)
-class HostStep:
-    """A Python function between kernels, for primitives without one.
-
-    function: `function(arrays, sizes) -> sequence of arrays`, where `arrays` are the inputs (not to be changed) and
-        `sizes` the values of the symbols; the results are copied into the output buffers.
-    operands, outputs: as in NativeStep. reason: why no kernel does this.
-    """
-
-    function: Callable[[list[np.ndarray], dict[str, int]], Sequence[np.ndarray]]
-    operands: tuple[int, ...]
-    outputs: int
-    reason: str = ""
-    label: str = ""
-    layers: tuple[str, ...] = ()
 
 
 class Program:
@@ -257,7 +198,7 @@ class Program:
         # Two threads may bind the same sizes at once: both bindings are good, the later one stays. Every operation on
         # the dictionary is atomic, so that no lock can be left held in a forked child.
         while len(self._bindings) >= _MAX_BINDINGS and shapes not in self._bindings:
-            oldest = next(iter(self._bindings), None)
+            oldest = next(iter(self._bindings), ())
             candidate = self._bindings.pop(oldest, None)
             if candidate is not None and candidate.used:  # a second chance for what was called since the last look
                 candidate.used = False

@@ -26,8 +26,8 @@ _MIN_GRAINS_PER_CHUNK = 16
 class StepCost:
     """What a step does: flops and bytes in total, units that can be shared out, and the limit of threads."""
 
-    flops: float
-    bytes: float
+    flops: int
+    bytes: int
     extent: int
     max_threads: int = 0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kgraph.runtime.arena import Interval, lower_bound, plan_arena
+from kgraph.runtime.steps import HostStep
 
 if TYPE_CHECKING:
     from kgraph.runtime.plan import Program
@@ -133,7 +134,9 @@ def _merge_in_place(program: Program, storage: Storage, roots, offsets, first, l
     group_last = dict(last)
     for index, step in enumerate(program.steps):
         overwritten: set[int] = set()
-        for output, source in getattr(step, "inplace", ()):
+        if isinstance(step, HostStep):
+            continue
+        for output, source in step.inplace:
             out, src = step.operands[output], step.operands[source]
             out_root, src_root = roots[out], roots[src]
             leader = leaders.get(src_root, src_root)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from kgraph.runtime import layout, threads
 from kgraph.runtime.arena import ALIGNMENT
 from kgraph.runtime.schedule import StepCost, choose_chunks, choose_threads, place_barriers
+from kgraph.runtime.steps import HostStep, NativeStep
 from kgraph.runtime.storage import Place, Storage
 
 if TYPE_CHECKING:
-    from kgraph.runtime.plan import HostStep, NativeStep, Program
+    from kgraph.runtime.plan import Program
 
 _ROW = layout.STEP_BYTES // layout.WORD
 _FUNCTION = layout.STEP_FUNCTION // layout.WORD
@@ -80,9 +81,10 @@ class StepTable:
         counts = self._choose_threads([c for c in costs if c is not None])
         pending: list[int] = []
         for index, (step, cost) in enumerate(zip(program.steps, costs)):
-            count = 1 if is_host(step) else 0
+            count = 0
             self.records.append(-1)
-            if is_host(step):
+            if isinstance(step, HostStep):
+                count = 1
                 self._end_segment(pending)
                 self.segments.append(Segment(0, 0, 1, step, index))
             elif cost is not None:
@@ -101,7 +103,7 @@ class StepTable:
 
     def _cost(self, step: NativeStep | HostStep, value: Callable) -> StepCost | None:
         """Cost of a kernel launch; None for a host step and for an extent of 0."""
-        if is_host(step):
+        if isinstance(step, HostStep):
             return None
         extent = value(step.extent)
         if extent <= 0:
@@ -112,8 +114,8 @@ class StepTable:
     def _choose_threads(self, costs: list[StepCost]):
         counts = choose_threads(costs, threads.get_num_threads())
         self.threads = max(counts, default=1)
-        self.pool = None
-        if self.threads > 1:
+        self.pool: threads.Pool | None = None
+        if self.threads > 1 and self._program.executor is not None:
             self.pool = threads.pool(self._program.executor)
             self.threads = self.pool.ensure(self.threads)
         return iter([min(count, self.threads) for count in counts])
@@ -204,13 +206,8 @@ def set_barriers(words: array, rows: range, barriers: Sequence[bool], groups: in
     return groups
 
 
-def is_host(step: NativeStep | HostStep) -> bool:
-    """Whether a step is a Python function."""
-    return hasattr(step, "function")
-
-
 def _bound_step(step: NativeStep | HostStep, cost: StepCost | None, count: int) -> BoundStep:
-    host = is_host(step)
     extent, flops, nbytes = (cost.extent, cost.flops, cost.bytes) if cost is not None else (0, 0, 0)
-    kernel, reason = ("", step.reason) if host else (step.kernel, "")
-    return BoundStep(step.label, step.layers, kernel, count, extent, flops, nbytes, host, reason)
+    if isinstance(step, HostStep):
+        return BoundStep(step.label, step.layers, "", count, extent, flops, nbytes, True, step.reason)
+    return BoundStep(step.label, step.layers, step.kernel, count, extent, flops, nbytes, False, "")

@@ -180,7 +180,6 @@ def test_same_bits_for_any_split(options):
 @pytest.mark.parametrize("vector_bytes", [16, 32])
 def test_narrower_vectors(vector_bytes):
     target = host_target(vector_bytes)
-    target.num_vector_registers = 16
     attrs = attributes(2, padding=1)
     convolution((1, 9, 8, 5), (3, 3, 5, 20), attrs, packed=True, target=target)
     convolution((1, 9, 8, 20), (3, 3, 1, 20), {**attrs, "feature_groups": 20}, target=target)

@@ -183,7 +183,6 @@ def test_same_bits_for_any_split(packed):
 @pytest.mark.parametrize("vector_bytes", [16, 32])
 def test_narrower_vectors(vector_bytes):
     target = host_target(vector_bytes)
-    target.num_vector_registers = 16
     for m, k, n in ((13, 40, 21), (30, 600, 64), (1, 17, 5)):
         for packed in (False, True):
             matrices(m, k, n, packed=packed, target=target)

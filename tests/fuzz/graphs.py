@@ -109,7 +109,8 @@ def _operand_types(b: Builder, dtype: str) -> list[tuple[TensorType, bool]]:
 def _choose_outputs(b: Builder, graph: Graph) -> list:
     """Mostly what nobody has read yet, so that little of what was drawn is dead."""
     read = {v for node in graph.nodes for v in node.inputs}
-    unread = [v for v in b.values if v.value not in read and v.value.node is not None] or b.values[-1:]
+    computed = [v for v in b.values if not isinstance(v, np.ndarray) and v.value.node is not None]
+    unread = [v for v in computed if v.value not in read] or b.values[-1:]
     order = b.rng.permutation(len(unread))[: b.integer(1, 5)]
     results = [unread[int(i)] for i in order]
     if b.chance(0.15):

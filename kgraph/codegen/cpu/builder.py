@@ -565,10 +565,9 @@ class KernelBuilder:
             return self.ir.fptrunc(self.add(self.mul(x, y), z), like.type)
         product, error = self._exact_product(x, y)
         total = self.add(product, z)
-        # The error is NaN or useless where the product overflows.
-        return self.select(
-            self.compare("<", self.intrinsic("llvm.fabs", product), 2.0**990), self.add(total, error), total
-        )
+        # Large factors overflow on the way to the error; the sum alone is the best there is then.
+        unknown = self.ir.fcmp_unordered("uno", error, error)
+        return self.select(unknown, total, self.add(total, error))
 
     def _exact_product(self, x, y):
         """x * y of float64 as (rounded product, its error), by halves of the mantissas (Dekker, 1971)."""

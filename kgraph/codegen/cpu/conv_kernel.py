@@ -19,7 +19,7 @@ class ConvPlan(NamedTuple):
     """Params of `render_conv`: a convolution brought to three spatial axes. Sizes are `int` or ("size", slot).
 
     sizes, out_sizes: of the spatial axes. channels, filters: per group. window: taps per axis. phases: per phase the
-    fields of one `AxisPhase` per axis. origins: minus the padding below, per axis. counts: positions per axis, per phase.
+    fields of one `AxisPhase` per axis. origins: minus the padding below, per axis. counts: positions per phase, axis.
     block: (rows, columns) of positions of a unit. group: panels of a unit. row_tiles, col_tiles: tile extents (see
     `TileRange`) per phase. pixel_pitch: distance of pixels in the copy. lanes, vectors: of a vector, of a full panel.
     """

@@ -2,7 +2,7 @@
 
 The first input of the fused expression is the contraction's own result; every further one is classified by its shape
 against the result's, see `operand_kind`. Results are addressed by pixel (all leading axes flattened) and column (the
-last axis).
+last axis of a convolution; the free axes of a product's second operand, of which there may be any number).
 """
 
 from __future__ import annotations
@@ -172,10 +172,11 @@ def from_accumulator(b: KernelBuilder, value: ir.Value, accumulate: str, result:
     return b.ir.fptrunc(value, wanted) if accumulate == "float64" else b.ir.fpext(value, wanted)
 
 
-def operand_kind(shape: tuple, result: tuple) -> str | None:
+def operand_kind(shape: tuple, result: tuple, column_axes: int = 1) -> str | None:
     """How an extra of `shape` addresses a result of shape `result`; None where no kind fits.
 
     "scalar": one element; "channel": one per column; "row": one per pixel; "full": one per element.
+    column_axes: how many of the result's last axes together are the column.
     """
     padded = (1,) * (len(result) - len(shape)) + tuple(shape)
     if len(padded) != len(result):
@@ -186,11 +187,19 @@ def operand_kind(shape: tuple, result: tuple) -> str | None:
         return "full"
     if all(ones):
         return "scalar"
-    if equal[-1] and all(ones[:-1]):
+    first = len(result) - column_axes
+    if all(equal[first:]) and all(ones[:first]):
         return "channel"
-    if ones[-1] and all(equal[:-1]):
+    if all(ones[first:]) and all(equal[:first]):
         return "row"
     return None
+
+
+def column_axes(core: Node) -> int:
+    """How many of the last axes of a contraction's result are its columns."""
+    if core.name != "dot_general":
+        return 1
+    return core.inputs[1].type.rank - len(core.attrs["rhs_contract"]) - len(core.attrs["rhs_batch"])
 
 
 def same_size(x, y) -> bool:
@@ -263,7 +272,7 @@ def take_apart(node: Node, primitive: str) -> Parts | str:
     rest = [n for n in body.nodes if n is not core]
     if not rest and tuple(body.outputs) == core.outputs:
         return Parts(core, operands, packed, [], node.outputs, None)
-    shape = core.output.shape
+    shape, columns = core.output.shape, column_axes(core)
     extras = []
     used = {v for n in rest for v in n.inputs}
     for value in body.inputs:
@@ -271,7 +280,7 @@ def take_apart(node: Node, primitive: str) -> Parts | str:
             continue
         if value in core.inputs and packed[core.inputs.index(value)] is not None:
             return "a packed weight is also read by the epilogue"
-        kind = operand_kind(value.shape, shape)
+        kind = operand_kind(value.shape, shape, columns)
         if kind is None:
             return f"an epilogue operand {value.type} neither spans {core.output.type} nor one of its axes' ends"
         extras.append((kind, value))

@@ -308,7 +308,7 @@ def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate)
     """(rows, panels) of one unit of work."""
     size = itemsize(accumulate)
     chunked = isinstance(depth, Dim) or depth > chunk
-    resident = chunk if copy and chunked else depth
+    resident = chunk if chunked and (copy or isinstance(depth, Dim)) else depth
     most = max(BLOCK_BYTES // (resident * size), 1) if resident else tile
     block = min(max(most // tile, 1), 8) * tile
     panels = None if isinstance(columns, Dim) else -(-columns // width)

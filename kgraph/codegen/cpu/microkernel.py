@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer
+from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, is_float
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, entry_value, subfunction, vector_masks
 
 
@@ -234,9 +234,9 @@ def carried_loop(b: KernelBuilder, stop, step: int, values: list[ir.Value], turn
 
 
 def multiply_add(b: KernelBuilder, x, y, z):
-    """x * y + z: fused for floats, wrapping for integers."""
-    element = z.type.element if isinstance(z.type, ir.VectorType) else z.type
-    return b.add(b.mul(x, y), z) if isinstance(element, ir.IntType) else b.fma(x, y, z)
+    """x * y + z: fused for floats where the machine can, wrapping for integers."""
+    fused = is_float(z) and b._has("fma")
+    return b.fma(x, y, z) if fused else b.add(b.mul(x, y), z)
 
 
 def _unroll(steps, accumulators: int) -> int:

@@ -213,7 +213,7 @@ def compute_output_spec(fn, *args, **kwargs):
     return tree.map_structure(merge, first, second)
 
 
-def _is_dim_decision(error: BaseException) -> bool:
+def _is_dim_decision(error: BaseException | None) -> bool:
     """Whether an undecidable size is behind an error that Keras may have wrapped."""
     while error is not None:
         if isinstance(error, DimDecisionError):

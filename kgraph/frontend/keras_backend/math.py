@@ -144,6 +144,10 @@ def _complex_of(x: Any) -> Tensor:
     return ops.complex(real, imag)
 
 
+# The name by which `keras.ops.polar` calls it.
+_get_complex_tensor_from_tuple = _complex_of
+
+
 def _parts_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return ops.real(x), ops.imag(x)
 

@@ -6,14 +6,12 @@ import numpy as np
 from keras.src import backend
 
 from kgraph import ops
-from kgraph.errors import UnsupportedError
 from kgraph.frontend.keras_backend import numpy as knp
 from kgraph.frontend.keras_backend.control_flow import scan
 from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
 from kgraph.frontend.keras_backend.nn_activations import log_softmax
 from kgraph.frontend.keras_backend.nn_losses import one_hot
 from kgraph.frontend.keras_backend.numpy.common import Tensor, scalar
-from kgraph.frontend.tracer import TracedArray
 
 # Stands for log(0); finite, so that gradients stay finite.
 _LOG_ZERO = -1e5
@@ -87,12 +85,14 @@ def ctc_decode(
         return _greedy(inputs, sequence_lengths, merge_repeated, mask_index)
     if strategy != "beam_search":
         raise ValueError(f"Invalid strategy {strategy}. Supported values are 'greedy' and 'beam_search'.")
-    if isinstance(inputs, TracedArray) or isinstance(sequence_lengths, TracedArray):
-        raise UnsupportedError(
-            "ctc_decode(strategy='beam_search') inside of a compiled function: the set of beams depends on the values. "
-            "Decode the compiled model's output outside of it, or use strategy='greedy'."
-        )
-    return _beam_search(inputs, sequence_lengths, beam_width, top_paths, mask_index)
+    log_probabilities = log_softmax(inputs)
+    return ops.ctc_beam_search(
+        log_probabilities,
+        sequence_lengths,
+        blank=int(mask_index) % inputs.shape[-1],
+        beam_width=int(beam_width),
+        top_paths=int(top_paths),
+    )
 
 
 def _greedy(inputs, sequence_lengths, merge_repeated: bool, mask_index: int):
@@ -115,44 +115,3 @@ def _greedy(inputs, sequence_lengths, merge_repeated: bool, mask_index: int):
     classes = ops.take_along_axis(classes, order, axis=1)
     total = knp.negative(knp.sum(scores, axis=1, keepdims=True))
     return knp.expand_dims(classes, 0), total
-
-
-def _beam_search(inputs, lengths, beam_width: int, top_paths: int, blank: int):
-    batch, steps, _ = inputs.shape
-    log_probabilities = log_softmax(inputs)
-    paths = np.full((top_paths, batch, steps), -1, "int32")
-    scores = np.full((batch, top_paths), -np.inf, inputs.dtype)
-    for row in range(batch):
-        # The first step counts even for a length of 0.
-        best = _beam_search_row(log_probabilities[row, : max(int(lengths[row]), 1)], beam_width, blank)[:top_paths]
-        for rank, (path, score) in enumerate(best):
-            paths[rank, row, : len(path)] = path
-            scores[row, rank] = score
-    return paths, scores
-
-
-def _beam_search_row(log_probabilities: np.ndarray, beam_width: int, blank: int) -> list[tuple[tuple, float]]:
-    """Prefix beam search over [T, C]; gives (labels, log-probability), best first.
-
-    A beam is a prefix of labels with the log-probabilities of its alignments that end in a blank and in its last label.
-    """
-    beams = {(): (0.0, -np.inf)}
-    for row in log_probabilities.astype("float64"):
-        extended: dict[tuple, list[float]] = {}
-        for prefix, (in_blank, in_label) in beams.items():
-            total = np.logaddexp(in_blank, in_label)
-            stay = extended.setdefault(prefix, [-np.inf, -np.inf])
-            stay[0] = np.logaddexp(stay[0], total + row[blank])
-            if prefix:
-                stay[1] = np.logaddexp(stay[1], in_label + row[prefix[-1]])
-            for label in range(len(row)):
-                if label == blank:
-                    continue
-                grown = extended.setdefault((*prefix, label), [-np.inf, -np.inf])
-                # The same label again needs a blank between.
-                source = in_blank if prefix and label == prefix[-1] else total
-                grown[1] = np.logaddexp(grown[1], source + row[label])
-        ranked = sorted(extended.items(), key=lambda item: (-np.logaddexp(*item[1]), item[0]))
-        beams = dict(ranked[:beam_width])
-    out = [(prefix, float(np.logaddexp(*score))) for prefix, score in beams.items()]
-    return sorted(out, key=lambda item: (-item[1], item[0]))

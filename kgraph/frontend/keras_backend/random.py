@@ -141,8 +141,8 @@ def shuffle(x: Tensor, axis: int = 0, seed: Any = None) -> Tensor:
 def _drawn(primitive: Callable, shape: Any, dtype: Any, seed: Any, *parameters: Any) -> Tensor:
     """Draws of a distribution whose parameters broadcast to the shape."""
     dtype, draw = _float_dtype(dtype)
-    parameters = [convert_to_tensor(p, draw if "float" in draw else "float32") for p in parameters]
-    return convert(primitive(_seed(seed), *parameters, shape=shape_of(shape), dtype=draw), dtype)
+    operands = [convert_to_tensor(p, draw if "float" in draw else "float32") for p in parameters]
+    return convert(primitive(_seed(seed), *operands, shape=shape_of(shape), dtype=draw), dtype)
 
 
 def gamma(shape: Any, alpha: float, dtype: str | None = None, seed: Any = None) -> Tensor:

@@ -56,6 +56,8 @@ class NumpyTrainer(base_trainer.Trainer):
         compiled, adds_losses = self._compiled_forward
         if compiled is None or (keeps_losses and adds_losses):
             return self._forward(x)
+        if hasattr(self, "_inputs_struct"):
+            self._maybe_warn_inputs_struct_mismatch(x)
         return compiled(x)
 
     def _compile_forward(self, x) -> tuple:

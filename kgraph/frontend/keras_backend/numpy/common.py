@@ -55,8 +55,8 @@ def concrete(function: str, *tensors: Tensor) -> list[np.ndarray]:
 
     Raises UnsupportedError, naming `function`, where one is under trace.
     """
-    tensors = [convert_to_tensor(t) for t in tensors]
-    if is_traced(*tensors):
+    operands = [convert_to_tensor(t) for t in tensors]
+    if is_traced(*operands):
         raise UnsupportedError(
             f"keras.ops.{function}: the shape of the result depends on the values of a tensor, which are not known "
             "while the function is traced. Call it outside of the compiled function, or give the size where the "

@@ -300,5 +300,5 @@ def hanning(x: int) -> Tensor:
 
 def kaiser(x: int, beta: float) -> Tensor:
     """The Kaiser window of x points and shape `beta`."""
-    (beta,) = concrete("kaiser", beta)
-    return _window("kaiser", lambda points: np.kaiser(points, float(beta)), x)
+    (known,) = concrete("kaiser", beta)
+    return _window("kaiser", lambda points: np.kaiser(points, float(known)), x)

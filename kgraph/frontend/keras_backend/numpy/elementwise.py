@@ -242,7 +242,7 @@ _I0_LARGE = (
 
 
 def _polynomial(x: Tensor, coefficients: tuple) -> Tensor:
-    out = scalar(coefficients[-1], x)
+    out: Tensor = scalar(coefficients[-1], x)
     for c in reversed(coefficients[:-1]):
         out = ops.add(ops.mul(out, x), scalar(c, x))
     return out

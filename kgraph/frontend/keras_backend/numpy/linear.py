@@ -25,9 +25,9 @@ from kgraph.frontend.keras_backend.numpy.elementwise import conjugate
 
 def _operands(*tensors: Tensor) -> tuple[list[Tensor], str | None]:
     """Operands in their common dtype, and the dtype to accumulate in: int32 where all are int8."""
-    tensors = [convert_to_tensor(t) for t in tensors]
-    preferred = "int32" if all(dtype_of(t) == "int8" for t in tensors) else None
-    return promote(*tensors), preferred
+    converted = [convert_to_tensor(t) for t in tensors]
+    preferred = "int32" if all(dtype_of(t) == "int8" for t in converted) else None
+    return promote(*converted), preferred
 
 
 def _of_numbers(product: Any, operands: list[Tensor]) -> Tensor:
@@ -48,8 +48,8 @@ def einsum(subscripts: str, *operands: Tensor, **kwargs: Any) -> Tensor:
     unknown = set(kwargs) - {"optimize", "precision"}
     if unknown:
         raise TypeError(f"einsum: unknown arguments {sorted(unknown)}")
-    operands, preferred = _operands(*operands)
-    return _of_numbers(lambda *xs: ops.einsum(subscripts, *xs, preferred_dtype=preferred), operands)
+    tensors, preferred = _operands(*operands)
+    return _of_numbers(lambda *xs: ops.einsum(subscripts, *xs, preferred_dtype=preferred), tensors)
 
 
 def _contract(x1: Tensor, x2: Tensor, axes1: tuple, axes2: tuple) -> Tensor:

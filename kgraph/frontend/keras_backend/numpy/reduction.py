@@ -54,6 +54,12 @@ def divided_by_count(x: Tensor, count: int | Dim) -> Tensor:
     return ops.div(x, scalar(count, x))
 
 
+def _accumulation_dtype(x: Tensor) -> str:
+    """The dtype that means and variances are formed in: at least float32."""
+    dtype = dtype_of(x)
+    return dtype if dtype in ("float64", "complex128") else dtypes.result_type(dtype, "float32")
+
+
 # -- sums and products ----------------------------------------------------------------------------------------------
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The sum over axes; small integers and booleans are summed in 32 bits, half floats in float32."""
@@ -74,7 +80,7 @@ def prod(x: Tensor, axis: Axis = None, keepdims: bool = False, dtype: str | None
 def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The mean over axes: of integers in float32, of half floats computed in float32."""
     x = convert_to_tensor(x)
-    compute = dtypes.result_type(x.dtype, "float32")
+    compute = _accumulation_dtype(x)
     result = dtype_of(x) if is_float(x) or is_complex(x) else compute
     total = reduce_over(ops.reduce_sum, convert(x, compute), axis, keepdims)
     return convert(divided_by_count(total, count_over(x, axis)), result)
@@ -104,7 +110,7 @@ def var(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The variance over axes, in two passes; half floats are computed in float32."""
     x = convert_to_tensor(x)
     result = dtypes.result_type(x.dtype, float)
-    x = convert(x, dtypes.result_type(x.dtype, "float32"))
+    x = convert(x, _accumulation_dtype(x))
     count = count_over(x, axis)
     center = divided_by_count(reduce_over(ops.reduce_sum, x, axis, True), count)
     deviation = ops.sub(x, center)
@@ -186,7 +192,7 @@ def _zeros_told_apart(x: Tensor) -> Tensor:
     """x with -0.0 replaced by the negative number next to it: Keras ranks it below 0.0 in argmax and argmin."""
     if not is_float(x) or x.ndim == 0:
         return x
-    x = convert(x, dtypes.result_type(x.dtype, "float32"))
+    x = convert(x, _accumulation_dtype(x))
     info = np.finfo(x.dtype)
     bits = ops.bitcast_convert(x, dtype=f"int{info.bits}")
     negative_zero = ops.eq(bits, scalar(np.iinfo(bits.dtype).min, bits))
@@ -272,7 +278,7 @@ def nanmean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The mean over axes of what is not NaN; NaN where nothing is left."""
     x = convert_to_tensor(x)
     result = dtypes.result_type(x.dtype, float)
-    x = convert(x, dtypes.result_type(x.dtype, "float32"))
+    x = convert(x, _accumulation_dtype(x))
     total = reduce_over(ops.reduce_sum, _without_nan(x, 0), axis, keepdims)
     return convert(ops.div(total, _valid_count(x, axis, keepdims)), result)
 
@@ -281,7 +287,7 @@ def nanvar(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The variance over axes of what is not NaN; NaN where nothing is left."""
     x = convert_to_tensor(x)
     result = dtypes.result_type(x.dtype, float)
-    x = convert(x, dtypes.result_type(x.dtype, "float32"))
+    x = convert(x, _accumulation_dtype(x))
     center = ops.div(reduce_over(ops.reduce_sum, _without_nan(x, 0), axis, True), _valid_count(x, axis, True))
     deviation = _without_nan(ops.sub(x, center), 0)
     total = reduce_over(ops.reduce_sum, ops.mul(deviation, deviation), axis, keepdims)

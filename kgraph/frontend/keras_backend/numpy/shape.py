@@ -282,7 +282,7 @@ def array_split(x: Tensor, indices_or_sections: Any, axis: int = 0) -> list[Tens
     return _cut(x, sizes, axis)
 
 
-def _sections(indices_or_sections: Any) -> int | None:
+def _sections(indices_or_sections: Any) -> int | Dim | None:
     if isinstance(indices_or_sections, (tuple, list)):
         return None
     if getattr(indices_or_sections, "ndim", 0):
@@ -360,10 +360,10 @@ def repeat(x: Tensor, repeats: Any, axis: int | None = None) -> Tensor:
         wide = (*shape[: axis + 1], times, *shape[axis + 1 :])
         total = (*shape[:axis], shape[axis] * times, *shape[axis + 1 :])
         return reshape_to(broadcast(insert_axes(x, (axis + 1,)), wide), total)
-    (times,) = concrete("repeat", repeats)
+    (each,) = concrete("repeat", repeats)
     if not isinstance(x.shape[axis], int):
         raise UnsupportedError(f"keras.ops.repeat: axis {axis} of size {x.shape[axis]} needs one number of repeats")
-    return ops.take(x, np.arange(x.shape[axis], dtype="int32").repeat(times), axis=axis, mode="clip")
+    return ops.take(x, np.arange(x.shape[axis], dtype="int32").repeat(each), axis=axis, mode="clip")
 
 
 def meshgrid(*x: Tensor, indexing: str = "xy") -> list[Tensor]:

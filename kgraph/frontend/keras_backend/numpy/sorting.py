@@ -182,8 +182,8 @@ def unique(
     else:
         outputs = _unique_of_concrete(x, axis, size, fill_value)
     wanted = (True, return_index, return_inverse, return_counts)
-    outputs = tuple(out for out, want in zip(outputs, wanted, strict=True) if want)
-    return outputs[0] if len(outputs) == 1 else outputs
+    chosen = tuple(out for out, want in zip(outputs, wanted, strict=True) if want)
+    return chosen[0] if len(chosen) == 1 else chosen
 
 
 def _unique_of_concrete(x: Tensor, axis: int | None, size: int | None, fill_value: Any) -> list[Tensor]:
@@ -218,9 +218,9 @@ def _unique_of_size(x: Tensor, size: int, fill_value: Any) -> list[Tensor]:
     ordered = ops.take(row, order, axis=0, mode="clip")
     differs = ops.ne(slice_axis(ordered, 0, 1, length), slice_axis(ordered, 0, 0, length - 1))
     is_new = ops.concatenate(filled((1,), True, "bool"), differs, axis=0)
-    rank = ops.sub(ops.cumsum(convert(is_new, "int32"), axis=0, reverse=False), np.int32(1))
+    rank = ops.sub(ops.cumsum(convert(is_new, "int32"), axis=0, reverse=False), np.asarray(1, "int32"))
     # Distinct elements beyond `size` are gathered in one place more, which is cut off.
-    place = insert_axes(ops.minimum(rank, np.int32(size)), (1,))
+    place = insert_axes(ops.minimum(rank, np.asarray(size, "int32")), (1,))
     fill = 0 if fill_value is None else fill_value
 
     def scattered(value: Any, updates: Tensor, reduction: str) -> Tensor:
