@@ -94,7 +94,8 @@ class CompiledModel:
     def _specialise(self, error: SpecialisationError) -> None:
         """From now on compile for each value of the sizes that the model's code asked for."""
         self._fixed = tuple(sorted({*self._fixed, *error.symbols}))
-        self._inputs = self._inputs if self._specialised_because else error.inputs
+        if error.inputs is not None and self._specialised_because is None:
+            self._inputs = error.inputs
         self._specialised_because = str(error)
         self._variants.clear()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kgraph.compiler import CompiledGraph
 from kgraph.ir import Dim, Node
 from kgraph.passes.manager import Decision
+from kgraph.runtime.steps import NativeStep
 
 
 @dataclass
@@ -179,4 +180,4 @@ def profile_of(name: str, compiled: CompiledGraph, arrays, repeats: int) -> Prof
         for layer in row.layers or ("(no layer)",):
             layers[layer] = layers.get(layer, 0.0) + row.microseconds / max(len(row.layers), 1)
     total = sum(row.microseconds or 0.0 for row in rows) / 1e3
-    return Profile(name, rows, total, sum(r.flops for r in rows), sum(r.bytes for r in rows), layers)
+    return Profile(name, rows, total, sum(s.flops for s in runs[-1]), sum(s.bytes for s in runs[-1]), layers)

@@ -20,6 +20,7 @@ import numpy as np
 from kgraph.errors import CaptureError, DimDecisionError, KGraphError, UnsupportedError
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.tracer import GraphTracer, TracedArray
+from kgraph.frontend.unsupported import Collector
 from kgraph.ir import Dim, Graph, TensorType, type_of
 from kgraph.structure import Structure
 
@@ -312,26 +313,25 @@ def _substituted(structure: Structure, sizes: dict) -> Structure:
 
 def _capture_once(call, inputs: Structure, symbols: dict, sizes: dict, name: str) -> Captured:
     tracer = GraphTracer(name)
+    collector = Collector(tracer)
     try:
-        with _unfiltered_tracebacks(), core.TraceScope() as scope, tracer.active():
+        with _unfiltered_tracebacks(), core.TraceScope() as scope, tracer.active(), collector:
             leaves = [tracer.add_input(t, n) for n, t in zip(inputs.names, inputs.types)]
             args, kwargs = inputs.pack_call(leaves)
             result = call(*args, **kwargs)
             results, outputs = _outputs(result)
             updates = [(v, scope.get_current_value(v)) for v in scope.variables_by_id.values()]
             values = [tracer.lift(r) for r in results] + [tracer.lift(value) for _, value in updates]
-    except DimDecisionError as error:
-        raise _specialisation(error, symbols, inputs, name) from error
-    except KGraphError as error:
-        where = _layer_of(error)
-        if where and where not in str(error):
-            raise type(error)(f"{error} (in layer {where!r} of {name!r})") from error
-        raise
-    except ValueError as error:
-        decision = _dim_decision_behind(error)
-        if decision is None:
+    except Exception as error:
+        if collector.found:
+            # Whatever went wrong on stand-ins, what is missing comes first.
+            raise collector.error(name) from error
+        explained = _explained(error, symbols, inputs, name)
+        if explained is error:
             raise
-        raise _specialisation(decision, symbols, inputs, name) from error
+        raise explained from error
+    if collector.found:
+        raise collector.error(name)
     graph = tracer.graph
     graph.outputs = values
     _drop_unused(graph)
@@ -394,6 +394,17 @@ def _layer_of(error: BaseException) -> str:
             path = owner.path or owner.name
         frame = frame.tb_next
     return path
+
+
+def _explained(error: Exception, symbols: dict, inputs: Structure, name: str) -> Exception:
+    """The error to raise for one that came out of the call: with the layer, or as a SpecialisationError."""
+    decision = _dim_decision_behind(error)
+    if decision is not None:
+        return _specialisation(decision, symbols, inputs, name)
+    where = _layer_of(error)
+    if isinstance(error, KGraphError) and where and where not in str(error):
+        return type(error)(f"{error} (in layer {where!r} of {name!r})")
+    return error
 
 
 def _dim_decision_behind(error: BaseException | None) -> DimDecisionError | None:

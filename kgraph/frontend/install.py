@@ -22,9 +22,10 @@ CONFIG = "keras.src.backend.config"
 PACKAGE = "kgraph.frontend.keras_backend"
 # `keras.src.backend.numpy` itself is the module that gathers the interface; its submodules map one to one.
 INTERFACE = f"{PACKAGE}.interface"
-# Modules above the backend in which `keras_backend.coarse` keeps operations whole.
+# Modules above the backend in which `keras_backend.coarse` replaces functions.
 COARSE = frozenset(
     {
+        "keras.src.ops.operation",
         "keras.src.ops.nn",
         "keras.src.layers.normalization.group_normalization",
         "keras.src.layers.attention.multi_head_attention",

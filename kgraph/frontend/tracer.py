@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, cast
 
 import numpy as np
 
@@ -52,8 +54,8 @@ class GraphTracer(Tracer):
         self.graph = Graph(name=name)
         self.parent = parent
         self.captures: dict[int, tuple[TracedArray, TracedArray]] = {}
-        self.variables: dict[int, tuple[object, TracedArray]] = {}
-        self._constants: dict[tuple, tuple[object, Value]] = {}
+        self.variables: dict[int, tuple[Any, TracedArray]] = {}
+        self._constants: dict[int, tuple[object, Value]] = {}
         self._provenance: dict[str, frozenset] = {}
 
     # -- operands -------------------------------------------------------------------------------------------------
@@ -173,6 +175,11 @@ def _uniform_value(array: np.ndarray):
 def is_tracing() -> bool:
     """Whether a trace is running in this thread."""
     return current_tracer.get() is not None
+
+
+def running_trace() -> GraphTracer | None:
+    """The innermost trace that runs in this thread."""
+    return cast("GraphTracer | None", current_tracer.get())
 
 
 # -- entry points -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kgraph.ir import NotDifferentiable, Primitive, Sample, TensorType, bind, register
@@ -41,7 +43,7 @@ def _search(log_probabilities: np.ndarray, beam_width: int, blank: int) -> list[
 
     A beam is a prefix of labels with the log-probabilities of its alignments that end in a blank and in its last label.
     """
-    beams = {(): (0.0, -np.inf)}
+    beams: dict[tuple, Sequence[float]] = {(): (0.0, -np.inf)}
     for row in log_probabilities.astype("float64"):
         extended: dict[tuple, list[float]] = {}
         for prefix, (in_blank, in_label) in beams.items():
@@ -57,7 +59,7 @@ def _search(log_probabilities: np.ndarray, beam_width: int, blank: int) -> list[
                 # The same label again needs a blank between.
                 source = in_blank if prefix and label == prefix[-1] else total
                 grown[1] = np.logaddexp(grown[1], source + row[label])
-        ranked = sorted(extended.items(), key=lambda item: (-np.logaddexp(*item[1]), item[0]))
+        ranked = sorted(extended.items(), key=lambda item: (-np.logaddexp(item[1][0], item[1][1]), item[0]))
         beams = dict(ranked[:beam_width])
     out = [(prefix, float(np.logaddexp(*score))) for prefix, score in beams.items()]
     return sorted(out, key=lambda item: (-item[1], item[0]))

@@ -11,6 +11,7 @@ from kgraph.ir import NotDifferentiable, Primitive, Sample, TensorType, bind, dt
 from kgraph.ops.common import (
     ORDERED,
     Array,
+    Size,
     booleans,
     distinct,
     integers,
@@ -169,7 +170,7 @@ TOP_K = register(
 )
 
 
-def top_k(x: Array, *, k: int, sorted: bool = True) -> tuple[Array, Array]:
+def top_k(x: Array, *, k: Size, sorted: bool = True) -> tuple[Array, Array]:
     """The k greatest elements along the last axis and their positions (int32), the earlier one first at ties.
 
     x: real or bool, rank at least 1; NaN count as greatest. sorted: whether the result must descend (a kernel may

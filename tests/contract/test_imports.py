@@ -21,6 +21,8 @@ ALLOWED = {
 }
 # Text that another room supplies when asked for: imported inside a function.
 LAZY = {("ir", "ops")}
+# Keras' own `predict` runs on the public API, as a user's code would.
+EXCEPTIONS = {("frontend/keras_backend/trainer.py", "kgraph.api")}
 
 
 def imports_of(path: Path):
@@ -41,6 +43,8 @@ def test_rooms_import_one_way(room):
         for name in imports_of(path):
             parts = name.split(".")
             if parts[0] != "kgraph" or len(parts) < 2:
+                continue
+            if (str(path.relative_to(PACKAGE)), name) in EXCEPTIONS:
                 continue
             if parts[1] not in ALLOWED[room] and (room, parts[1]) not in LAZY:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")

@@ -468,18 +468,23 @@ def test_unknown_shapes_are_reported():
         capture(Subclassed())
 
 
-def test_an_unsupported_function_names_the_layer():
-    class Shapeless(layers.Layer):
-        def call(self, x):
-            return K.unique(x)
+class Shapeless(layers.Layer):
+    def call(self, x):
+        return K.reshape(K.unique(x), (-1, 3))
 
-        def compute_output_spec(self, x):
-            return keras.KerasTensor((None,))
+    def compute_output_shape(self, shape):
+        return shape
 
+
+def test_all_unsupported_functions_are_named_with_their_layers():
     inputs = keras.Input((3,))
-    model = keras.Model(inputs, Shapeless(name="shapeless")(inputs))
-    with pytest.raises(UnsupportedError, match="shapeless"):
+    y = layers.Dense(3)(Shapeless(name="first")(inputs))
+    model = keras.Model(inputs, Shapeless(name="second")(layers.ReLU()(y)))
+    with pytest.raises(UnsupportedError, match=r"2 reasons(.|\n)*'first'.*unique(.|\n)*'second'.*unique"):
         capture(model)
+    single = keras.Model(inputs, Shapeless(name="only")(inputs))
+    with pytest.raises(UnsupportedError, match=r"layer 'only'.*unique"):
+        capture(single)
 
 
 def test_signature_builds_without_tracing():

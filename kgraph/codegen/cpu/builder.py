@@ -61,6 +61,14 @@ def itemsize(dtype: str) -> int:
     return {F32: 4, F64: 8}.get(kind) or kind.width // 8
 
 
+def _only_lane(mask: ir.Value) -> int | None:
+    """The number of the one lane that a constant mask has on, or None."""
+    if not isinstance(mask, ir.Constant) or not isinstance(mask.constant, (list, tuple)):
+        return None
+    on = [lane for lane, bit in enumerate(mask.constant) if (bit.constant if isinstance(bit, ir.Constant) else bit)]
+    return on[0] if len(on) == 1 else None
+
+
 def lanes_of(value: ir.Value) -> int:
     """How many lanes a data value has; 1 for a scalar."""
     return value.type.count if isinstance(value.type, ir.VectorType) else 1
@@ -408,8 +416,12 @@ class KernelBuilder:
             value = self.to_memory(value, pointer.dtype)
         at = (pointer + index).value
         align = itemsize(pointer.dtype)
+        only = None if mask is None else _only_lane(mask)
         if mask is None:
             access = self.ir.store(value, at, align=align)
+        elif only is not None:
+            # LLVM 22 writes four bytes for a masked store of one constant lane whose value is a truncation to two.
+            access = self.ir.store(self.lane(value, only), (pointer + index + only).value, align=align)
         else:
             arguments = [value.type, PTR, I32, mask.type]
             function = self._intrinsic("llvm.masked.store", VOID, arguments, (value.type, PTR))

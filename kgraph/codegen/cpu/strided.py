@@ -23,14 +23,17 @@ class SizeTable:
 
     def __init__(self):
         self.values: list[Dim] = []
+        self._slots: dict[tuple, int] = {}  # by canonical form: `==` between Dims may be undecidable
 
     def __call__(self, size: int | Dim):
         """The entry for the params: the integer itself, or ("size", slot)."""
         if not isinstance(size, Dim):
             return int(size)
-        if size not in self.values:
+        slot = self._slots.get(size.terms)
+        if slot is None:
+            slot = self._slots[size.terms] = len(self.values)
             self.values.append(size)
-        return ("size", self.values.index(size))
+        return ("size", slot)
 
     def all(self, sizes: Iterable) -> tuple:
         return tuple(self(s) for s in sizes)

@@ -4,6 +4,8 @@ Keras has no backend function for layer, RMS and group normalisation, and leaves
 layer has a dropout rate, even when it does not drop. Taking these apart only to recognise them in the graph again
 would cost knowledge, so the finder of `frontend.install` calls `apply` on the modules in `install.COARSE` once they
 are loaded, and it replaces the functions in them. To be removed where Keras calls its backend for them.
+
+The same way `Operation.__call__` learns to report unsupported operations to a running capture.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ from keras.src import backend
 from kgraph import ops
 from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import Tensor, filled, reshape_to
+from kgraph.frontend.unsupported import collecting
 
 
 def apply(name: str, module) -> None:
     """Replace the functions of one of Keras' modules, just loaded."""
-    if name == "keras.src.ops.nn":
+    if name == "keras.src.ops.operation":
+        module.Operation.__call__ = collecting(module.Operation.__call__)
+    elif name == "keras.src.ops.nn":
         module._layer_normalization = _layer_normalization(module._layer_normalization)
         module._rms_normalization = rms_normalization
     elif name.endswith("group_normalization"):

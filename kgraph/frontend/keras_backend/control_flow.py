@@ -13,9 +13,8 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 from kgraph import ops
 from kgraph.errors import CaptureError, ShapeError
 from kgraph.frontend.keras_backend.core import convert_to_tensor
-from kgraph.frontend.tracer import GraphTracer, TracedArray, is_tracing
+from kgraph.frontend.tracer import GraphTracer, TracedArray, is_tracing, running_trace
 from kgraph.ir import TensorType, Value
-from kgraph.ir.primitive import current_tracer
 
 
 def _tensors(structure):
@@ -45,7 +44,7 @@ class _Body:
     """
 
     def __init__(self, name: str, function, types, state=()):
-        self.tracer = GraphTracer(name, parent=current_tracer.get())
+        self.tracer = GraphTracer(name, parent=running_trace())
         scope = get_stateless_scope()
         before = dict(scope.state_mapping) if scope is not None else {}
         with self.tracer.active():
@@ -77,8 +76,8 @@ class _Body:
 def _variables(keys) -> list:
     """The variables behind ids in a stateless scope's mapping."""
     scope = get_stateless_scope()
-    known = getattr(scope, "variables_by_id", None)
-    missing = [k for k in keys if known is None or k not in known]
+    known = getattr(scope, "variables_by_id", {})
+    missing = [k for k in keys if k not in known]
     if missing:
         raise CaptureError(
             "a variable is assigned inside of a traced loop or branch under a plain StatelessScope; run the function "
@@ -324,7 +323,7 @@ def _traced_scan(f, init, xs, length, reverse: bool):
         new = [_like(r, t, "the body of scan") for r, t in zip(body.results[:n], types)]
     body.finish([*new, *state, *ys])
     operands = [*carries, *(v.value for v in variables)]
-    results = ops.scan(
+    scanned = ops.scan(
         *operands,
         *flat_xs,
         *body.captured,
@@ -334,7 +333,7 @@ def _traced_scan(f, init, xs, length, reverse: bool):
         length=length,
         reverse=bool(reverse),
     )
-    results = list(results) if isinstance(results, (tuple, list)) else [results]
+    results = list(scanned) if isinstance(scanned, (tuple, list)) else [scanned]
     _store_state(variables, results[n : len(operands)])
     _, y_structure = body.structure
     stacked = results[len(operands) :]

@@ -75,7 +75,8 @@ def _interpolate(
     for coordinate, size in zip(coordinates, sizes):
         extent = convert_to_tensor(size, "int32")
         if order == 0:
-            neighbours = [(ops.convert(_round_half_away(coordinate), dtype="int32"), None)]
+            nearest = ops.convert(_round_half_away(coordinate), dtype="int32")
+            neighbours: list[tuple[Tensor, Tensor | None]] = [(nearest, None)]
         else:
             lower = ops.floor(coordinate)
             upper_weight = ops.sub(coordinate, lower)
@@ -83,7 +84,7 @@ def _interpolate(
             index = ops.convert(lower, dtype="int32")
             neighbours = [(index, lower_weight), (ops.add(index, np.asarray(1, "int32")), upper_weight)]
         nodes.append([(_inside(i, extent, fill_mode), _valid(i, extent, fill_mode), w) for i, w in neighbours])
-    total = None
+    total: Tensor = None
     compute = coordinates[0].dtype.name
     for corner in itertools.product(*nodes):
         value = gather([index for index, _, _ in corner])
@@ -276,9 +277,9 @@ def elastic_transform(
     noise = random.normal((n, height, width, 2), dtype=compute, seed=draw_seed(seed))
     noise = ops.mul(noise, np.array(sigma, compute))
     field = gaussian_blur(noise, (size, size), (float(sigma), float(sigma)), data_format="channels_last")
-    field = ops.mul(field, convert_to_tensor(alpha, compute))
+    shift: Tensor = ops.mul(field, convert_to_tensor(alpha, compute))
     row, column = _grid(height, width, compute)
-    y = _sample(x, ops.add(row, field[..., 1]), ops.add(column, field[..., 0]), order, fill_mode, fill_value)
+    y = _sample(x, ops.add(row, shift[..., 1]), ops.add(column, shift[..., 0]), order, fill_mode, fill_value)
     return from_batch(y, data_format, unbatched)
 
 
@@ -295,7 +296,7 @@ def _cubic(x: Tensor) -> Tensor:
 
 def _lanczos(radius: float) -> Callable:
     def kernel(x: Tensor) -> Tensor:
-        safe = knp.where(x > 1e-3, x, 1.0)
+        safe: Tensor = knp.where(x > 1e-3, x, 1.0)
         value = radius * knp.sin(np.pi * safe) * knp.sin(np.pi * safe / radius) / (np.pi**2 * safe * safe)
         return knp.where(x > radius, 0.0, knp.where(x > 1e-3, value, 1.0))
 
@@ -341,7 +342,7 @@ def _weights(in_size, out_size, scale: Tensor, translation: Tensor, kernel: Call
     """[in_size, out_size]: the weight of each input pixel in each output pixel."""
     inverse = ops.div(scalar(1, scale), scale)
     stretch = knp.maximum(inverse, 1.0) if antialias else scalar(1, scale)
-    place = ops.iota(shape=(1, out_size), dtype=scale.dtype.name, axis=1)
+    place: Tensor = ops.iota(shape=(1, out_size), dtype=scale.dtype.name, axis=1)
     position = (place + 0.5) * inverse - translation * inverse - 0.5
     index = ops.iota(shape=(in_size, 1), dtype=scale.dtype.name, axis=0)
     weights = kernel(knp.absolute(position - index) / stretch)

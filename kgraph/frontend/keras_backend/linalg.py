@@ -32,9 +32,8 @@ from kgraph.frontend.keras_backend.numpy.common import (
     to_inexact,
     widened,
 )
-from kgraph.frontend.tracer import GraphTracer
+from kgraph.frontend.tracer import GraphTracer, running_trace
 from kgraph.ir import Graph, TensorType
-from kgraph.ir.primitive import current_tracer
 from kgraph.ops.region_gradient import pull_back, replay
 
 
@@ -210,7 +209,7 @@ def _zeros_like(x: Tensor) -> Tensor:
 
 def _recorded(function: Callable, operands: list[Tensor]) -> tuple[Graph, list[Tensor]]:
     """The graph of a function, and what it uses beside its operands, whose inputs come after theirs."""
-    tracer = GraphTracer(function.__name__, parent=current_tracer.get())
+    tracer = GraphTracer(function.__name__, parent=running_trace())
     with tracer.active():
         inputs = [tracer.add_input(TensorType(tuple(x.shape), dtype_of(x))) for x in operands]
         tracer.graph.outputs = [tracer.lift(x) for x in function(*inputs)]
@@ -284,7 +283,7 @@ def _matrix_norm(x: Tensor, ord: Any, axes: tuple, keepdims: bool) -> Tensor:
         out = choose(sums, axes=(outer,), keepdims=True)
     elif ord in (2, -2, "nuc"):
         rest = tuple(i for i in range(x.ndim) if i not in axes)
-        values = svd(permute(x, (*rest, rows, columns)), full_matrices=False, compute_uv=False)
+        values: Tensor = svd(permute(x, (*rest, rows, columns)), full_matrices=False, compute_uv=False)
         last = values.ndim - 1
         if ord == "nuc":
             out = ops.reduce_sum(values, axes=(last,), keepdims=False)

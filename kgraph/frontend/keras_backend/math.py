@@ -28,11 +28,12 @@ from kgraph.frontend.keras_backend.numpy.common import (
     slice_axis,
     to_inexact,
 )
+from kgraph.ir import Dim
 from kgraph.ir.dims import product
 
 
 # -- segments -------------------------------------------------------------------------------------------------------
-def _segment(data: Tensor, segment_ids: Tensor, num_segments: int | None, reduction: str, start: Any) -> Tensor:
+def _segment(data: Tensor, segment_ids: Tensor, num_segments: int | Dim | None, reduction: str, start: Any) -> Tensor:
     """data[i] combined into place segment_ids[i] of num_segments rows that begin with `start`."""
     data, ids = convert_to_tensor(data), convert_to_tensor(segment_ids)
     if num_segments is None:
@@ -78,7 +79,7 @@ def segment_prod(data: Tensor, segment_ids: Tensor, num_segments: int | None = N
 
 
 # -- order, distance ------------------------------------------------------------------------------------------------
-def top_k(x: Tensor, k: int, sorted: bool = True) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, k: Any, sorted: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest elements along the last axis, in descending order, and their int32 indices."""
     values, indices = ops.top_k(convert_to_tensor(x), k=size_of(k), sorted=True)
     return values, indices
@@ -119,7 +120,7 @@ def extract_sequences(x: Tensor, sequence_length: int, sequence_stride: int) -> 
     """[..., frames, sequence_length] of the windows of the last axis, a stride apart."""
     x = convert_to_tensor(x)
     frames = (x.shape[-1] - sequence_length) // sequence_stride + 1
-    start = ops.mul(ops.iota(shape=(frames, 1), dtype="int32", axis=0), np.int32(sequence_stride))
+    start = ops.mul(ops.iota(shape=(frames, 1), dtype="int32", axis=0), np.asarray(sequence_stride, "int32"))
     places = ops.add(start, ops.iota(shape=(1, sequence_length), dtype="int32", axis=1))
     return ops.take(x, places, axis=x.ndim - 1, mode="clip")
 
@@ -273,7 +274,7 @@ def istft(
 def _overlap_add(frames: Tensor, stride: int, total: Any) -> Tensor:
     """Windows [..., count, width] added into [..., total], each a stride after the one before."""
     *lead, count, width = frames.shape
-    start = ops.mul(ops.iota(shape=(count, 1), dtype="int32", axis=0), np.int32(stride))
+    start = ops.mul(ops.iota(shape=(count, 1), dtype="int32", axis=0), np.asarray(stride, "int32"))
     places = flatten(ops.add(start, ops.iota(shape=(1, width), dtype="int32", axis=1)))
     rows = product(lead)
     updates = move_axis(reshape_to(frames, (rows, count * width)), 1, 0)

@@ -97,7 +97,7 @@ def ctc_decode(
 
 def _greedy(inputs, sequence_lengths, merge_repeated: bool, mask_index: int):
     _, steps, _ = inputs.shape
-    classes = ops.argmax(inputs, axis=2, dtype="int32")
+    classes: Tensor = ops.argmax(inputs, axis=2, dtype="int32")
     scores = ops.reduce_max(inputs, axes=(2,), keepdims=False)
     blank = np.asarray(mask_index, "int32")
     index = ops.iota(shape=(1, steps), dtype="int32", axis=1)

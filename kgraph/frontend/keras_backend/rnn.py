@@ -55,8 +55,8 @@ def _fused(
 
     Raises NotImplementedError for an activation that the primitive has not; the callers then scan the cell.
     """
-    names = _activation_name(activation), _activation_name(recurrent_activation)
-    if None in names:
+    name, recurrent_name = _activation_name(activation), _activation_name(recurrent_activation)
+    if name is None or recurrent_name is None:
         raise NotImplementedError(f"activations {activation}, {recurrent_activation}")
     x, kernel = convert_to_tensor(x), convert_to_tensor(kernel)
     x = cast(x, result_type(x.dtype, kernel.dtype))
@@ -76,8 +76,8 @@ def _fused(
         *(cast(s, x.dtype) for s in states),
         *extra,
         cell=cell,
-        activation=names[0],
-        recurrent_activation=names[1],
+        activation=name,
+        recurrent_activation=recurrent_name,
         reset_after=bool(reset_after),
         reverse=bool(reverse),
         has_mask=mask is not None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import operator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from keras.src.backend import config
@@ -22,6 +22,8 @@ from kgraph.ops.common import sizes_differ
 
 # A tensor: a NumPy array, a traced array, a Keras variable, or anything that `convert_to_tensor` takes.
 Tensor = Any
+# One axis or several, each counted from the front or from the back.
+Axes: TypeAlias = int | tuple[int, ...] | list[int]
 HALF_TYPES = ("float16", "bfloat16")
 SMALL_INTS = {"bool": "int32", "int8": "int32", "int16": "int32", "uint8": "uint32", "uint16": "uint32"}
 
@@ -91,10 +93,10 @@ def promote(*tensors: Tensor, extra: tuple = ()) -> list[Tensor]:
 
     extra: further types that take part, such as `float` where the result must be inexact.
     """
-    tensors = [number_or_tensor(t) for t in tensors]
-    types = [_promotion_type(t) for t in tensors]
+    operands = [number_or_tensor(t) for t in tensors]
+    types = [_promotion_type(t) for t in operands]
     dtype = _common_type((*types, *extra), config.floatx())
-    return [t if own == dtype else convert_to_tensor(t, dtype) for t, own in zip(tensors, types, strict=True)]
+    return [t if own == dtype else convert_to_tensor(t, dtype) for t, own in zip(operands, types, strict=True)]
 
 
 @functools.lru_cache(4096)
@@ -130,7 +132,7 @@ def axis_of(axis: int, ndim: int) -> int:
     return canonicalize_axis(axis, ndim)
 
 
-def axes_of(axis: int | tuple | list | None, ndim: int) -> tuple[int, ...]:
+def axes_of(axis: Axes | None, ndim: int) -> tuple[int, ...]:
     """Sorted distinct axes counted from the front; None means all of them. Raises ValueError for a repeated one."""
     if axis is None:
         return tuple(range(ndim))

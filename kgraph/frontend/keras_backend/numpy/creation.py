@@ -187,7 +187,7 @@ def _symbolic_arange(start: Any, stop: Any, step: Any, dtype: str) -> Tensor:
 def linspace(
     start: Tensor,
     stop: Tensor,
-    num: int = 50,
+    num: Any = 50,
     endpoint: bool = True,
     retstep: bool = False,
     dtype: str | None = None,
@@ -203,9 +203,9 @@ def linspace(
     intervals = num - 1 if endpoint else num
     if not is_traced(start, stop) and np.ndim(start) == np.ndim(stop) == 0:
         # Between Python numbers everything is known: one rounding, from double precision.
-        values, step = np.linspace(float(start), float(stop), num, endpoint, retstep=True)
+        values, spacing = np.linspace(float(start), float(stop), num, endpoint, retstep=True)
         out = _floored(convert_to_tensor(values, "float64"), dtype)
-        return (out, np.array(step, dtype=_np_dtype(compute))) if retstep else out
+        return (out, np.array(spacing, dtype=_np_dtype(compute))) if retstep else out
     start, stop = (convert_to_tensor(v, compute) for v in (start, stop))
     shape = broadcast_sizes(start.shape, stop.shape)
     start, stop = broadcast(start, shape), broadcast(stop, shape)
@@ -232,7 +232,7 @@ def _np_dtype(dtype: str) -> np.dtype:
 def logspace(
     start: Tensor,
     stop: Tensor,
-    num: int = 50,
+    num: Any = 50,
     endpoint: bool = True,
     base: float = 10,
     dtype: str | None = None,
@@ -245,15 +245,15 @@ def logspace(
     dtype = standardize_dtype(dtype)
     if not is_traced(start, stop, base) and np.ndim(start) == np.ndim(stop) == np.ndim(base) == 0:
         return np.logspace(float(start), float(stop), size_of(num), endpoint, float(base)).astype(_np_dtype(dtype))
-    exponents = linspace(start, stop, num, endpoint, axis=axis)
-    exponents, base = promote(exponents, base)
-    return convert(ops.pow(base, exponents), dtype)
+    exponents: Tensor = linspace(start, stop, num, endpoint, axis=axis)
+    powers = promote(base, exponents)
+    return convert(ops.pow(powers[0], powers[1]), dtype)
 
 
 def geomspace(
     start: Tensor,
     stop: Tensor,
-    num: int = 50,
+    num: Any = 50,
     endpoint: bool = True,
     dtype: str | None = None,
     axis: int = 0,
@@ -267,7 +267,7 @@ def geomspace(
     start, stop = (convert_to_tensor(v, compute) for v in (start, stop))
     shape = broadcast_sizes(start.shape, stop.shape)
     start, stop = broadcast(start, shape), broadcast(stop, shape)
-    logs = linspace(ops.log(ops.abs(start)), ops.log(ops.abs(stop)), num, endpoint, axis=axis)
+    logs: Tensor = linspace(ops.log(ops.abs(start)), ops.log(ops.abs(stop)), num, endpoint, axis=axis)
     direction = insert_axes(ops.sign(start), (axis % (len(shape) + 1),))
     return convert(ops.mul(ops.exp(logs), direction), dtype)
 

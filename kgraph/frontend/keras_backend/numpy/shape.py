@@ -13,6 +13,7 @@ from kgraph import ops
 from kgraph.errors import UnsupportedError
 from kgraph.frontend.keras_backend.core import convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
+    Axes,
     Tensor,
     axes_of,
     axis_of,
@@ -88,7 +89,7 @@ def swapaxes(x: Tensor, axis1: int, axis2: int) -> Tensor:
     return permute(x, tuple(order))
 
 
-def moveaxis(x: Tensor, source: int | Sequence[int], destination: int | Sequence[int]) -> Tensor:
+def moveaxis(x: Tensor, source: Axes, destination: Axes) -> Tensor:
     """A tensor with axes moved from `source` to `destination`, the others in their order."""
     x = convert_to_tensor(x)
     sources = [axis_of(a, x.ndim) for a in (source if isinstance(source, (tuple, list)) else [source])]
@@ -101,14 +102,14 @@ def moveaxis(x: Tensor, source: int | Sequence[int], destination: int | Sequence
     return permute(x, tuple(order))
 
 
-def expand_dims(x: Tensor, axis: int | Sequence[int]) -> Tensor:
+def expand_dims(x: Tensor, axis: Axes) -> Tensor:
     """A tensor with axes of size 1 put in, at places of the result."""
     x = convert_to_tensor(x)
     places = list(axis) if isinstance(axis, (tuple, list)) else [axis]
     return insert_axes(x, axes_of(places, x.ndim + len(places)))
 
 
-def squeeze(x: Tensor, axis: int | Sequence[int] | None = None) -> Tensor:
+def squeeze(x: Tensor, axis: Axes | None = None) -> Tensor:
     """A tensor without axes of size 1. Raises ValueError for an axis of another size."""
     x = convert_to_tensor(x)
     if axis is None:
@@ -125,7 +126,7 @@ def broadcast_to(x: Tensor, shape: Any) -> Tensor:
     return broadcast(convert_to_tensor(x), shape_of(shape))
 
 
-def flip(x: Tensor, axis: int | Sequence[int] | None = None) -> Tensor:
+def flip(x: Tensor, axis: Axes | None = None) -> Tensor:
     """A tensor with the order of its elements reversed along axes, all by default."""
     x = convert_to_tensor(x)
     axes = axes_of(axis, x.ndim)
@@ -168,7 +169,7 @@ def rot90(array: Tensor, k: int = 1, axes: tuple[int, int] = (0, 1)) -> Tensor:
     return ops.rev(swapaxes(array, first, second), axes=(second,))
 
 
-def roll(x: Tensor, shift: int | Sequence[int], axis: int | Sequence[int] | None = None) -> Tensor:
+def roll(x: Tensor, shift: Axes, axis: Axes | None = None) -> Tensor:
     """A tensor whose elements are moved by `shift` places along axes, those beyond the end coming back in front."""
     x = convert_to_tensor(x)
     if axis is None:
@@ -333,7 +334,7 @@ def dsplit(x: Tensor, indices_or_sections: Any) -> list[Tensor]:
 
 
 # -- repeating ------------------------------------------------------------------------------------------------------
-def tile(x: Tensor, repeats: int | Sequence[int]) -> Tensor:
+def tile(x: Tensor, repeats: Axes) -> Tensor:
     """A tensor laid side by side, `repeats` times along each axis."""
     x = convert_to_tensor(x)
     times = shape_of(repeats)

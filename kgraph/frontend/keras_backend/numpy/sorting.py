@@ -186,8 +186,9 @@ def unique(
     return chosen[0] if len(chosen) == 1 else chosen
 
 
-def _unique_of_concrete(x: Tensor, axis: int | None, size: int | None, fill_value: Any) -> list[Tensor]:
+def _unique_of_concrete(x: Tensor, axis: int | None, size: Any, fill_value: Any) -> list[Tensor]:
     (array,) = concrete("unique", x)
+    values: Tensor
     values, index, inverse, counts = np.unique(
         array, return_index=True, return_inverse=True, return_counts=True, axis=axis, equal_nan=False
     )
@@ -209,7 +210,7 @@ def _resized(x: Tensor, size: int, fill: int) -> Tensor:
     return ops.pad(x, scalar(fill, x), low=(0,), high=(size - x.shape[0],), interior=(0,))
 
 
-def _unique_of_size(x: Tensor, size: int, fill_value: Any) -> list[Tensor]:
+def _unique_of_size(x: Tensor, size: int | Dim, fill_value: Any) -> list[Tensor]:
     shape, row = tuple(x.shape), flatten(x)
     length = row.shape[0]
     if isinstance(size, Dim) or (isinstance(length, int) and length == 0):
