@@ -35,6 +35,7 @@ class Worker:
         self.engine = engine
         if engine == "kgraph":
             environment = dict(os.environ, KERAS_BACKEND="kgraph")
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
             if cache is not None:
                 environment["KGRAPH_CACHE_DIR"] = str(cache)
             interpreter = sys.executable

@@ -19,8 +19,10 @@ _EXPORTS = {
     "compile": "kgraph.api",
     "errors": "kgraph.errors",
     "get_num_threads": "kgraph.runtime.threads",
+    "grad": "kgraph.gradients",
     "jit": "kgraph.api",
     "set_num_threads": "kgraph.runtime.threads",
+    "value_and_grad": "kgraph.gradients",
 }
 
 __all__ = ["__version__", *_EXPORTS]

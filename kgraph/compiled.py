@@ -14,6 +14,7 @@ from kgraph.config import Options
 from kgraph.errors import InputError
 from kgraph.frontend.capture import Captured, SpecialisationError, capture_function
 from kgraph.frontend.keras_backend import core
+from kgraph.frontend.tracer import is_tracing
 from kgraph.ir import TensorType
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, profile_of
@@ -247,6 +248,8 @@ class CompiledFunction:
         self._compiled: dict[tuple, CompiledModel] = {}
 
     def __call__(self, *args, **kwargs):
+        if is_tracing():  # part of a larger graph, such as a gradient
+            return self._function(*args, **kwargs)
         return self._for(args, kwargs)(*args, **kwargs)
 
     def _for(self, args: tuple, kwargs: dict) -> CompiledModel:

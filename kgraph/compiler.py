@@ -15,7 +15,7 @@ from kgraph.codegen.lower import lower
 from kgraph.codegen.target import host_target
 from kgraph.ir import Graph, Node, Value
 from kgraph.ir.interpreter import evaluate
-from kgraph.passes.manager import Decision, PassContext, run_passes
+from kgraph.passes.manager import Decision, Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.passes.prologue import split_prologue
 from kgraph.runtime.plan import Program
@@ -123,20 +123,21 @@ def _drop_unread(graph: Graph) -> None:
     graph.nodes = kept[::-1]
 
 
-def optimise(graph: Graph, target) -> tuple[Graph, PassContext]:
-    """Run the inference pipeline for a target; gives the graph and the passes' decisions and times."""
+def optimise(graph: Graph, target, passes: Sequence[Pass] = INFERENCE) -> tuple[Graph, PassContext]:
+    """Run the passes for a target; gives the graph and the passes' decisions and times."""
     context = PassContext(accepts=families.accepts, packing=lambda node: families.packing_for(node, target))
-    return run_passes(graph, INFERENCE, context), context
+    return run_passes(graph, passes, context), context
 
 
-def compile_graph(graph: Graph, progress=None) -> CompiledGraph:
+def compile_graph(graph: Graph, progress=None, passes: Sequence[Pass] = INFERENCE) -> CompiledGraph:
     """Compile a captured graph for this machine.
 
     progress: called as `progress(done, total)` while kernels are compiled.
+    passes: `pipeline.INFERENCE`, or `pipeline.TRAINING` for a graph with a backward part.
     """
     target = host_target()
     start = time.perf_counter()
-    optimised, context = optimise(graph, target)
+    optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
     lowered = lower(split.main, target, context.decisions)

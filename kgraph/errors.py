@@ -23,6 +23,10 @@ class UnsupportedError(KGraphError, NotImplementedError):
     """A function of the Keras backend interface that kgraph does not provide (listed in `gaps.toml`)."""
 
 
+class GradientError(UnsupportedError):
+    """A gradient needs the derivative of a primitive that has none; the message names it, its layer and the reason."""
+
+
 class CaptureError(KGraphError, RuntimeError):
     """A model could not be captured as a graph."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from kgraph.compiler import CompiledGraph
 from kgraph.ir import Dim, Node
 from kgraph.passes.manager import Decision
-from kgraph.runtime.steps import NativeStep
+from kgraph.runtime.steps import HostStep, NativeStep
 
 
 @dataclass
@@ -41,17 +41,16 @@ def _members(node: Node) -> tuple[str, ...]:
 def _rows(compiled: CompiledGraph) -> list[KernelRow]:
     rows = []
     for step, node in zip(compiled.program.steps, compiled.nodes):
-        native = isinstance(step, NativeStep)
         rows.append(
             KernelRow(
                 label=step.label,
                 layers=_layer_names(node.provenance),
                 members=_members(node),
                 output=", ".join(str(o.type) for o in node.outputs),
-                flops=step.flops if native else 0,
-                bytes=step.bytes if native else 0,
-                host=not native,
-                reason="" if native else step.reason,
+                flops=step.flops if isinstance(step, NativeStep) else 0,
+                bytes=step.bytes if isinstance(step, NativeStep) else 0,
+                host=isinstance(step, HostStep),
+                reason=step.reason if isinstance(step, HostStep) else "",
             )
         )
     return rows
@@ -168,16 +167,15 @@ def explain(name: str, compiled: CompiledGraph, specialised: str | None = None) 
 
 def profile_of(name: str, compiled: CompiledGraph, arrays, repeats: int) -> Profile:
     """Median time per step over `repeats` calls."""
-    runs = [compiled.program.profile(arrays)[1] for _ in range(max(repeats, 1))]
+    _, steps = compiled.program.profile(arrays, max(repeats, 1))
     rows = _rows(compiled)
     layers: dict[str, float] = {}
     for number, row in enumerate(rows):
-        times = sorted(run[number].nanoseconds for run in runs)
-        last = runs[-1][number]
-        row.microseconds = times[len(times) // 2] / 1e3
-        row.flops, row.bytes, row.threads = last.flops, last.bytes, last.threads
+        step = steps[number]
+        row.microseconds = step.nanoseconds / 1e3
+        row.flops, row.bytes, row.threads = step.flops, step.bytes, step.threads
         # A kernel of several layers counts for each in equal shares.
         for layer in row.layers or ("(no layer)",):
             layers[layer] = layers.get(layer, 0.0) + row.microseconds / max(len(row.layers), 1)
     total = sum(row.microseconds or 0.0 for row in rows) / 1e3
-    return Profile(name, rows, total, sum(s.flops for s in runs[-1]), sum(s.bytes for s in runs[-1]), layers)
+    return Profile(name, rows, total, sum(s.flops for s in steps), sum(s.bytes for s in steps), layers)

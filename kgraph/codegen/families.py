@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from kgraph.codegen.kernel import KernelCall
 from kgraph.ir import Node
 
 # Modules of kgraph.codegen.cpu, by primitive name. What is elementwise and not named here goes to `loop`.
@@ -72,6 +73,14 @@ def accepts(node: Node) -> str | None:
     if family is None:
         return f"no kernel family for {node.name}"
     return family.accepts(node)
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """The kernel calls of a node that `accepts` takes."""
+    family = family_of(node)
+    if family is None:
+        raise ValueError(f"no kernel family for {node.name}")
+    return family.lower(node, target)
 
 
 def packing_for(node: Node, target) -> tuple | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +43,9 @@ class KernelCall:
     """
 
     spec: KernelSpec
-    operands: list[Value | Temporary]
+    operands: Sequence[Value | Temporary]
     outputs: int
-    sizes: list[int | Dim]
+    sizes: Sequence[int | Dim]
     extent: int | Dim
     flops: int | Dim
     bytes: int | Dim

@@ -67,7 +67,7 @@ class _Lowering:
         else:
             reason = families.accepts(node)
             if reason is None:
-                for call in families.family_of(node).lower(node, self.target):
+                for call in families.lower(node, self.target):
                     self._native(node, call)
             elif name == "fusion":
                 self._unfused(node)

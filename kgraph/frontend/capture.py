@@ -8,18 +8,17 @@ further outputs of the graph. Where the model's code needs the value of a size, 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-import numpy as np
 
-from kgraph.errors import CaptureError, DimDecisionError, KGraphError, UnsupportedError
+from kgraph.errors import CaptureError, DimDecisionError, KGraphError
 from kgraph.frontend.keras_backend import core
-from kgraph.frontend.tracer import GraphTracer, TracedArray
+from kgraph.frontend.signatures import Arguments, is_array, path_name, signature
+from kgraph.frontend.tracer import GraphTracer
 from kgraph.frontend.unsupported import Collector
 from kgraph.ir import Dim, Graph, TensorType, type_of
 from kgraph.structure import Structure
@@ -62,13 +61,6 @@ class SpecialisationError(DimDecisionError):
         self.symbols, self.inputs = symbols, inputs
 
 
-class Arguments:
-    """Example arguments of a call with several of them: `example=Arguments(x, y, mask=m)`."""
-
-    def __init__(self, *args, **kwargs):
-        self.args, self.kwargs = args, kwargs
-
-
 # -- entry points ------------------------------------------------------------------------------------------------------
 def capture(model, *, sizes: dict[str, int] | None = None, training: bool = False, example: Any = None) -> Captured:
     """The graph of a call of a Keras model or layer.
@@ -104,174 +96,10 @@ def capture_function(
         type_ = type_of(leaf.value if isinstance(leaf, core.Variable) else leaf)
         if batch_symbol and type_.shape:
             type_ = type_.with_shape((Dim.symbol("N"), *type_.shape[1:]))
-        return _path_name(path[1:], "x"), type_
+        return path_name(path[1:], "x"), type_
 
-    inputs, _ = Structure.of((args, kwargs), _is_array, describe, call=True)
+    inputs, _ = Structure.of((args, kwargs), is_array, describe, call=True)
     return _capture_unifying(function, inputs, symbols, sizes or {}, getattr(function, "__name__", "function"))
-
-
-def signature(model, example: Any = None) -> tuple[Structure, dict[str, str]]:
-    """The structure of a model's inputs, with symbolic sizes, and where each symbol comes from. Builds the model.
-
-    Raises CaptureError where the shapes are not known.
-    """
-    if isinstance(model, keras.Sequential) and not model.built and example is None:
-        raise CaptureError(
-            f"model {model.name!r} is not built: add keras.Input(shape) as its first layer, or give `example`"
-        )
-    functional = getattr(model, "_functional", None) or model
-    declared = getattr(functional, "_inputs_struct", None)
-    if declared is not None and example is None:
-        return _declared_signature(declared)
-    if example is not None:
-        return _example_signature(model, example)
-    shapes = getattr(model, "_build_shapes_dict", None)
-    if not model.built or not shapes:
-        raise CaptureError(
-            f"the shapes of the inputs of {model.name!r} are not known: call it once or give `example=` (inputs of one "
-            "call, whose first axis is the batch)"
-        )
-    return _built_signature(model, shapes)
-
-
-# -- signatures --------------------------------------------------------------------------------------------------------
-class _Symbols:
-    """Names for the unknown sizes of inputs: N for the batch, L<axis> (then L<axis>_2 ...) for other axes."""
-
-    def __init__(self):
-        self.origins: dict[str, str] = {}
-
-    def shape(self, sizes, input_name: str) -> tuple:
-        return tuple(self._size(s, axis, input_name) for axis, s in enumerate(sizes))
-
-    def _size(self, size, axis: int, input_name: str):
-        if size is not None:
-            return size
-        if axis == 0:
-            self.origins["N"] = "batch"
-            return Dim.symbol("N")
-        name, count = f"L{axis}", 1
-        while name in self.origins:
-            count += 1
-            name = f"L{axis}_{count}"
-        self.origins[name] = f"axis {axis} of input {input_name!r}"
-        return Dim.symbol(name)
-
-
-def _path_name(path: tuple, default: str) -> str:
-    return "_".join(str(p) for p in path) if path else default
-
-
-def _input_name(tensor) -> str:
-    """The name that the user gave an input, or else that of its layer."""
-    history = getattr(tensor, "_keras_history", None)
-    if tensor.name.startswith("keras_tensor") and history is not None:
-        return history.operation.name
-    return tensor.name
-
-
-def _argument_name(parameters: list[str], path: tuple, count: int) -> str:
-    """A name for the leaf at a path `(0, position, ...)` or `(1, keyword, ...)` of a call's arguments."""
-    kind, place, *rest = path
-    if kind == 0:
-        place = parameters[place] if place < len(parameters) else place
-    return _path_name(tuple(rest), str(place)) if count == 1 else _path_name((place, *rest), "x")
-
-
-def _declared_signature(declared) -> tuple[Structure, dict]:
-    """Of a Functional model, from its KerasTensors."""
-    symbols = _Symbols()
-
-    def describe(leaf, path):
-        if leaf.sparse or leaf.ragged:
-            raise UnsupportedError(
-                f"input {leaf.name!r} is {'sparse' if leaf.sparse else 'ragged'}; kgraph takes dense"
-            )
-        name = _input_name(leaf)
-        return name, TensorType(symbols.shape(leaf.shape, name), leaf.dtype)
-
-    is_leaf = lambda x: isinstance(x, keras.KerasTensor)
-    structure, leaves = Structure.of(((declared,), {}), is_leaf, describe, call=True)
-    # A model of one input that is declared as a list of one is called with the tensor itself.
-    if len(leaves) == 1 and isinstance(declared, (list, tuple)) and len(declared) == 1:
-        (args, _) = structure.template
-        structure = Structure(((args[0][0],), {}), structure.names, structure.types, call=True)
-    return structure, symbols.origins
-
-
-def _example_signature(model, example) -> tuple[Structure, dict]:
-    arguments = example if isinstance(example, Arguments) else Arguments(example)
-    parameters = list(inspect.signature(getattr(model, "call", model)).parameters)
-    symbols = _Symbols()
-
-    def describe(leaf, path):
-        if not isinstance(leaf, keras.KerasTensor):
-            leaf = core.convert_to_tensor(leaf)
-        name = _argument_name(parameters, path, len(arguments.args) + len(arguments.kwargs))
-        shape = tuple(leaf.shape)
-        if shape and shape[0] is not None:
-            shape = (None, *shape[1:])
-        return name, TensorType(symbols.shape(shape, name), keras.backend.standardize_dtype(leaf.dtype))
-
-    is_leaf = lambda x: _is_array(x) or isinstance(x, keras.KerasTensor)
-    structure, leaves = Structure.of((arguments.args, arguments.kwargs), is_leaf, describe, call=True)
-    if not all(layer.built for layer in _layers(model)):
-        # Built symbolically: no values are computed.
-        tensors = [
-            leaf if isinstance(leaf, keras.KerasTensor) else keras.KerasTensor((None, *t.shape[1:]), t.dtype)
-            for leaf, t in zip(leaves, structure.types)
-        ]
-        args, kwargs = structure.pack_call(tensors)
-        core.compute_output_spec(model, *args, **kwargs)
-    return structure, symbols.origins
-
-
-def _built_signature(model, shapes: dict) -> tuple[Structure, dict]:
-    """Of a subclassed model or a layer, from the shapes that it was built with."""
-    symbols = _Symbols()
-    dtype = model.input_dtype
-    single = len(shapes) == 1
-
-    class Shape(tuple):
-        """A shape as a leaf."""
-
-    def mark(x):
-        if isinstance(x, dict):
-            return {k: mark(v) for k, v in x.items()}
-        if isinstance(x, (tuple, list)) and all(s is None or isinstance(s, int) for s in x):
-            # The batch that the model was built with stands for any.
-            return Shape((None, *x[1:]))
-        return [mark(v) for v in x]
-
-    def describe(leaf, path):
-        name = _path_name(path[2:], "x") if single else _path_name(path[1:], "x")
-        return name, TensorType(symbols.shape(leaf, name), dtype)
-
-    class _Holder:
-        def __init__(self, shape):
-            self.shape = shape
-
-    def hold(x):
-        if isinstance(x, Shape):
-            return _Holder(x)
-        if isinstance(x, dict):
-            return {k: hold(v) for k, v in x.items()}
-        return [hold(v) for v in x]
-
-    marked = {key.removesuffix("_shape"): hold(mark(value)) for key, value in shapes.items()}
-    call = ((next(iter(marked.values())),), {}) if single else ((), marked)
-    structure, _ = Structure.of(
-        call, lambda x: isinstance(x, _Holder), lambda leaf, path: describe(leaf.shape, path), call=True
-    )
-    return structure, symbols.origins
-
-
-def _layers(model) -> list:
-    return model._flatten_layers() if hasattr(model, "_flatten_layers") else [model]
-
-
-def _is_array(x) -> bool:
-    return isinstance(x, (np.ndarray, np.generic, TracedArray, core.Variable))
 
 
 # -- tracing -----------------------------------------------------------------------------------------------------------
@@ -365,9 +193,9 @@ def _outputs(result) -> tuple[list, Structure]:
     def describe(leaf, path):
         leaf = core.convert_to_tensor(leaf)
         leaves.append(leaf)
-        return _path_name(path, "output"), TensorType(tuple(leaf.shape), leaf.dtype.name)
+        return path_name(path, "output"), TensorType(tuple(leaf.shape), leaf.dtype.name)
 
-    structure, _ = Structure.of(result, lambda x: _is_array(x) or isinstance(x, Dim), describe)
+    structure, _ = Structure.of(result, lambda x: is_array(x) or isinstance(x, Dim), describe)
     return leaves, structure
 
 

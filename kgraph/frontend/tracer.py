@@ -19,6 +19,7 @@ from kgraph.errors import CaptureError
 from kgraph.frontend.traced_array import TracedArray, layer_path
 from kgraph.ir import Graph, TensorType, Tracer, Value, dtype_name, make_node, type_of
 from kgraph.ir.primitive import PRIMITIVES, current_tracer
+from kgraph.ir.recorder import inherited_provenance
 
 _BACKEND_MODULES = "kgraph.frontend.keras_backend."
 # A uniform constant above this many elements is recorded as `full`, so that it takes no memory in the graph.
@@ -119,7 +120,10 @@ class GraphTracer(Tracer):
 
     # -- nodes ----------------------------------------------------------------------------------------------------
     def provenance(self) -> frozenset:
-        """Where the running Python code is: `{"layer/path:function"}`."""
+        """Where the running Python code is: `{"layer/path:function"}`; while gradient rules run, what they inherit."""
+        inherited = inherited_provenance.get()
+        if inherited is not None:
+            return inherited
         text = f"{layer_path()}:{_operation_name()}"
         known = self._provenance.get(text)
         if known is None:

@@ -211,6 +211,8 @@ def _gradient(cotangents, inputs, outputs, *, strides, padding, lhs_dilation, rh
         before = extent_w - 1 - low
         to_x.append((before, extent_x + extent_w - 1 - extent_out - before))
         to_w.append((low, extent_out - extent_x + before))
+    plain = all(p == (0, 0) for p in padding) and all(d == 1 for d in lhs_dilation)
+    pointwise = plain and all(k == 1 for k in w.shape[:-2])
     return (
         ops.conv(
             cotangent,
@@ -221,7 +223,7 @@ def _gradient(cotangents, inputs, outputs, *, strides, padding, lhs_dilation, rh
             rhs_dilation=rhs_dilation,
             feature_groups=feature_groups,
         ),
-        _filter_gradient(x, cotangent, tuple(to_w), strides, lhs_dilation, rhs_dilation, feature_groups),
+        _filter_gradient(x, cotangent, tuple(to_w), strides, lhs_dilation, rhs_dilation, feature_groups, pointwise),
     )
 
 
@@ -237,11 +239,24 @@ def _transposed_filters(w, groups: int):
     return ops.reshape(split, shape=(*window, filters // groups, channels * groups))
 
 
-def _filter_gradient(x, cotangent, padding, strides, lhs_dilation, rhs_dilation, groups: int):
+def _pointwise_filter_gradient(x, cotangent, strides):
+    """For a window of one element: the product of the pixels that it meets with the cotangent, over all of them."""
+    rank = len(strides)
+    if any(s != 1 for s in strides):
+        limit = (x.shape[0], *((n - 1) * s + 1 for n, s in zip(cotangent.shape[1:-1], strides)), x.shape[-1])
+        x = ops.slice(x, start=(0,) * (rank + 2), limit=limit, stride=(1, *strides, 1))
+    pixels = tuple(range(rank + 1))
+    out = ops.dot_general(x, cotangent, lhs_contract=pixels, rhs_contract=pixels)
+    return ops.reshape(out, shape=((1,) * rank + tuple(out.shape)))
+
+
+def _filter_gradient(x, cotangent, padding, strides, lhs_dilation, rhs_dilation, groups: int, pointwise: bool):
     """The batch is what is contracted: x as [C/g, *spatial, g*N] is convolved with the cotangent [*out, N, F]."""
     rank = len(x.shape) - 2
     batch, size, channels = x.shape[0], tuple(x.shape[1:-1]), x.shape[-1]
     axes = tuple(range(1, rank + 1))
+    if groups == 1 and pointwise:
+        return _pointwise_filter_gradient(x, cotangent, strides)
     if groups == 1:
         images = ops.transpose(x, permutation=(rank + 1, *axes, 0))
     else:

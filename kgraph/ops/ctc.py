@@ -61,7 +61,7 @@ def _search(log_probabilities: np.ndarray, beam_width: int, blank: int) -> list[
                 grown[1] = np.logaddexp(grown[1], source + row[label])
         ranked = sorted(extended.items(), key=lambda item: (-np.logaddexp(item[1][0], item[1][1]), item[0]))
         beams = dict(ranked[:beam_width])
-    out = [(prefix, float(np.logaddexp(*score))) for prefix, score in beams.items()]
+    out = [(prefix, float(np.logaddexp(score[0], score[1]))) for prefix, score in beams.items()]
     return sorted(out, key=lambda item: (-item[1], item[0]))
 
 

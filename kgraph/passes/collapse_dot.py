@@ -39,7 +39,7 @@ def collapse_dot(graph: Graph, context: PassContext | None = None) -> Graph:
             rhs = emit(primitive("transpose"), rhs, permutation=permutation)
         depth = product(rhs.shape[:count])
         width = product(rhs.shape[count:])
-        if rhs.type.rank != 2:
+        if rhs.type.rank != 2 or count != 1:
             rhs = emit(primitive("reshape"), rhs, shape=(depth, width))
         if count > 1:
             lhs = emit(primitive("reshape"), lhs, shape=(*lhs.shape[: lhs.type.rank - count], depth))

@@ -1,4 +1,4 @@
-"""The one ordered list of passes."""
+"""The ordered lists of passes."""
 
 from __future__ import annotations
 
@@ -37,3 +37,7 @@ INFERENCE: list[Pass] = [
     common_subexpressions,
     dead_code,
 ]
+
+# For graphs with a backward part, in which what a step changes (weights, statistics, optimizer state) is among the
+# inputs: nothing is prepared ahead of calls. `passes.autodiff` comes before, when the step is traced.
+TRAINING: list[Pass] = [pass_ for pass_ in INFERENCE if pass_ not in (fold_batch_norm, layout)]

@@ -317,20 +317,19 @@ class Binding:
                 results.append(np.empty(shape, dtype))
         return results, list(out)
 
-    def profile(self, arrays: Sequence[np.ndarray], repeats: int = 3) -> tuple[tuple, list[StepTime]]:
-        """Run with time stamps; gives the outputs and the shortest time of every step of the program in `repeats` runs.
+    def profile(self, arrays: Sequence[np.ndarray], repeats: int = 5) -> tuple[tuple, list[StepTime]]:
+        """Run with time stamps; gives the outputs and the median time of every step of the program in `repeats` runs.
 
-        A run ahead of them brings memory and code into the caches.
+        A run ahead of them brings memory and code into the caches. The shortest time would mislead: where thread 0 has
+        lost its core for a while, others have done its steps, and it finds them done.
         """
         arrays = self._dense_inputs(arrays)
         results = [np.empty(shape, dtype) for shape, dtype in self._outputs]
         context = Context(self, profile=True)
         context.set_params(self.program.values)
-        best = [0] * len(self.steps)
-        for run in range(repeats + 1):
-            times = self._timed_run(context, arrays, results)
-            best = times if run < 2 else [min(pair) for pair in zip(best, times)]
-        report = [StepTime(s.label, s.layers, t, s.flops, s.bytes, s.threads, s.host) for s, t in zip(self.steps, best)]
+        runs = [self._timed_run(context, arrays, results) for _ in range(repeats + 1)][1:]
+        times = [sorted(one)[len(one) // 2] for one in zip(*runs)]
+        report = [StepTime(s.label, s.layers, t, s.flops, s.bytes, s.threads, s.host) for s, t in zip(self.steps, times)]
         return tuple(results), report
 
     def _timed_run(self, context: Context, arrays, results) -> list[int]:

@@ -198,6 +198,17 @@ FITS = [
 ]
 
 
+def erf_pieces() -> list[list]:
+    """Coefficients of erf(k/4 + t) - t in t for |t| <= 1/8, k = 0..15, as rows of coefficients of one power."""
+    pieces = []
+    for k in range(16):
+        centre = mpf(k) / 4
+        value = erf(centre)
+        slope = lambda t, centre=centre, value=value: (erf(centre + t) - value) / t - 1
+        pieces.append([value, *chebyshev_fit(avoid_zero(slope), -0.125, 0.125, 4)])
+    return [list(row) for row in zip(*pieces)]
+
+
 def two_over_pi_words(count: int) -> list[int]:
     """2/pi in 64-bit words, after one word of zeros."""
     mp.prec = 64 * count + 64
@@ -216,6 +227,11 @@ def main():
         for c in coefficients:
             print(f"    {float(c)!r},")
         print(")")
+    print("\n# erf(k/4 + t) - t for |t| <= 1/8: per power of t its coefficient for k = 0..15")
+    print("ERF_PIECES = (")
+    for row in erf_pieces():
+        print("    (" + ", ".join(repr(float(c)) for c in row) + "),")
+    print(")")
     print("\n# The bits of 2/pi in words of 64, after one word of zeros.")
     print("TWO_OVER_PI = (")
     for word in two_over_pi_words(21):

@@ -12,7 +12,7 @@ import numpy as np
 
 from kgraph import ops
 from kgraph.ir import Dim
-from tests.fuzz.building import FLOATS, N, Builder, Fact, SkipOperation
+from tests.fuzz.building import FLOATS, Builder, Fact, N, SkipOperation
 
 OPERATIONS: dict = {}
 INTS = ("int32", "int64")
@@ -267,7 +267,9 @@ def select(b: Builder):
     y = partner(b, x)
     shape = x if len(x.shape) >= len(y.shape) else y
     try:
-        p = b.pick("bool", where=lambda v: broadcastable(b, shape, v) and broadcastable(b, x, v) and broadcastable(b, y, v))
+        p = b.pick(
+            "bool", where=lambda v: broadcastable(b, shape, v) and broadcastable(b, x, v) and broadcastable(b, y, v)
+        )
     except SkipOperation:
         if not b.exact(x) or b.dtype_of(x) == "bool":
             raise
@@ -333,7 +335,7 @@ def drop_axis_of_one(b: Builder):
 
 @operation(1)
 def broadcast(b: Builder):
-    x = b.pick(rank=range(0, 4))
+    x = b.pick(rank=range(4))
     shape = [b.small_size() if _one(s) and b.chance(0.7) else s for s in x.shape]
     if b.chance(0.4):
         shape.insert(0, b.choice((N, 2, 3)))
@@ -437,7 +439,7 @@ def take(b: Builder):
     if isinstance(x.shape[axis], Dim) or not x.shape[axis]:
         raise SkipOperation
     try:
-        indices = b.pick("int32", "int64", rank=range(0, 3))
+        indices = b.pick("int32", "int64", rank=range(3))
     except SkipOperation:
         indices = b.constant(b.rng.integers(-2, 3, (3,)), "int32")
     modes = ("clip", "wrap") if b.dtype_of(x) in FLOATS else ("clip", "wrap", "fill")
@@ -631,7 +633,9 @@ def general_product(b: Builder):
 
 def spatial_operand(b: Builder):
     """A value [N, spatial.., channels] with static spatial sizes, and its number of spatial axes."""
-    x = b.pick(b.dtype, rank=range(3, 6), where=lambda v: not any(isinstance(s, Dim) for s in v.shape[1:]) and all(v.shape[1:]))
+    x = b.pick(
+        b.dtype, rank=range(3, 6), where=lambda v: not any(isinstance(s, Dim) for s in v.shape[1:]) and all(v.shape[1:])
+    )
     return x, len(x.shape) - 2
 
 
@@ -731,7 +735,12 @@ def attention(b: Builder):
 
 @operation(0.7)
 def rnn(b: Builder):
-    x = b.pick("float32", "float64", rank=3, where=lambda v: not any(isinstance(s, Dim) for s in v.shape[1:]) and all(v.shape[1:]))
+    x = b.pick(
+        "float32",
+        "float64",
+        rank=3,
+        where=lambda v: not any(isinstance(s, Dim) for s in v.shape[1:]) and all(v.shape[1:]),
+    )
     x, _ = small(b, x, 4)
     cell = b.choice(("lstm", "gru", "simple"))
     gates, units, dtype = {"lstm": 4, "gru": 3, "simple": 1}[cell], b.small_size(), b.dtype_of(x)
@@ -756,7 +765,9 @@ def rnn(b: Builder):
 
 @operation(0.7)
 def resize(b: Builder):
-    x = b.pick(b.dtype, rank=range(3, 5), where=lambda v: not any(isinstance(s, Dim) for s in v.shape[1:]) and all(v.shape[1:]))
+    x = b.pick(
+        b.dtype, rank=range(3, 5), where=lambda v: not any(isinstance(s, Dim) for s in v.shape[1:]) and all(v.shape[1:])
+    )
     size = tuple(b.integer(1, 2 * s) for s in x.shape[1:-1])
     y = ops.resize(x, size=size, method=b.choice(("nearest", "bilinear", "bicubic")), antialias=b.chance(0.5))
     b.keep(y, Fact(b.fact(x).bound * 2.5))

@@ -13,8 +13,7 @@ import pytest
 
 import kgraph
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import models as benchmark_models
 
 PINS = json.loads(Path(__file__).with_name("pinned_counts.json").read_text())

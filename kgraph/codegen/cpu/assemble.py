@@ -250,7 +250,7 @@ def _write_row(b: KernelBuilder, destination, row, at, start, count, axis, write
 def _lower_mirror(node: Node) -> KernelCall:
     x, out = node.inputs[0], node.output
     low, high = node.attrs["low"], node.attrs["high"]
-    axes = []
+    axes: list[tuple] = []
     for n, m, before, after in zip(out.shape, x.shape, low, high, strict=True):
         plain = all(not isinstance(p, Dim) and p == 0 for p in (before, after))
         if plain and axes and axes[-1][3]:

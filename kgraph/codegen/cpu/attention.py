@@ -399,5 +399,3 @@ class AttentionKernel:
 def render_attention(params, target) -> str:
     """LLVM IR of an attention kernel."""
     return AttentionKernel(params, target).render()
-
-

@@ -285,13 +285,6 @@ class KernelBuilder:
             return x.value
         return ir.Constant(I64, x) if isinstance(x, int) else x
 
-    def int(self, x: int | Int | ir.Value) -> Int:
-        """An integer as an Int; values of narrower types are sign-extended."""
-        if isinstance(x, Int):
-            return x
-        value = self.i64(x)
-        return Int(self, self.ir.sext(value, I64) if value.type.width < 64 else value)
-
     def min(self, x, y):
         """The lesser of two integers."""
         return self._int_pick("<", x, y)
@@ -420,13 +413,29 @@ class KernelBuilder:
         if mask is None:
             access = self.ir.store(value, at, align=align)
         elif only is not None:
-            # LLVM 22 writes four bytes for a masked store of one constant lane whose value is a truncation to two.
             access = self.ir.store(self.lane(value, only), (pointer + index + only).value, align=align)
         else:
+            narrow = isinstance(MEMORY_TYPES[pointer.dtype], ir.IntType) and itemsize(pointer.dtype) < 8
+            if narrow and not raw and not isinstance(mask, ir.Constant):
+                mask = self._opaque_mask(mask)
             arguments = [value.type, PTR, I32, mask.type]
             function = self._intrinsic("llvm.masked.store", VOID, arguments, (value.type, PTR))
             access = self.ir.call(function, [value, at, ir.Constant(I32, align), mask])
         self._accesses.append((access, pointer.scope))
+
+    def _opaque_mask(self, mask: ir.Value) -> ir.Value:
+        """The same mask, hidden from constant folding.
+
+        LLVM 22 compiles a masked store of a truncated vector, where just one lane of the mask is on and that is known,
+        to a scalar store of the wide element, which overwrites what follows. `store` writes such a lane itself where
+        the mask is a constant; this keeps masks from becoming constants later, when loops unroll or calls inline.
+        """
+        bits = ir.IntType(mask.type.count)
+        word = self.ir.bitcast(mask, bits)
+        word = self.ir.zext(word, I64) if bits.width < 64 else word
+        word = self.ir.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [word], False)
+        word = self.ir.trunc(word, bits) if bits.width < 64 else word
+        return self.ir.bitcast(word, mask.type)
 
     def load_broadcast(self, pointer: Pointer, index, lanes: int):
         """One element in every lane."""
@@ -673,6 +682,24 @@ class KernelBuilder:
         address.type = PTR
         return Pointer(self, address, dtype, name)
 
+    def can_look_up(self, value: ir.Value) -> bool:
+        """Whether `look_up` exists for vectors like this."""
+        return lanes_of(value) == 16 and element_type(value) in (F32, I32) and self.target.has("avx512f")
+
+    def look_up(self, table: tuple[float, ...], indices: ir.Value) -> ir.Value:
+        """Entries of a table of 16 float32 at a vector of 16 int32 (their low four bits), in one instruction."""
+        vector = self._vector(F32, 16)
+        function = self._intrinsic("llvm.x86.avx512.permvar.sf.512", vector, [vector, indices.type], ())
+        return self.ir.call(function, [ir.Constant(vector, list(table)), indices])
+
+    def scale(self, value: ir.Value, exponent: ir.Value) -> ir.Value:
+        """value * 2^floor(exponent) on the vectors that can_look_up, with overflow and denormals as they should be."""
+        mask, rounding = ir.Constant(I16, -1), ir.Constant(I32, 4)
+        arguments = [value, exponent, value, mask, rounding]
+        name = "llvm.x86.avx512.mask.scalef.ps.512"
+        function = self._intrinsic(name, value.type, [a.type for a in arguments], ())
+        return self.ir.call(function, arguments)
+
     def lane(self, vector: ir.Value, number: int) -> ir.Value:
         """One lane of a vector, as a scalar."""
         return self.ir.extract_element(vector, ir.Constant(I32, number))
@@ -731,6 +758,14 @@ class KernelBuilder:
         full = ".".join([name, *map(_overload_name, overloads)])
         found = self.module.globals.get(full)
         return found or ir.Function(self.module, ir.FunctionType(result, arguments), full)
+
+    # The last method: below it, annotations in this class would mean the method by `int`.
+    def int(self, x: int | Int | ir.Value) -> Int:
+        """An integer as an Int; values of narrower types are sign-extended."""
+        if isinstance(x, Int):
+            return x
+        value = self.i64(x)
+        return Int(self, self.ir.sext(value, I64) if value.type.width < 64 else value)
 
 
 def _overload_name(type: ir.Type) -> str:

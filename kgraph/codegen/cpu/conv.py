@@ -22,10 +22,10 @@ from kgraph.codegen.cpu.conv_geometry import AxisPhase, axis_phases
 from kgraph.codegen.cpu.conv_kernel import ConvPlan, Section, copy_bytes, sums_bytes
 from kgraph.codegen.cpu.epilogue import Parts, take_apart
 from kgraph.codegen.cpu.microkernel import TileRange, register_tile
-from kgraph.codegen.cpu.pack import accumulate_dtype
+from kgraph.codegen.cpu.pack import accumulate_dtype, has_products
 from kgraph.codegen.cpu.strided import SizeTable
-from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import Dim, Node, Value
 from kgraph.ir.dims import ceil_div, product
 from kgraph.ops.packing import panels_layout
 
@@ -40,7 +40,7 @@ def accepts(node: Node) -> str | None:
     parts = take_apart(node, "conv")
     if isinstance(parts, str):
         return parts
-    if accumulate_dtype(parts.node.inputs[0].dtype, parts.result.dtype) is None:
+    if not has_products(parts.node.inputs[0].dtype):
         return f"no convolutions of {parts.node.inputs[0].dtype}"
     return None
 
@@ -139,10 +139,10 @@ def _lower_implicit(parts: Parts, target) -> list[KernelCall]:
     combinations = list(itertools.product(*([unit] * missing + _phases(node))))
 
     calls: list[KernelCall] = []
-    weight = parts.operands[1]
+    weight: Value | Temporary = parts.operands[1]
     if parts.packed[1] is None:
         depth = product(window) * channels
-        view = gemm.MatrixView(weight, (filters,), w.shape[-1], 1)
+        view = gemm.MatrixView(parts.operands[1], (filters,), w.shape[-1], 1)
         calls.append(gemm.pack_call(view, (groups,), depth, filters, accumulate, lanes, vectors))
         weight = calls[-1].operands[1]
 

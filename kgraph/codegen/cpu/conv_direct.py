@@ -108,7 +108,8 @@ class _Direct:
         b, plan = self.b, self.plan
         wide = VECTORS * plan.lanes
         with b.loop(b.begin, b.end) as pixel:
-            rest, place = pixel, []
+            rest = pixel
+            place: list = []
             for size in reversed(self.out_sizes):
                 place.insert(0, rest % size)
                 rest = rest // size

@@ -54,6 +54,8 @@ def axis_phases(
     """The phases along one axis. low: padding before the first element; None if symbolic, without input dilation."""
     if input_dilation == 1:
         return [AxisPhase(0, 1, 0, 1, window, stride, None if low is None else -low, window_dilation)]
+    if low is None:
+        raise ValueError("input dilation needs a static padding")
     period = input_dilation // math.gcd(stride, input_dilation)
     tap_step = input_dilation // math.gcd(window_dilation, input_dilation)
     out = []

@@ -69,14 +69,14 @@ class Section:
         self.run = channels
         # Taps that are neighbours in the copy and in the weight continue the run of channels.
         if loops[2].a_stride == channels and loops[2].b_rows == channels:
-            self.run *= loops.pop().count
-        loops = [loop for loop in loops if loop.count != 1]
+            self.run *= loops.pop().turns
+        loops = [loop for loop in loops if loop.turns != 1]
         depth, inner = self.run, len(loops)
-        while inner and (depth * loops[inner - 1].count <= DEPTH or not self.taps):
+        while inner and (depth * loops[inner - 1].turns <= DEPTH or not self.taps):
             inner -= 1
-            depth *= loops[inner].count
+            depth *= loops[inner].turns
         self.outer_loops, self.inner_loops = tuple(loops[:inner]), tuple(loops[inner:])
-        self.chunks = product(loop.count for loop in self.outer_loops)
+        self.chunks = product(loop.turns for loop in self.outer_loops)
 
 
 def copy_bytes(plan: ConvPlan, sections: list[Section]) -> int:
@@ -254,7 +254,7 @@ class _Conv:
             with b.loop(0, section.chunks) as c:
                 a_offset, b_rows, rest = 0, 0, c
                 for loop in reversed(section.outer_loops):
-                    index, rest = rest % loop.count, rest // loop.count
+                    index, rest = rest % loop.turns, rest // loop.turns
                     a_offset, b_rows = index * loop.a_stride + a_offset, index * loop.b_rows + b_rows
                 first, last = c.equals(0), c.equals(section.chunks - 1)
                 a = self.copy + a_offset

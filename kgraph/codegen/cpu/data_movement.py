@@ -101,9 +101,7 @@ def _starts(node: Node) -> list[tuple[Value, int | Dim, int | Dim]]:
     x = node.inputs[0]
     return [
         (start, n - m, stride)
-        for start, n, m, stride in zip(
-            node.inputs[1:], x.shape, node.output.shape, dense_strides(x.shape), strict=True
-        )
+        for start, n, m, stride in zip(node.inputs[1:], x.shape, node.output.shape, dense_strides(x.shape), strict=True)
     ]
 
 
@@ -185,5 +183,3 @@ def _write_view_row(b: KernelBuilder, destination, source, count, stride) -> Non
     else:
         with b.loop(0, count, unroll=4) as i:
             b.store(destination, i, b.load(source, i * stride, raw=True), raw=True)
-
-

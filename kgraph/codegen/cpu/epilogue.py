@@ -219,7 +219,7 @@ class Parts:
     """
 
     node: Node
-    operands: tuple[Value, Value]
+    operands: tuple[Value, ...]
     packed: tuple
     extras: list[tuple[str, Value]]
     outputs: tuple[Value, ...]

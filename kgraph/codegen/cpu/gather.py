@@ -198,4 +198,3 @@ def render_gather_nd(params, target) -> str:
             at = at + checked_index(b, load_index(b, indices, i * len(sizes) + k), n) * stride
         copy_row(b, out + i * row, x + at, row)
     return b.ir_text()
-

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Parts, take_apart
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileRange, TileSet, register_tile
-from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, batch_offset, copy_run
+from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, batch_offset, copy_run, has_products
 from kgraph.codegen.cpu.strided import SizeTable, collapse, dense_strides, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
@@ -40,7 +40,7 @@ def accepts(node: Node) -> str | None:
     parts = take_apart(node, "dot_general")
     if isinstance(parts, str):
         return parts
-    if accumulate_dtype(parts.node.inputs[0].dtype, parts.result.dtype) is None:
+    if not has_products(parts.node.inputs[0].dtype):
         return f"no products of {parts.node.inputs[0].dtype}"
     return None
 
@@ -107,7 +107,7 @@ def _transposed(value: Value, batch: tuple, outer: tuple, inner: tuple, target) 
     from kgraph.codegen import families
 
     node = make_node(PRIMITIVES["transpose"], (value,), {"permutation": (*batch, *outer, *inner)})
-    calls = families.family_of(node).lower(node, target)
+    calls = families.lower(node, target)
     count, rows = len(batch), len(outer)
     order = tuple(range(value.type.rank))
     _, view = _view(node.output, order[:count], order[count : count + rows], order[count + rows :], target)
@@ -178,6 +178,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     rows = product(lhs.shape[a] for a in axes.lhs_free)
     depth = product(lhs.shape[a] for a in axes.lhs_contract)
     columns = product(rhs.shape[a] for a in axes.rhs_free)
+    b: Value | MatrixView
     calls, a = _view(parts.operands[0], axes.lhs_batch, axes.lhs_free, axes.lhs_contract, target)
     if parts.packed[1] is not None:
         b = parts.operands[1]
@@ -194,6 +195,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     tile, vectors = register_tile(target)
     calls: list[KernelCall] = []
     in_place = None
+    b_value: Value | Temporary
     if isinstance(b, MatrixView):
         unit = not isinstance(b.inner, Dim) and (b.inner == 1 or columns == 1)
         few = not isinstance(rows, Dim) and rows < ROWS_TO_PACK
@@ -361,7 +363,8 @@ class _Gemm:
         elif plan.copy == "columns":
             col_pitch, a_step = 1, plan.copy_pitch
         else:
-            col_pitch, a_step = plan.a_row, plan.a_step
+            # What is read in place has static strides, see `_copy_mode`.
+            col_pitch, a_step = cast(int, plan.a_row), cast(int, plan.a_step)
         code = TileCode(
             dtype=plan.accumulate,
             lanes=plan.lanes,
@@ -369,7 +372,7 @@ class _Gemm:
             col_pitch=col_pitch,
             a_step=a_step,
             loops=(),
-            run=None if plan.chunked else plan.depth,
+            run=None if plan.chunked else cast(int, plan.depth),
             b_step=plan.b_step,
             pixel_row_pitch=0,
             pixel_col_pitch=1,

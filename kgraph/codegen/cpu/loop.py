@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from llvmlite import ir
 
@@ -18,7 +19,7 @@ from kgraph.codegen.cpu import expressions, regions
 from kgraph.codegen.cpu.builder import I32, I64, Int, KernelBuilder, Pointer
 from kgraph.codegen.cpu.regions import Leaf
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Node
+from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product
 
 CHUNK = 512  # elements of a unit of a flat loop
@@ -63,7 +64,7 @@ def lower_expression(
     """The kernel call that stores an expression of `leaves` over `shape` to `outputs` (Values or Temporaries)."""
     sizes, spans = regions.collapse(shape, [leaf.spans for leaf in leaves])
     leaves = [Leaf(leaf.value, leaf.dtype, s) for leaf, s in zip(leaves, spans, strict=True)]
-    operands = [leaf.value for leaf in leaves if not leaf.is_coordinate] + list(outputs)
+    operands = [leaf.value for leaf in leaves if leaf.value is not None] + list(outputs)
     if not sizes:
         sizes, leaves = [1], [Leaf(leaf.value, leaf.dtype, (False,)) for leaf in leaves]
     kind, extra, extent = _schedule(sizes, leaves, expression, target)
@@ -85,7 +86,7 @@ def lower_expression(
     ]
 
 
-def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[str, tuple, object]:
+def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[str, tuple, int | Dim]:
     """(kind, its static parameters, extent)"""
     lanes = expressions.lanes(expression, target)
     if len(sizes) == 1:
@@ -131,7 +132,7 @@ class _Kernel:
     def __init__(self, params: tuple, target):
         name, self.expression, self.leaves, dtypes, self.extra = params
         self.b = KernelBuilder(name, target)
-        self.pointers: list[Pointer | None] = []
+        self.pointers: list[Any] = []  # None for a coordinate
         number = 0
         for dtype, _, is_coordinate in self.leaves:
             self.pointers.append(None if is_coordinate else self.b.operand(number, dtype))
@@ -170,7 +171,7 @@ def render_flat(params: tuple, target) -> str:
 def render_periodic(params: tuple, target) -> str:
     k = _Kernel(params, target)
     b, (lanes, inner, period, unit) = k.b, k.extra
-    fixed = []
+    fixed: list[list | None] = []
     for pointer, (_, spans, _) in zip(k.pointers, k.leaves):
         if spans == (False, True):
             columns = [[(slot * lanes + lane) % inner for lane in range(lanes)] for slot in range(period)]
@@ -218,10 +219,10 @@ def render_rows(params: tuple, target) -> str:
     base = b.variable((row * inner).value)
 
     with b.loop(b.begin, b.end):
-        first: int | Int = b.int(position.get()) * block if block else 0
+        first: int | Int = b.int(position.get()) * block if position is not None else 0
         last = b.min(first + block, inner) if block else inner
         _row(k, odometer.indices(), strides, b.int(base.get()), first, last, lanes)
-        if block:
+        if position is not None:
             following = b.int(position.get()) + 1
             position.set(following.value)
             with b.if_then(following >= blocks):

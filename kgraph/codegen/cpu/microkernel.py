@@ -26,9 +26,9 @@ def register_tile(target) -> tuple[int, int]:
 
 
 class KLoop(NamedTuple):
-    """One loop over k: its count, and its strides in elements of A and in rows of B (a row is one step of k)."""
+    """One loop over k: its turns, and its strides in elements of A and in rows of B (a row is one step of k)."""
 
-    count: int
+    turns: int
     a_stride: int
     b_rows: int
 
@@ -165,12 +165,12 @@ class TileSet:
             steps = run if code.run is None else code.run
             unroll = _unroll(steps, len(acc))
 
-            def turn(k, sums):
+            def unrolled(k, sums):
                 for u in range(unroll):
                     sums = step(a_at + (k * code.a_step + u * code.a_step), b_at + (k * b_step + u * b_step), sums)
                 return sums
 
-            return carried_loop(b, steps, unroll, sums, turn)
+            return carried_loop(b, steps, unroll, sums, unrolled)
 
         return walk(code.loops, a, bp, acc)
 

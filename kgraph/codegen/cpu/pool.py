@@ -71,10 +71,10 @@ def _take_apart(node: Node) -> Parts | str:
     outer = dict(zip(body.inputs, node.inputs, strict=True))
     used = {v for n in rest for v in n.inputs}
     extras = [v for v in body.inputs if v in used]
-    expression = expressions.encode_nodes(rest, [core.output, *extras], body.outputs)
-    if isinstance(expression, str):
-        return expression
-    return Parts(core, outer[core.inputs[0]], [outer[v] for v in extras], node.outputs, expression)
+    encoded = expressions.encode_nodes(rest, [core.output, *extras], body.outputs)
+    if isinstance(encoded, str):
+        return encoded
+    return Parts(core, outer[core.inputs[0]], [outer[v] for v in extras], node.outputs, encoded)
 
 
 def groups_of(node: Node) -> tuple[int, int]:
@@ -118,13 +118,15 @@ def _extra_strides(value: Value, shape: tuple, groups: tuple[int, int]) -> tuple
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of a plain reduce_window or of a fused node around one."""
     parts = _take_apart(node)
+    if isinstance(parts, str):
+        raise ValueError(parts)
     core, x, out = parts.node, parts.source, parts.node.output
     first, last = groups_of(core)
     attrs = core.attrs
     table = SizeTable()
     axes = window_params(core, x.shape, out.shape, first, last, table)
     channels = product(x.shape[last:])
-    extras = tuple((v.dtype, table.all(_extra_strides(v, out.shape, (first, last)))) for v in parts.extras)
+    extras = tuple((v.dtype, table.all(_extra_strides(v, out.shape, (first, last)) or ())) for v in parts.extras)
     lanes = expressions.lanes(parts.expression, target)
     params = (
         attrs["kind"],
@@ -200,7 +202,11 @@ class WindowAxis:
         sizes = [resolve(b, p[0]) for p in params]
         strides = dense_strides([*sizes, channels])
         outs = [resolve(b, p[1]) for p in params]
-        return [WindowAxis(n, m, *p[2:], t) for n, m, p, t in zip(sizes, outs, params, strides, strict=False)]
+        places = [p[2:] for p in params]
+        return [
+            WindowAxis(n, m, window, stride, low, window_dilation, base_dilation, t)
+            for n, m, (window, stride, low, window_dilation, base_dilation), t in zip(sizes, outs, places, strides)
+        ]
 
     def taps(self, b: KernelBuilder, position: Int):
         """(first source position of the window, first tap inside, first tap behind)."""
@@ -232,9 +238,7 @@ class PoolKernel:
         self.out_image = self.channels
         for axis in self.axes:
             self.out_image = axis.out * self.out_image
-        self.extras = [
-            (b.operand(1 + k, dtype), resolve_all(b, strides)) for k, (dtype, strides) in enumerate(extras)
-        ]
+        self.extras = [(b.operand(1 + k, dtype), resolve_all(b, strides)) for k, (dtype, strides) in enumerate(extras)]
         self.outputs = [b.operand(1 + len(extras) + k, dtype) for k, dtype in enumerate(outputs)]
 
     def combine(self, x, y):
@@ -316,10 +320,10 @@ class PoolKernel:
         offsets = [0]
         for axis in self.axes:
             offsets = [o + t * axis.window_dilation * axis.source_stride for o in offsets for t in range(axis.window)]
-        values = None
+        values: list[ir.Value] = []
         for offset in offsets:
             taps = self.load(base + offset + channel, masks)
-            values = taps if values is None else [self.combine(x, y) for x, y in zip(values, taps, strict=True)]
+            values = taps if not values else [self.combine(x, y) for x, y in zip(values, taps, strict=True)]
         return values
 
     def looped(self, base, windows, channel, masks: list) -> list[ir.Value]:

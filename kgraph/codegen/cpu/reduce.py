@@ -164,8 +164,8 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     if all(results):  # one chunk only
         sizes, results, merged = [1, *sizes], (False, *results), [(False, *m) for m in merged]
     plan = _Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target)
-    spans = tuple(not (isinstance(s, int) and s == 1) for s in sizes)
-    leaves = [Leaf(p, d, spans) for p, d in zip(partials, partial_dtypes)]
+    spread = tuple(not (isinstance(s, int) and s == 1) for s in sizes)
+    leaves = [Leaf(p, d, spread) for p, d in zip(partials, partial_dtypes)]
     extras = [Leaf(x.value, x.dtype, s) for x, s in zip(extras, merged)]
     reductions = tuple((kind, d, result) for (kind, _, result), d in zip(parts.reductions, partial_dtypes))
     return [first, _call(plan, leaves, untouched, reductions, extras, parts.epilogue, parts.outputs, 0)]

@@ -75,7 +75,7 @@ def leaves_and_nodes(inputs: Sequence[Value], outer: Sequence[Value], nodes: Seq
             continue
         literal = constant_value(outside)
         if literal is not None and literal.size == 1 and value is outside and value in read:
-            kept.append(value.node)
+            kept.append(value.producer)
             continue
         inner.append(value)
         leaves.append(Leaf(outside, value.dtype, spans_of(value.shape, rank)))
@@ -109,7 +109,9 @@ def needed(nodes: Sequence[Node], values: Sequence[Value], stop: Sequence[Value]
     return out[::-1]
 
 
-def used_inputs(inputs: Sequence[Value], outer: Sequence[Value], nodes: Sequence[Node], results: Sequence[Value]):
+def used_inputs(
+    inputs: Sequence[Value], outer: Sequence[Value], nodes: Sequence[Node], results: Sequence[Value]
+) -> tuple[list[Value], list[Value]]:
     """The inputs (inner, outer) that `nodes` read or that are results themselves."""
     read = {v for n in nodes for v in n.inputs} | set(results)
     pairs = [(i, o) for i, o in zip(inputs, outer, strict=True) if i in read]
@@ -196,7 +198,9 @@ def inplace_pairs(leaves: Sequence[Leaf], outputs: Sequence, first_output: int) 
         (first_output + o, i)
         for o, out in enumerate(outputs)
         for i, leaf in enumerate(operands)
-        if leaf.value.type.itemsize == out.type.itemsize and leaf.value.type.size == out.type.size
+        if leaf.value is not None
+        and leaf.value.type.itemsize == out.type.itemsize
+        and leaf.value.type.size == out.type.size
     )
 
 

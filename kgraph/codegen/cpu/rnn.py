@@ -112,8 +112,13 @@ def _shape(node: Node) -> Shape:
     attrs = node.attrs
     names = ("cell", "activation", "recurrent_activation", "reset_after", "has_mask", "zero_output_for_mask")
     x, recurrent_kernel = node.inputs[0], node.inputs[2]
-    fields = (attrs[n] for n in names)
-    return Shape(x.dtype, *fields, x.shape[2], recurrent_kernel.shape[0], (bool(attrs["reverse"]),))
+    return Shape(
+        dtype=x.dtype,
+        features=x.shape[2],
+        units=recurrent_kernel.shape[0],
+        reverse=(bool(attrs["reverse"]),),
+        **{n: attrs[n] for n in names},
+    )
 
 
 def accepts(node: Node) -> str | None:

@@ -41,9 +41,7 @@ DERIVATIVES = {
     "softsign": lambda b, y: _square(b, b.sub(1.0, vector_math.absolute(b, y))),
     "softplus": lambda b, y: b.ir.fneg(vector_math.expm1(b, b.ir.fneg(y))),
     "elu": lambda b, y: b.select(b.compare(">", y, 0.0), 1.0, b.add(y, 1.0)),
-    "selu": lambda b, y: b.select(
-        b.compare(">", y, 0.0), rnn.SELU_SCALE, b.add(y, rnn.SELU_SCALE * rnn.SELU_ALPHA)
-    ),
+    "selu": lambda b, y: b.select(b.compare(">", y, 0.0), rnn.SELU_SCALE, b.add(y, rnn.SELU_SCALE * rnn.SELU_ALPHA)),
     "exponential": lambda b, y: y,
 }
 
@@ -75,7 +73,13 @@ def lower(node: Node, target) -> list[KernelCall]:
     x, kernel, recurrent_kernel = node.inputs[:3]
     batch, steps, features = x.shape
     units = recurrent_kernel.shape[0]
-    shape = Shape(x.dtype, *(attrs[n] for n in names), features, units, (bool(attrs["reverse"]),))
+    shape = Shape(
+        dtype=x.dtype,
+        features=features,
+        units=units,
+        reverse=(bool(attrs["reverse"]),),
+        **{n: attrs[n] for n in names},
+    )
     to_x, to_kernel, to_recurrent, to_bias, to_recurrent_bias, *to_states = node.outputs
     width = shape.gates * units
     gates = Value(TensorType((batch, steps, width), x.dtype))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llvmlite import ir
 
 from kgraph.codegen.cpu import accumulators, expressions, regions
-from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, compute_dtype, itemsize
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, compute_dtype, itemsize
 from kgraph.codegen.cpu.regions import Leaf
 from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.ir import Node, Value
@@ -32,6 +33,7 @@ class Parts:
     core: the node; shape, axes: of its operand and of the statistics. leaves, prologue: give the core's operand.
     extras, epilogue: give the outputs; the expression's inputs are the core's result, then the extras.
     outputs: values written. reduced: whether results have the shape left by the axes, rather than the operand's.
+    label: what the epilogue holds besides the core's own parameters.
     """
 
     core: Node
@@ -43,6 +45,7 @@ class Parts:
     epilogue: tuple
     outputs: Sequence[Value]
     reduced: bool = False
+    label: str = ""
 
 
 def take_apart(node: Node, cores: Sequence[str], axes_of: Callable, affine: Callable | None = None) -> Parts | str:
@@ -82,8 +85,10 @@ def take_apart(node: Node, cores: Sequence[str], axes_of: Callable, affine: Call
     epilogue = expressions.encode_nodes(kept, [core.output, *inner], outputs)
     if isinstance(epilogue, str):
         return epilogue
+    label = expressions.name(epilogue)
     epilogue = _with_parameters(epilogue, instructions, [p.dtype for p in parameters])
-    return Parts(core, shape, axes_of(core), leaves, prologue, parameters + extras, epilogue, node.outputs, reduced)
+    extras = parameters + extras
+    return Parts(core, shape, axes_of(core), leaves, prologue, extras, epilogue, node.outputs, reduced, label)
 
 
 def _with_parameters(epilogue: tuple, instructions: tuple, dtypes: list[str]) -> tuple:
@@ -142,9 +147,9 @@ def lower_parts(
         row = product(reduced_sizes) * (strip * lanes)
         units = product(kept_sizes[:-1]) * ceil_div(last, strip * lanes)
     describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
-    name = regions.kernel_name("", parts.prologue, prefix, parts.epilogue if len(parts.epilogue[1]) else "")
+    name = regions.kernel_name(expressions.name(parts.prologue), prefix, parts.label)
     layout = (roles, lanes, strip, static, parts.reduced)
-    operands = [x.value for x in (*leaves, *extras) if not x.is_coordinate] + list(parts.outputs)
+    operands = [x.value for x in (*leaves, *extras) if x.value is not None] + list(parts.outputs)
     total = product(shape)
     work = expressions.flops(parts.prologue) + expressions.flops(parts.epilogue) + (24 if prefix in _EXPONENTIAL else 6)
     # A row is read in full before it is written, and extras are read element by element ahead of the outputs.
@@ -183,7 +188,7 @@ class Spot:
     slot: int
     column: int
     positions: dict
-    kept: object  # where the vector is kept: its number in registers, or its element in scratch memory
+    kept: Any  # where the vector is kept: its number in registers, or its element in scratch memory
 
 
 class RowKernel:
@@ -198,7 +203,7 @@ class RowKernel:
         self.roles, self.lanes, self.strip, self.static, self.is_reduced = layout
         self.b = b = KernelBuilder(name, target)
         number = 0
-        self.pointers: list[Pointer | None] = []
+        self.pointers: list[Any] = []  # None for a coordinate
         for dtype, _, is_coordinate in (*self.leaves, *self.extras):
             self.pointers.append(None if is_coordinate else b.operand(number, dtype))
             number += not is_coordinate

@@ -104,11 +104,17 @@ def render_transpose(params, target) -> str:
         if schedule.startswith("tiles"):
             _tile_row(b, src, dst, schedule, tile, block, i_size, i_out, j_size, j_in)
         elif schedule == "deinterleave":
-            _interleaving_block(b, tile, block, j_size, lambda at: _deinterleave(b, src, dst, tile, at, i_size, i_out))
-            _short_rest(b, tile, block, j_size, i_size, lambda j, i: _move(b, src, j * i_size + i, dst, i * i_out + j))
+            _interleaving_block(
+                b, tile, block, j_size, lambda at: _deinterleave(b, src, dst, tile, at, i_axis[0], i_out)
+            )
+            _short_rest(
+                b, tile, block, j_size, i_axis[0], lambda j, i: _move(b, src, j * i_size + i, dst, i * i_out + j)
+            )
         else:
-            _interleaving_block(b, tile, block, i_size, lambda at: _interleave(b, src, dst, tile, at, j_size, j_in))
-            _short_rest(b, tile, block, i_size, j_size, lambda i, j: _move(b, src, j * j_in + i, dst, i * j_size + j))
+            _interleaving_block(b, tile, block, i_size, lambda at: _interleave(b, src, dst, tile, at, j_axis[0], j_in))
+            _short_rest(
+                b, tile, block, i_size, j_axis[0], lambda i, j: _move(b, src, j * j_in + i, dst, i * j_size + j)
+            )
         walk.advance()
     return b.ir_text()
 

@@ -135,9 +135,29 @@ def _exp_limits(x) -> tuple[float, float]:
     return (-104.0, 90.0) if is_f32(x) else (-746.0, 711.0)
 
 
+_SIXTEENTHS = tuple(2.0 ** (k / 16) for k in range(16))
+
+
+def _exp_by_table(b: KernelBuilder, x):
+    """e^x = y 2^(n/16 rounded down) of float32 with y in about [1, 2); gives (y, n as integer, n as float).
+
+    A table of 16 powers in a register leaves |r| <= ln2 / 32 and a cubic polynomial.
+    """
+    magic = 1.5 * 2.0**23
+    shifted = b.fma(x, 16 * LOG2E, magic)
+    n, number = b.sub(shifted, magic), bits_of(b, shifted)
+    r = b.fma(n, 1.190408937473605e-10, b.fma(n, -0.043321698904037476, x))
+    tail = b.fma(b.mul(r, r), b.fma(r, 1.0 / 6.0, 0.5), r)
+    power = b.look_up(_SIXTEENTHS, number)
+    return b.fma(power, tail, power), number, n
+
+
 def exp(b: KernelBuilder, x, shift: int = 0):
     """e^x * 2^shift (the shift spares an overflow in sinh and cosh)."""
     x = clamp_keep_nan(b, x, *_exp_limits(x))
+    if is_f32(x) and b.can_look_up(x):
+        y, _, n = _exp_by_table(b, x)
+        return b.scale(y, b.fma(n, 0.0625, float(shift)))
     r, n, _ = _reduce_exp(b, x)
     value = b.add(_expm1_reduced(b, r), 1.0)
     return scale_by_power(b, value, b.add(n, shift) if shift else n)
@@ -146,8 +166,15 @@ def exp(b: KernelBuilder, x, shift: int = 0):
 def exp_nonpositive(b: KernelBuilder, x):
     """e^x for x <= 0 where results below the normal range may be flushed to 0 (softmax, tails of erf)."""
     low = -87.0 if is_f32(x) else -708.0
-    r, n, _ = _reduce_exp(b, b.select(b.compare("<", x, low), b.constant_of(x.type, low), x))
-    value = b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
+    limited = b.select(b.compare("<", x, low), b.constant_of(x.type, low), x)
+    if is_f32(x) and b.can_look_up(x):
+        y, n, _ = _exp_by_table(b, limited)
+        exponent = b.ir.shl(b.ir.and_(n, b.constant_of(n.type, -16)), b.constant_of(n.type, 19))
+        # The bits of the shift's magic number above n's own fall off on the left.
+        value = float_of(b, b.add(bits_of(b, y), exponent), x)
+    else:
+        r, n, _ = _reduce_exp(b, limited)
+        value = b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
     return b.select(b.compare("<", x, low), 0.0, value)
 
 
@@ -308,7 +335,23 @@ def _erfc_positive(b: KernelBuilder, x):
     return b.mul(exp(b, b.ir.fneg(square)), b.fma(b.ir.fneg(error), scaled, scaled))
 
 
+def _erf_by_pieces(b: KernelBuilder, x):
+    """erf of float32 from 16 short polynomials, for machines that look their coefficients up in registers."""
+    magnitude = absolute(b, x)
+    limited = b.select(b.compare(">", magnitude, 3.874), b.constant_of(x.type, 3.874), magnitude)
+    shifted = b.fma(limited, 4.0, 2.0**23)
+    t = b.fma(b.sub(shifted, 2.0**23), -0.25, limited)
+    piece = bits_of(b, shifted)
+    value = b.look_up(P.ERF_PIECES[-1], piece)
+    for row in reversed(P.ERF_PIECES[1:-1]):
+        value = b.fma(value, t, b.look_up(row, piece))
+    value = b.add(b.fma(value, t, t), b.look_up(P.ERF_PIECES[0], piece))
+    return copysign(b, b.select(b.compare(">", magnitude, 3.92), 1.0, value), x)
+
+
 def erf(b: KernelBuilder, x):
+    if is_f32(x) and b.can_look_up(x):
+        return _erf_by_pieces(b, x)
     magnitude = absolute(b, x)
     limit = 3.95 if is_f32(x) else 6.0
     limited = b.select(b.compare(">", magnitude, limit), b.constant_of(x.type, limit), magnitude)

@@ -1,0 +1,78 @@
+"""Reverse mode over recorded nodes: runs their gradient rules from the last to the first.
+
+The rules are written with primitives, so that this evaluates on arrays and records under any tracer: a pass over a
+graph, the body of a loop, and a function that a user traces are differentiated by the same few lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from kgraph import ops
+from kgraph.errors import GradientError
+from kgraph.ir import Node, NotDifferentiable, Value
+from kgraph.ir.recorder import inheriting
+from kgraph.ops.common import INEXACT, Array, zeros_like
+
+BACKWARD_MARK = " (backward)"
+
+
+def backward_provenance(provenance: frozenset) -> frozenset:
+    """The provenance of the backward nodes of a node: the same layers and functions, marked."""
+    return frozenset(p if p.endswith(BACKWARD_MARK) else p + BACKWARD_MARK for p in provenance)
+
+
+def depending_on(nodes: Sequence[Node], wrt: Sequence[Value]) -> set[Value]:
+    """The values that can change smoothly with those of `wrt`: only their cotangents matter."""
+    active = {v for v in wrt if v.dtype in INEXACT}
+    for node in nodes:
+        if node.name != "stop_gradient" and any(v in active for v in node.inputs):
+            active.update(o for o in node.outputs if o.dtype in INEXACT)
+    return active
+
+
+def pull_back(
+    nodes: Sequence[Node],
+    operand: Callable[[Value], Array],
+    cotangents: Mapping[Value, Array | None],
+    wrt: Sequence[Value],
+) -> list[Array | None]:
+    """Cotangents of `wrt`, None where no derivative reaches one.
+
+    nodes: in topological order. operand: gives what stands for a value in the rules, an array or a traced value.
+    cotangents: of values that the nodes make (or of `wrt` themselves); None stands for zero.
+
+    Cotangents of a value that is read several times are summed. Only nodes that lie between `wrt` and the given
+    cotangents are visited; GradientError if the derivative of one of them does not exist.
+    """
+    active = depending_on(nodes, wrt)
+    found: dict[Value, Array] = {}
+
+    def add(value: Value, cotangent: Array | None) -> None:
+        if cotangent is not None and value in active:
+            found[value] = ops.add(found[value], cotangent) if value in found else cotangent
+
+    for value, cotangent in cotangents.items():
+        add(value, cotangent)
+    for node in reversed(nodes):
+        if not any(o in found for o in node.outputs) or not any(v in active for v in node.inputs):
+            continue
+        with inheriting(backward_provenance(node.provenance)):
+            for value, cotangent in zip(node.inputs, _through(node, operand, found), strict=True):
+                add(value, cotangent)
+    return [found.get(v) for v in wrt]
+
+
+def _through(node: Node, operand: Callable, found: dict) -> tuple:
+    """The cotangents of a node's inputs."""
+    rule = node.primitive.gradient
+    if isinstance(rule, NotDifferentiable):
+        where = ", ".join(sorted(node.provenance))
+        raise GradientError(
+            f"a gradient needs the derivative of {node.name}{f' (from {where})' if where else ''}, which has none: "
+            f"{rule.reason}. Keep it off the path from the parameters to the loss, or cut the path with "
+            "keras.ops.stop_gradient."
+        )
+    outputs = tuple(operand(o) for o in node.outputs)
+    cotangents = tuple(found[o] if o in found else zeros_like(x) for o, x in zip(node.outputs, outputs))
+    return rule(cotangents, tuple(operand(v) for v in node.inputs), outputs, **node.attrs)
