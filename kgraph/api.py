@@ -24,15 +24,26 @@ def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = 
 
     Gives a `CompiledModel`: call it like the model, with NumPy arrays.
     Raises UnsupportedError naming each operation without support and its layer, CaptureError where the model cannot
-    be captured.
+    be captured, TypeError for what is no model.
     """
     from kgraph.compiled import CompiledModel
     from kgraph.frontend.capture import capture
 
     _check_target(target)
+    import keras
+
+    if not isinstance(model, keras.Layer):
+        hint = "; functions are compiled by kgraph.jit" if callable(model) and not isinstance(model, type) else ""
+        raise TypeError(f"kgraph.compile takes a Keras model or layer, got {model!r}{hint}")
     options = Options(target=target, freeze=freeze, progress=progress)
-    name = getattr(model, "name", type(model).__name__)
-    return CompiledModel(functools.partial(_capture_model, capture, model, example), options, name)
+    functional = getattr(model, "_functional", None) or model
+    return CompiledModel(
+        functools.partial(_capture_model, capture, model, example),
+        options,
+        model.name,
+        variables=lambda: model.variables,
+        adapts_rank=hasattr(functional, "_inputs_struct") and example is None,
+    )
 
 
 def _capture_model(capture, model, example, sizes: dict[str, int]):
@@ -40,10 +51,13 @@ def _capture_model(capture, model, example, sizes: dict[str, int]):
 
 
 def jit(function: Callable | None = None, *, target: str = "cpu", progress: bool | None = None):
-    """Compile a function written in `keras.ops`, at its first call, for the ranks and dtypes that it is called with.
+    """Compile a function written in `keras.ops`, at its first call with each set of shapes, dtypes and other arguments.
 
-    Usable as a decorator. The first axis and all other sizes are fixed to those of the call; a call with other sizes
-    compiles again. Gives NumPy arrays in the structure that the function returns.
+    Usable as a decorator. Arguments that are no arrays (numbers, strings, None, hashable objects) count by value: a
+    call with another one compiles again. The compiled function gives NumPy arrays in the structure that `function`
+    gives. target, progress: as in `compile`.
+
+    Raises TypeError for what is not callable, ValueError for an unknown target; calls raise what `compile` raises.
     """
     from kgraph.compiled import CompiledFunction
 

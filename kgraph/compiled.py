@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import types
 from collections.abc import Callable, Iterable
+from numbers import Number
 
 import numpy as np
 
@@ -18,13 +20,14 @@ from kgraph.frontend.tracer import is_tracing
 from kgraph.ir import TensorType
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, profile_of
+from kgraph.structure import Structure
 
 
 class _Variant:
     """One compiled form: for all sizes, or specialised on some; with the versions of the weights it last saw."""
 
-    def __init__(self, captured: Captured, compiled: CompiledGraph, frozen: bool):
-        self.captured, self.compiled, self.frozen = captured, compiled, frozen
+    def __init__(self, captured: Captured, compiled: CompiledGraph, baked: dict[int, np.ndarray] | None):
+        self.captured, self.compiled, self.baked = captured, compiled, baked
         self.program = compiled.program
         self.global_version = -1
         self.versions: list[int] = []
@@ -36,10 +39,12 @@ class _Variant:
         """Prepare and hand over the weights that have changed since the last call."""
         with self.lock:
             seen = core.weights_version
-            if self.versions and self.frozen:
+            variables = self.captured.variables
+            if self.baked is not None:
+                if self.global_version < 0:
+                    self.compiled.set_params([self.baked.get(id(v), v._value) for v in variables])
                 self.global_version = seen
                 return
-            variables = self.captured.variables
             versions = [v.version for v in variables]
             if self.versions:
                 changed = [i for i, (a, b) in enumerate(zip(versions, self.versions)) if a != b]
@@ -60,9 +65,20 @@ class CompiledModel:
     Safe to call from many threads and after a fork.
     """
 
-    def __init__(self, capture: Callable[[dict], Captured], options: Options, name: str):
-        self._capture = capture
+    def __init__(
+        self,
+        capture: Callable[[dict], Captured],
+        options: Options,
+        name: str,
+        variables: Callable[[], Iterable] = lambda: (),
+        adapts_rank: bool = False,
+    ):
+        """capture: gives the model's graph, with some sizes fixed. variables: gives the model's, once it is built.
+        adapts_rank: a last axis of size 1 may be missing or in excess in an input, as in Keras' functional models."""
+        self._capture, self._variables = capture, variables
         self._options = options
+        self._adapts_rank = adapts_rank
+        self._baked: dict[int, np.ndarray] | None = None
         self.name = name
         self._lock = threading.RLock()
         self._variants: dict[tuple, _Variant] = {}
@@ -83,10 +99,15 @@ class CompiledModel:
     # -- compiling --------------------------------------------------------------------------------------------
     def _compile(self, sizes: dict[str, int]) -> _Variant:
         start = time.perf_counter()
-        captured = self._capture(sizes)
+        try:
+            captured = self._capture(sizes)
+        finally:
+            if self._options.freeze and self._baked is None:
+                # Arrays of variables never change, so that keeping them keeps the weights of this moment.
+                self._baked = {id(v): v._value for v in self._variables()}
         with CompileProgress(self.name, self._options.progress) as progress:
             compiled = compile_graph(captured.graph, progress)
-        variant = _Variant(captured, compiled, self._options.freeze)
+        variant = _Variant(captured, compiled, self._baked)
         variant.refresh_weights()
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
@@ -105,7 +126,7 @@ class CompiledModel:
             return self._variants[()]
         with self._lock:
             while True:
-                sizes = _sizes_of([a.shape for a in arrays], self._inputs.types)
+                sizes = _sizes_of([a.shape for a in arrays], self._inputs)
                 fixed = {name: sizes[name] for name in self._fixed}
                 key = tuple(fixed.values())
                 variant = self._variants.get(key)
@@ -126,19 +147,20 @@ class CompiledModel:
         variant = self._variants[()]
         inputs, outputs = variant.captured.inputs, variant.captured.outputs
         if len(inputs.types) == 1 and inputs.is_leaf and len(outputs.types) == 1 and outputs.is_leaf:
-            self._fast = (variant, variant.program, inputs.types[0].np_dtype)
+            self._fast = (variant, variant.program, inputs.types[0].np_dtype, inputs.types[0].rank)
 
     def __call__(self, *args, out=None, **kwargs):
         """Run the model.
 
         Args are the model's inputs; NumPy arrays, or what `numpy.asarray` takes. `out`: arrays (in the output's
-        structure) to write the results into. Raises InputError naming the input that does not fit.
+        structure) to write the results into. `training=False` is accepted, as Keras' models take it.
+        Raises InputError naming the input that does not fit.
         """
         fast = self._fast
         if fast is not None and out is None and len(args) == 1 and not kwargs:
             x = args[0]
-            variant, program, dtype = fast
-            if type(x) is np.ndarray and x.dtype is dtype:
+            variant, program, dtype, rank = fast
+            if type(x) is np.ndarray and x.dtype is dtype and x.ndim == rank:
                 if variant.global_version != core.weights_version:
                     variant.refresh_weights()
                 return program((x,))[0]
@@ -155,19 +177,29 @@ class CompiledModel:
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[_Variant, list[np.ndarray]]:
         """Flatten, convert and check the inputs of a call; gives the compiled form that serves them."""
-        leaves = self._inputs.flatten_call(args, kwargs)
-        names, types = self._inputs.names, self._inputs.types
-        arrays = [_as_input(leaf, name, type_) for leaf, name, type_ in zip(leaves, names, types, strict=True)]
+        inputs = self._inputs
+        if kwargs.get("training") is not None and inputs.call and "training" not in inputs.template[1]:
+            if kwargs["training"]:
+                raise InputError(f"{self.name} is compiled for inference; call the Keras model with training=True")
+            kwargs = {name: value for name, value in kwargs.items() if name != "training"}
+        leaves = inputs.flatten_call(args, kwargs)
+        arrays = [_as_input(*each) for each in zip(leaves, inputs.names, inputs.types, strict=True)]
+        if self._adapts_rank:
+            arrays = [_with_rank(array, type_) for array, type_ in zip(arrays, inputs.types)]
         variant = self._variant_for(arrays)
         if variant.global_version != core.weights_version:
             variant.refresh_weights()
         return variant, arrays
 
-    def predict(self, x, batch_size: int = 32, verbose: int = 0):
+    def predict(self, x, batch_size: int | None = None, verbose: int = 0):
         """Outputs for all rows of `x`, computed batch by batch (the last one may be smaller).
 
-        x: arrays in the model's input structure with the same first axis. Gives arrays in the output structure.
+        x: arrays in the model's input structure with the same first axis. batch_size: rows of a call, at least 1;
+        None means 32.
+        verbose: accepted as Keras has it; nothing is printed. Gives arrays in the output structure.
+        Raises InputError for inputs that do not fit or have different numbers of rows.
         """
+        batch_size = 32 if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"{self.name}: batch_size must be at least 1, got {batch_size}")
         variant, arrays = self._bind((x,), {})
@@ -247,6 +279,10 @@ class CompiledFunction:
         self._lock = threading.RLock()
         self._compiled: dict[tuple, CompiledModel] = {}
 
+    def __get__(self, instance, owner=None):
+        """A method where the function is one of a class; each instance counts as an argument by value."""
+        return self if instance is None else types.MethodType(self, instance)
+
     def __call__(self, *args, **kwargs):
         if is_tracing():  # part of a larger graph, such as a gradient
             return self._function(*args, **kwargs)
@@ -254,11 +290,18 @@ class CompiledFunction:
 
     def _for(self, args: tuple, kwargs: dict) -> CompiledModel:
         key = _call_key((args, kwargs))
-        compiled = self._compiled.get(key)
+        try:
+            compiled = self._compiled.get(key)
+        except TypeError as error:  # not hashable
+            raise InputError(
+                f"{getattr(self._function, '__name__', 'function')}: a function is compiled for each value of its "
+                f"arguments that are no arrays, so these must be hashable: {error}"
+            ) from error
         if compiled is None:
             with self._lock:
                 compiled = self._compiled.get(key)
                 if compiled is None:
+                    args, kwargs = _placeholders((args, kwargs))  # else the first arguments would live forever
                     capture = lambda sizes: capture_function(self._function, *args, sizes=sizes, **kwargs)
                     name = getattr(self._function, "__name__", "function")
                     compiled = self._compiled[key] = CompiledModel(capture, self._options, name)
@@ -285,12 +328,29 @@ def _call_key(value) -> tuple:
     return ("value", type(value).__name__, value)
 
 
+def _placeholders(value):
+    """The same nesting with arrays of the same shapes and dtypes that take no memory."""
+    if isinstance(value, dict):
+        return {k: _placeholders(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_placeholders(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.broadcast_to(np.zeros((), value.dtype), value.shape)
+    return value
+
+
 def _as_input(leaf, name: str, expected: TensorType) -> np.ndarray:
     """A leaf of a call as an array of the expected dtype. Raises InputError for what is no numeric array."""
     value = getattr(leaf, "_value", leaf) if isinstance(leaf, core.Variable) else leaf
     if value is None:
         raise InputError(f"input {name!r}: expected {expected}, got None")
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind == "O" and array.size and all(isinstance(x, (Number, np.generic)) for x in array.flat):
+            array = array.astype(expected.np_dtype)  # columns of several dtypes
+    except (TypeError, ValueError) as error:
+        raise InputError(f"input {name!r}: expected {expected}, got a {type(value).__name__}: {error}") from error
     if array.dtype == expected.np_dtype:
         return array
     if array.dtype.kind in "OSUMmV" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
@@ -302,14 +362,23 @@ def _as_input(leaf, name: str, expected: TensorType) -> np.ndarray:
     return array.astype(expected.np_dtype)
 
 
-def _sizes_of(shapes: Iterable[tuple], types: Iterable[TensorType]) -> dict[str, int]:
+def _with_rank(array: np.ndarray, expected: TensorType) -> np.ndarray:
+    """The array with a last axis of size 1 added or removed where that gives the expected rank."""
+    if array.ndim == expected.rank + 1 and array.shape[-1] == 1:
+        return array[..., 0]
+    if array.ndim == expected.rank - 1 and isinstance(expected.shape[-1], int) and expected.shape[-1] == 1:
+        return array[..., None]
+    return array
+
+
+def _sizes_of(shapes: Iterable[tuple], inputs: Structure) -> dict[str, int]:
     """The symbols of the input types, read off concrete shapes."""
     sizes: dict[str, int] = {}
-    for shape, type_ in zip(shapes, types):
+    for shape, type_, name in zip(shapes, inputs.types, inputs.names):
         if len(shape) != type_.rank:
-            raise InputError(f"expected an input of type {type_}, got shape {shape}")
+            raise InputError(f"{name} has shape {shape}, expected {type_}: the rank differs")
         for size, dim in zip(shape, type_.shape):
             if not isinstance(dim, int):
-                (name,) = dim.symbols()
-                sizes[name] = size
+                (symbol,) = dim.symbols()
+                sizes[symbol] = size
     return sizes

@@ -13,7 +13,7 @@ from kgraph.codegen.compiler import compile_specs
 from kgraph.codegen.cpu.executor import executor_object
 from kgraph.codegen.lower import lower
 from kgraph.codegen.target import host_target
-from kgraph.ir import Graph, Node, Value
+from kgraph.ir import Graph, Node, Value, live_nodes
 from kgraph.ir.interpreter import evaluate
 from kgraph.passes.manager import Decision, Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE
@@ -105,22 +105,12 @@ def _prologue_parts(prologue: Graph) -> list[_Part]:
         elif group in parts:
             parts[group].graph.nodes.append(node)
     for part in parts.values():
-        _drop_unread(part.graph)
+        part.graph.nodes = live_nodes(part.graph.nodes, part.graph.outputs)
     return list(parts.values())
 
 
 def _is_constant(value: Value) -> bool:
     return value.node is not None and not value.node.inputs
-
-
-def _drop_unread(graph: Graph) -> None:
-    live = set(graph.outputs)
-    kept = []
-    for node in reversed(graph.nodes):
-        if any(o in live for o in node.outputs):
-            kept.append(node)
-            live.update(node.inputs)
-    graph.nodes = kept[::-1]
 
 
 def optimise(graph: Graph, target, passes: Sequence[Pass] = INFERENCE) -> tuple[Graph, PassContext]:

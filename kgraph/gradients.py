@@ -73,15 +73,14 @@ def grad(function: Callable, argnums: ArgNums = 0, has_aux: bool = False) -> Cal
 
 def _positions(argnums: ArgNums, count: int, name: str) -> int | tuple[int, ...]:
     """`argnums` counted from the front. Raises TypeError for an argument that was not given."""
-    several = not isinstance(argnums, int)
-    numbers = tuple(argnums) if several else (argnums,)
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for number in numbers:
         if not -count <= number < count:
             raise TypeError(f"the gradient of {name} by argument {number} needs it as a positional one; got {count}")
     numbers = tuple(n % count for n in numbers)
     if len(set(numbers)) < len(numbers):
         raise TypeError(f"the gradient of {name}: argnums {argnums} name an argument twice")
-    return numbers if several else numbers[0]
+    return numbers[0] if isinstance(argnums, int) else numbers
 
 
 # -- under a trace ---------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ class Structure:
 
         def number(x, path):
             if isinstance(x, dict):
-                return {k: number(x[k], (*path, k)) for k in sorted(x, key=str)}
+                # Leaves are numbered by sorted keys, as Keras flattens; the dict keeps its own order.
+                parts = {k: number(x[k], (*path, k)) for k in sorted(x, key=str)}
+                return {k: parts[k] for k in x}
             if isinstance(x, (tuple, list)):
                 items = [number(v, (*path, i)) for i, v in enumerate(x)]
                 return _sequence_like(x, items)
@@ -59,6 +61,7 @@ class Structure:
 
     @property
     def num_leaves(self) -> int:
+        """How many tensors there are."""
         return len(self.types)
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -71,29 +74,62 @@ class Structure:
         if not self.call:
             return self._flatten((self.template,), args)
         template_args, template_kwargs = self.template
-        if len(template_args) == 1 and not template_kwargs and len(args) == 1 and not kwargs:
-            return self._flatten(template_args[0], args[0])
+        kwargs = {name: v for name, v in kwargs.items() if v is not None or name in template_kwargs}
+        if len(template_args) == 1 and not template_kwargs:
+            if len(args) == 1 and not kwargs:
+                return self._flatten(template_args[0], args[0])
+            if kwargs:
+                raise InputError(f"unexpected keyword arguments {sorted(kwargs)}; the inputs are {self._listing()}")
         return self._flatten(self.template, (tuple(args), dict(kwargs)))
+
+    def _listing(self, template=None) -> str:
+        """The names of the leaves below a part of the template, for messages."""
+        leaves = range(self.num_leaves) if template is None else [x.index for x in _leaves(template) if isinstance(x, Leaf)]
+        return ", ".join(repr(self.names[i]) for i in leaves)
 
     def _flatten(self, template, value) -> list:
         out: list = [None] * self.num_leaves
         try:
-            _match(template, value, out, "inputs")
+            self._match(template, value, out, "inputs")
         except InputError as error:
-            loose = self._by_name_or_order(value)
+            loose = self._by_name_or_order(template, value)
             if loose is None:
                 raise error from None
             return loose
         return out
 
-    def _by_name_or_order(self, value) -> list | None:
-        """Keras' Functional models also take a dict by input names, or any nesting with as many leaves."""
-        if isinstance(value, dict) and self.num_leaves and set(value) == set(self.names):
-            return [value[name] for name in self.names]
+    def _by_name_or_order(self, template, value) -> list | None:
+        """Keras' Functional models also take a dict by input names, or another nesting of as many leaves."""
+        if isinstance(value, dict):
+            known = self.num_leaves and not isinstance(template, dict) and set(self.names) <= set(value)
+            return [value[name] for name in self.names] if known else None
         leaves = _leaves(value)
-        if len(leaves) == self.num_leaves and isinstance(value, (list, tuple, dict)):
-            return leaves
+        # By order only where it is not in doubt: keys are told apart by name.
+        if len(leaves) == self.num_leaves and isinstance(value, (list, tuple)) and not _has_dict(value):
+            return leaves if _in_order(template) else None
         return None
+
+    def _match(self, template, value, out: list, path: str) -> None:
+        if isinstance(template, Leaf):
+            nested = isinstance(value, (list, tuple)) and any(hasattr(v, "shape") for v in value)
+            if isinstance(value, dict) or nested:
+                got = f"a {type(value).__name__} of {len(value)}"
+                raise InputError(f"{path}: expected one tensor for input {self.names[template.index]!r}, got {got}")
+            out[template.index] = value
+        elif isinstance(template, dict):
+            if not isinstance(value, dict) or set(value) != set(template):
+                got = f"the keys {sorted(map(str, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
+                raise InputError(f"{path}: expected a dict with keys {sorted(map(str, template))}, got {got}")
+            for key, part in template.items():
+                self._match(part, value[key], out, f"{path}[{key!r}]")
+        elif isinstance(template, (tuple, list)):
+            if not isinstance(value, (tuple, list)) or len(value) != len(template):
+                several = isinstance(value, (tuple, list, dict))
+                got = f"{len(value)} in a {type(value).__name__}" if several else f"one {type(value).__name__}"
+                what = f"{len(template)} value" + "s" * (len(template) != 1)
+                raise InputError(f"{path}: expected {what} ({self._listing(template)}), got {got}")
+            for i, (part, item) in enumerate(zip(template, value)):
+                self._match(part, item, out, f"{path}[{i}]")
 
     def pack(self, leaves: Sequence):
         """A value of this structure; for a call of one argument, that argument."""
@@ -160,31 +196,25 @@ def _fill(template, leaves: Sequence):
     return template
 
 
-def _match(template, value, out: list, path: str) -> None:
-    if isinstance(template, Leaf):
-        if isinstance(value, (dict, tuple)) or (isinstance(value, list) and any(hasattr(v, "shape") for v in value)):
-            raise InputError(f"{path}: expected one tensor, got a {type(value).__name__} of {len(value)}")
-        out[template.index] = value
-    elif isinstance(template, dict):
-        if not isinstance(value, dict) or set(value) != set(template):
-            got = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise InputError(f"{path}: expected a dict with keys {sorted(map(str, template))}, got {got}")
-        for key, part in template.items():
-            _match(part, value[key], out, f"{path}[{key!r}]")
-    elif isinstance(template, (tuple, list)):
-        if not isinstance(value, (tuple, list)) or len(value) != len(template):
-            got = f"{len(value)} in a {type(value).__name__}" if isinstance(value, (tuple, list, dict)) else "one value"
-            raise InputError(f"{path}: expected a sequence of {len(template)}, got {got}")
-        for i, (part, item) in enumerate(zip(template, value)):
-            _match(part, item, out, f"{path}[{i}]")
-
-
 def _leaves(value) -> list:
     if isinstance(value, dict):
         return [leaf for key in sorted(value, key=str) for leaf in _leaves(value[key])]
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in _leaves(item)]
     return [] if value is None else [value]
+
+
+def _has_dict(value) -> bool:
+    if isinstance(value, dict):
+        return bool(value)
+    return isinstance(value, (list, tuple)) and any(map(_has_dict, value))
+
+
+def _in_order(template) -> bool:
+    """Whether the keys of every dict are sorted, so that the order of the leaves is the one they are written in."""
+    if isinstance(template, dict):
+        return list(template) == sorted(template, key=str) and all(map(_in_order, template.values()))
+    return not isinstance(template, (list, tuple)) or all(map(_in_order, template))
 
 
 def _encode(template) -> Any:

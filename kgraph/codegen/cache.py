@@ -1,8 +1,10 @@
 """Disk cache of kernel objects, shared by all processes of a user.
 
 One file per kernel, named by a digest of everything that its code depends on. Files are written aside and renamed into
-place, so a reader sees a whole file or none; a checksum guards against damage. Where: `KGRAPH_CACHE_DIR`, else the
-user's cache directory. `KGRAPH_CACHE=0` switches it off, `KGRAPH_CACHE_SIZE` is its limit in MiB.
+place, so a reader sees a whole file or none; a checksum guards against damage. Entries are code that will run, so
+directories and files are the user's alone (0700, 0600), and an entry that another user could have written is a miss.
+Where: `KGRAPH_CACHE_DIR`, else the user's cache directory. `KGRAPH_CACHE=0` switches it off, `KGRAPH_CACHE_SIZE` is its
+limit in MiB.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 import llvmlite
 import platformdirs
 
-from kgraph.codegen.kernel import KernelSpec
+from kgraph.codegen.kernel import KernelSpec, template_module
 from kgraph.codegen.target import Target, host_target
 
 _MAGIC = b"kgraph-object-1\n"
@@ -41,18 +43,20 @@ _IMPORT = re.compile(
 
 @functools.cache
 def source_digest(template: str) -> str:
-    """Digest of the sources behind a template's module: itself and what it imports of kgraph.codegen, at any depth.
+    """Digest of the sources behind a template's module: itself and what it imports of kgraph.codegen, at any depth,
+    with the modules of kgraph.ops that these name (tables and layouts that kernels are made from).
 
     Any change of them makes the earlier entries of its kernels unreachable.
     """
-    module = f"kgraph.codegen.cpu.{template.partition(':')[0]}"
     digests: dict[str, bytes] = {}
-    todo = [module, *_COMMON_SOURCES]
+    todo = [template_module(template), *_COMMON_SOURCES]
     while todo:
         name = todo.pop()
         if name not in digests:
             digests[name], imports = _source(name)
             todo += [i for i in imports if i.startswith("kgraph.codegen")]
+            if name.startswith("kgraph.codegen"):
+                todo += [i for i in imports if i.startswith("kgraph.ops.")]
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
 
@@ -102,10 +106,13 @@ class DiskCache:
         path = self._path(key)
         try:
             with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                if not _is_trusted(status):
+                    return None
                 data = file.read()
-                age = time.time() - os.fstat(file.fileno()).st_mtime
         except OSError:
             return None
+        age = time.time() - status.st_mtime
         head = len(_MAGIC) + _CHECKSUM_BYTES
         payload = data[head:]
         if data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC) : head] != _checksum(key, payload):
@@ -121,7 +128,8 @@ class DiskCache:
         path = self._path(key)
         temporary = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + _checksum(key, payload) + payload)
@@ -165,6 +173,13 @@ class DiskCache:
 
 def _checksum(key: str, payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=_CHECKSUM_BYTES, key=key.encode()).digest()
+
+
+def _is_trusted(status: os.stat_result) -> bool:
+    """Whether only this user (or root) can have written a file: what it holds is executed."""
+    if not hasattr(os, "geteuid"):
+        return True
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
 
 
 def _remove(path: Path) -> None:

@@ -125,16 +125,10 @@ def _pipeline(target: Target, vectorize: bool):
     return machine, llvm.create_pass_builder(machine, options)
 
 
-def _renderer_module(name: str):
-    """The module of a template, named in full or as a module of `kgraph.codegen.cpu`."""
-    return importlib.import_module(name if name.startswith("kgraph.") else f"kgraph.codegen.cpu.{name}")
-
-
 def render(spec: KernelSpec, target: Target) -> str:
     """The kernel's LLVM IR text. Raises CompileError with the renderer's fault as its cause."""
-    module, _, function = spec.template.partition(":")
     try:
-        renderer = getattr(_renderer_module(module), function)
+        renderer = getattr(importlib.import_module(spec.module), spec.template.partition(":")[2])
         return renderer(spec.params, target)
     except Exception as error:
         raise CompileError(f"kernel {spec.name}: its renderer {spec.template} failed: {error}") from error
@@ -180,7 +174,7 @@ def _compile_forked(keys: list[str], missing: dict[str, KernelSpec], target: Tar
     # What every child needs is made ready once, before the fork.
     for spec in missing.values():
         try:
-            _renderer_module(spec.template.partition(":")[0])
+            importlib.import_module(spec.module)
         except ImportError as error:
             raise CompileError(f"kernel {spec.name}: there is no renderer {spec.template}") from error
     initialize_llvm()
@@ -285,8 +279,10 @@ def _child_main(queue: int, write: int, specs: list[KernelSpec], target: Target)
 def _collect(children: dict[int, _Child], timeout: float) -> list[tuple[int, bytes]]:
     """What children have finished, waiting up to `timeout` seconds for something. Children at their end are dropped."""
     out = []
-    ready = select.select(list(children), [], [], timeout)[0] if children else []
-    for pipe in ready:
+    poller = select.poll()  # not `select`, which fails where the process has more than 1024 files open
+    for pipe in children:
+        poller.register(pipe, select.POLLIN)
+    for pipe, _ in poller.poll(timeout * 1000) if children else ():
         child = children[pipe]
         chunk = os.read(pipe, 1 << 20)
         if not chunk:

@@ -25,6 +25,7 @@ BY_PRIMITIVE = {
     "rnn_gradient": "rnn_gradient",
     "resize": "resize",
     "select_and_scatter_add": "pool_gradient",
+    "depthwise_filter_gradient": "conv_gradient",
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),

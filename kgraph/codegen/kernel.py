@@ -23,6 +23,17 @@ class KernelSpec:
     template: str
     params: tuple
 
+    @property
+    def module(self) -> str:
+        """The full name of the template's module."""
+        return template_module(self.template)
+
+
+def template_module(template: str) -> str:
+    """The full name of a template's module, which may be written in full or relative to `kgraph.codegen.cpu`."""
+    name = template.partition(":")[0]
+    return name if name.startswith("kgraph.") else f"kgraph.codegen.cpu.{name}"
+
 
 @dataclass(eq=False)
 class Temporary:

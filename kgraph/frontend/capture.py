@@ -20,7 +20,7 @@ from kgraph.frontend.keras_backend import core
 from kgraph.frontend.signatures import Arguments, is_array, path_name, signature
 from kgraph.frontend.tracer import GraphTracer
 from kgraph.frontend.unsupported import Collector
-from kgraph.ir import Dim, Graph, TensorType, type_of
+from kgraph.ir import Dim, Graph, TensorType, live_nodes, type_of
 from kgraph.structure import Structure
 
 
@@ -32,7 +32,6 @@ class Captured:
         of `outputs` and then the new values of `updates`.
     symbols: for each symbolic size where it comes from ("N": "batch", "L1": "axis 1 of input 'tokens'").
     sizes: the symbols that were fixed to a number, as asked for.
-    adds_losses: the call adds losses (`add_loss`, activity regularizers), which are not among the outputs.
     """
 
     graph: Graph
@@ -42,7 +41,6 @@ class Captured:
     updates: list = field(default_factory=list)
     symbols: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    adds_losses: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -108,7 +106,7 @@ def _capture_unifying(call, inputs: Structure, symbols: dict, sizes: dict, name:
 
     A model with inputs `tokens` and `mask` of unknown length, say, declares two sizes that can only be equal.
     """
-    symbols = dict(symbols)
+    symbols, declared = dict(symbols), inputs
     inputs = _substituted(inputs, sizes)
     while True:
         try:
@@ -116,6 +114,7 @@ def _capture_unifying(call, inputs: Structure, symbols: dict, sizes: dict, name:
         except SpecialisationError as error:
             pair = _same_axis_pair(error.symbols, symbols)
             if pair is None:
+                error.inputs = declared  # with every symbol that this or another capture may name
                 raise
             kept, dropped = pair
             symbols[kept] += f" and {symbols.pop(dropped)}"
@@ -169,9 +168,7 @@ def _capture_once(call, inputs: Structure, symbols: dict, sizes: dict, name: str
             raise CaptureError(f"variable {variable.path!r} is not initialised: build {name!r} or call it once first")
     used = {s for v in graph.inputs for d in v.shape if isinstance(d, Dim) for s in d.symbols()}
     origins = {s: text for s, text in symbols.items() if s in used}
-    return Captured(
-        graph, variables, inputs, outputs, [v for v, _ in updates], origins, dict(sizes), bool(scope.losses)
-    )
+    return Captured(graph, variables, inputs, outputs, [v for v, _ in updates], origins, dict(sizes))
 
 
 @contextlib.contextmanager
@@ -201,14 +198,9 @@ def _outputs(result) -> tuple[list, Structure]:
 
 def _drop_unused(graph: Graph) -> None:
     """Remove the nodes and parameters that no output depends on (masks and losses that nobody reads)."""
-    needed = set(graph.outputs)
-    kept = []
-    for node in reversed(graph.nodes):
-        if any(v in needed for v in node.outputs):
-            needed.update(node.inputs)
-            kept.append(node)
-    graph.nodes = kept[::-1]
-    graph.params = [p for p in graph.params if p in needed]
+    graph.nodes = live_nodes(graph.nodes, graph.outputs)
+    read = {*graph.outputs, *(v for node in graph.nodes for v in node.inputs)}
+    graph.params = [p for p in graph.params if p in read]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ class KerasBackendFinder(importlib.abc.MetaPathFinder):
 def foreign_backend() -> str | None:
     """The backend that Keras runs on if it is already imported and is not kgraph, else None.
 
-    Where this names a backend, models of this process hold that backend's tensors; `kgraph.compile` then has to hand
-    the model (as a `.keras` file) to a helper process that runs Keras on kgraph.
+    Where this names a backend, models of this process hold that backend's tensors, and `kgraph.compile` raises
+    ImportError.
     """
     config = sys.modules.get(CONFIG)
     if config is None or not hasattr(config, "_BACKEND"):
@@ -126,12 +126,6 @@ def foreign_backend() -> str | None:
 def is_installed() -> bool:
     """Whether the finder is in place."""
     return any(isinstance(finder, KerasBackendFinder) for finder in sys.meta_path)
-
-
-def is_active() -> bool:
-    """Whether Keras is imported and runs on kgraph."""
-    served = sys.modules.get(SERVED)
-    return served is not None and getattr(served, "__name__", "") == INTERFACE
 
 
 def install(force: bool = True) -> bool:
@@ -153,8 +147,7 @@ def install(force: bool = True) -> bool:
         if force:
             warnings.warn(
                 f"Keras is already imported with the {other!r} backend, so kgraph cannot become its backend in this "
-                "process. Import kgraph before keras, or start with KERAS_BACKEND=kgraph. kgraph.compile still works, "
-                "by way of a helper process.",
+                "process. Import kgraph before keras, or start with KERAS_BACKEND=kgraph.",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -102,6 +102,8 @@ class TracedArray(Traced):
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         """A NumPy array or scalar on the left of an operator comes here by way of the operator's ufunc."""
         function = UFUNC_OPERATORS.get(ufunc.__name__)
+        if len(kwargs.get("out", ())) == 1 and kwargs["out"][0] is inputs[0]:
+            kwargs = {}  # `array += tensor` gives the name on the left a new value
         if function is None or method != "__call__" or kwargs:
             self._refuse(f"numpy.{ufunc.__name__}", f"Use the function of that kind in keras.ops ({ufunc.__name__}).")
         return getattr(_functions(), function)(*inputs)

@@ -19,11 +19,9 @@ from kgraph.errors import CaptureError
 from kgraph.frontend.traced_array import TracedArray, layer_path
 from kgraph.ir import Graph, TensorType, Tracer, Value, dtype_name, make_node, type_of
 from kgraph.ir.primitive import PRIMITIVES, current_tracer
-from kgraph.ir.recorder import inherited_provenance
+from kgraph.ir.recorder import LARGEST_UNIFORM_CONSTANT, inherited_provenance, uniform_value
 
 _BACKEND_MODULES = "kgraph.frontend.keras_backend."
-# A uniform constant above this many elements is recorded as `full`, so that it takes no memory in the graph.
-_LARGEST_UNIFORM_CONSTANT = 16
 
 
 def _operation_name() -> str:
@@ -86,9 +84,9 @@ class GraphTracer(Tracer):
         if known is not None:
             return known[1]
         concrete = np.asarray(array)
-        dtype = dtype_name(concrete.dtype)
-        if concrete.size > _LARGEST_UNIFORM_CONSTANT and (fill := _uniform_value(concrete)) is not None:
-            node = self._append("full", (), {"shape": concrete.shape, "value": fill, "dtype": dtype})
+        if concrete.size > LARGEST_UNIFORM_CONSTANT and (fill := uniform_value(concrete)) is not None:
+            attrs = {"shape": concrete.shape, "value": fill, "dtype": dtype_name(concrete.dtype)}
+            node = self._append("full", (), attrs)
         else:
             concrete = np.array(concrete, order="C")
             concrete.setflags(write=False)
@@ -159,21 +157,6 @@ class GraphTracer(Tracer):
             yield self
         finally:
             current_tracer.reset(token)
-
-
-def _uniform_value(array: np.ndarray):
-    """The Python scalar that all elements equal bit for bit, or None."""
-    if array.dtype.kind not in "biuf":
-        return None
-    first = array.reshape(-1)[:1]
-    # Compared as bytes: 0.0 and -0.0 differ, and equal NaNs count as equal.
-    if array.size > 1 and all(s == 0 for s, n in zip(array.strides, array.shape) if n > 1):
-        return first[0].item()
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(array.size, array.itemsize)
-    probe = first.view(np.uint8)
-    if not (flat[-1] == probe).all() or not (flat[array.size // 2] == probe).all() or not (flat == probe).all():
-        return None
-    return first[0].item()
 
 
 def is_tracing() -> bool:

@@ -1,7 +1,7 @@
 """The intermediate representation: sizes, types, primitives' records, graphs."""
 
 from kgraph.ir.dims import Dim
-from kgraph.ir.graph import Graph, Node, Rewriter, Value, constant_value, make_node
+from kgraph.ir.graph import Graph, Node, Rewriter, Value, constant_value, live_nodes, make_node
 from kgraph.ir.primitive import PRIMITIVES, NotDifferentiable, Primitive, Sample, Traced, Tracer, bind, register
 from kgraph.ir.types import TensorType, dtype_name, np_dtype, type_of
 
@@ -21,6 +21,7 @@ __all__ = [
     "bind",
     "constant_value",
     "dtype_name",
+    "live_nodes",
     "make_node",
     "np_dtype",
     "register",

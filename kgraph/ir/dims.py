@@ -14,8 +14,7 @@ from fractions import Fraction
 
 from kgraph.errors import DimDecisionError
 
-# A monomial is a sorted tuple of atoms (with repetition); an atom is a name or ("floordiv", numerator Dim, int).
-Atom = "str | tuple"
+# A sorted tuple of atoms (with repetition); an atom is a name or ("floordiv", numerator Dim, int).
 Monomial = tuple
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,7 @@ class Rewriter:
         self.provenance: frozenset = frozenset()
 
     def map(self, value: Value) -> Value:
+        """What stands in the new graph for a value of the old one."""
         return self.mapping.get(value, value)
 
     def emit(self, primitive: Primitive, *inputs: Value, **attrs) -> Any:
@@ -126,6 +127,7 @@ class Rewriter:
         return self.target.add(primitive, inputs, self.provenance, **attrs)
 
     def run(self, visit: Callable[[Node, tuple, Rewriter], tuple | None]) -> Graph:
+        """The graph after `visit` has seen every node in order. Raises ValueError for a wrong number of values."""
         for node in self.source.nodes:
             inputs = tuple(self.mapping.get(v, v) for v in node.inputs)
             self.provenance = node.provenance
@@ -144,6 +146,17 @@ class Rewriter:
                     self.mapping[old] = value
         self.target.outputs = [self.map(v) for v in self.source.outputs]
         return self.target
+
+
+def live_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
+    """Those of `nodes`, in their order, that `values` are computed from."""
+    live = set(values)
+    kept = []
+    for node in reversed(nodes):
+        if any(o in live for o in node.outputs):
+            kept.append(node)
+            live.update(node.inputs)
+    return kept[::-1]
 
 
 def constant_value(value: Value) -> np.ndarray | None:

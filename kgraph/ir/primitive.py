@@ -84,6 +84,7 @@ class Tracer:
     """What records primitives while a function is traced; `frontend.tracer` implements it."""
 
     def record(self, primitive: Primitive, args: tuple, attrs: dict):
+        """Append the application to what is traced; gives its traced result, or a tuple of them."""
         raise NotImplementedError
 
 

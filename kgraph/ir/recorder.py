@@ -31,6 +31,23 @@ def inheriting(provenance: frozenset) -> Iterator[None]:
         inherited_provenance.reset(token)
 
 
+def uniform_value(array: np.ndarray):
+    """The Python scalar that all elements of an array equal bit for bit; None if they differ.
+
+    0.0 and -0.0 differ, and equal NaNs count as equal. array: not empty, of any shape.
+    """
+    if array.dtype.kind not in "biuf":
+        return None
+    first = array.reshape(-1)[:1]
+    if array.size > 1 and all(s == 0 for s, n in zip(array.strides, array.shape) if n > 1):
+        return first[0].item()
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(array.size, array.itemsize)
+    probe = first.view(np.uint8)
+    if not (flat[-1] == probe).all() or not (flat[array.size // 2] == probe).all() or not (flat == probe).all():
+        return None
+    return first[0].item()
+
+
 class RecordedValue(Traced):
     """A value of a graph while it is recorded; rules need no more than its shape and dtype."""
 
@@ -72,8 +89,8 @@ class Recorder(Tracer):
         if isinstance(x, RecordedValue):
             return x.value
         array = np.asarray(x)
-        if array.size > LARGEST_UNIFORM_CONSTANT and array.dtype.kind in "biuf" and (array == array.flat[0]).all():
-            attrs = {"shape": array.shape, "value": array.flat[0].item(), "dtype": dtype_name(array.dtype)}
+        if array.size > LARGEST_UNIFORM_CONSTANT and (fill := uniform_value(array)) is not None:
+            attrs = {"shape": array.shape, "value": fill, "dtype": dtype_name(array.dtype)}
             return self.graph.add(PRIMITIVES["full"], (), self._provenance(), **attrs)
         return self.graph.add(PRIMITIVES["constant"], (), self._provenance(), value=array)
 

@@ -84,6 +84,7 @@ class TensorType:
 
     @property
     def is_static(self) -> bool:
+        """Whether no size is symbolic."""
         return not any(isinstance(s, Dim) for s in self.shape)
 
     @property
@@ -91,9 +92,11 @@ class TensorType:
         return self.dtype in FLOATS
 
     def with_shape(self, shape) -> TensorType:
+        """The same dtype in another shape."""
         return TensorType(tuple(shape), self.dtype)
 
     def with_dtype(self, dtype: str) -> TensorType:
+        """The same shape in another dtype."""
         return TensorType(self.shape, dtype)
 
     def __str__(self):

@@ -33,9 +33,11 @@ from kgraph.ops.contraction import contract_labels, dot_general, matmul, sum_lab
 from kgraph.ops.control_flow import cond, scan, while_loop
 from kgraph.ops.conversion import bitcast_convert, bitcast_regroup, complex, conj, convert, imag, real, stop_gradient
 from kgraph.ops.convolution import conv, conv_transpose, conv_transpose_padding, same_padding, window_padding
+from kgraph.ops.convolution_gradient import depthwise_filter_gradient
 from kgraph.ops.creation import constant, dim_value, full, iota
 from kgraph.ops.ctc import ctc_beam_search
 from kgraph.ops.cumulative import cumlogsumexp, cummax, cummin, cumprod, cumsum
+from kgraph.ops.custom_gradient import custom_gradient
 from kgraph.ops.einsum import diagonal, einsum
 from kgraph.ops.fourier import fft, fft2, ifft, ifft2, irfft, rfft
 from kgraph.ops.fusion import fusion
@@ -171,6 +173,8 @@ __all__ = [
     "cummin",
     "cumprod",
     "cumsum",
+    "custom_gradient",
+    "depthwise_filter_gradient",
     "det",
     "diagonal",
     "digamma",

@@ -46,6 +46,7 @@ def describe(dtypes: frozenset) -> str:
 
 
 def listing(types: Sequence[TensorType]) -> str:
+    """The operands' types in a row, for messages."""
     return ", ".join(map(str, types)) or "none"
 
 
@@ -241,6 +242,7 @@ def integers(shape=(), low=-9, high=10, dtype="int32", seed=0) -> np.ndarray:
 
 
 def booleans(shape=(), seed=0) -> np.ndarray:
+    """Booleans, the same ones for equal arguments."""
     return np.asarray(np.random.default_rng([seed, *shape]).integers(0, 2, shape)).astype(bool)
 
 

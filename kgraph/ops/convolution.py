@@ -10,7 +10,8 @@ from kgraph import ops
 from kgraph.errors import ShapeError
 from kgraph.ir import Dim, Primitive, Sample, TensorType, bind, register
 from kgraph.ir.dims import ceil_div
-from kgraph.ops.common import per_axis, require_same_dtype, sizes_differ, widened, zeros_like
+from kgraph.ir.types import FLOATS
+from kgraph.ops.common import dtype_of, per_axis, require_same_dtype, sizes_differ, widened, zeros_like
 from kgraph.ops.rules import dtype_error, shape_error
 
 __all__ = ["conv", "conv_transpose", "conv_transpose_padding", "same_padding", "window_padding"]
@@ -211,8 +212,6 @@ def _gradient(cotangents, inputs, outputs, *, strides, padding, lhs_dilation, rh
         before = extent_w - 1 - low
         to_x.append((before, extent_x + extent_w - 1 - extent_out - before))
         to_w.append((low, extent_out - extent_x + before))
-    plain = all(p == (0, 0) for p in padding) and all(d == 1 for d in lhs_dilation)
-    pointwise = plain and all(k == 1 for k in w.shape[:-2])
     return (
         ops.conv(
             cotangent,
@@ -223,7 +222,7 @@ def _gradient(cotangents, inputs, outputs, *, strides, padding, lhs_dilation, rh
             rhs_dilation=rhs_dilation,
             feature_groups=feature_groups,
         ),
-        _filter_gradient(x, cotangent, tuple(to_w), strides, lhs_dilation, rhs_dilation, feature_groups, pointwise),
+        _filter_gradient(x, w, cotangent, padding, tuple(to_w), strides, lhs_dilation, rhs_dilation, feature_groups),
     )
 
 
@@ -250,13 +249,20 @@ def _pointwise_filter_gradient(x, cotangent, strides):
     return ops.reshape(out, shape=((1,) * rank + tuple(out.shape)))
 
 
-def _filter_gradient(x, cotangent, padding, strides, lhs_dilation, rhs_dilation, groups: int, pointwise: bool):
-    """The batch is what is contracted: x as [C/g, *spatial, g*N] is convolved with the cotangent [*out, N, F]."""
+def _filter_gradient(x, w, cotangent, padding, to_w, strides, lhs_dilation, rhs_dilation, groups: int):
+    """The batch is what is contracted: x as [C/g, *spatial, g*N] is convolved with the cotangent [*out, N, F].
+
+    Weights of one element, and of one filter per channel, have simpler forms.
+    """
+    undilated = all(d == 1 for d in lhs_dilation)
+    if groups == 1 and undilated and all(k == 1 for k in w.shape[:-2]) and all(p == (0, 0) for p in padding):
+        return _pointwise_filter_gradient(x, cotangent, strides)
+    if groups > 1 and undilated and w.shape[-2] == 1 and w.shape[-1] == groups and dtype_of(x) in FLOATS:
+        attrs = {"window": w.shape[:-2], "strides": strides, "padding": padding, "rhs_dilation": rhs_dilation}
+        return ops.depthwise_filter_gradient(x, cotangent, **attrs)
     rank = len(x.shape) - 2
     batch, size, channels = x.shape[0], tuple(x.shape[1:-1]), x.shape[-1]
     axes = tuple(range(1, rank + 1))
-    if groups == 1 and pointwise:
-        return _pointwise_filter_gradient(x, cotangent, strides)
     if groups == 1:
         images = ops.transpose(x, permutation=(rank + 1, *axes, 0))
     else:
@@ -268,7 +274,7 @@ def _filter_gradient(x, cotangent, padding, strides, lhs_dilation, rhs_dilation,
         images,
         filters,
         strides=rhs_dilation,
-        padding=padding,
+        padding=to_w,
         lhs_dilation=lhs_dilation,
         rhs_dilation=strides,
         feature_groups=groups,

@@ -28,6 +28,7 @@ MODES = ("clip", "fill", "wrap")
 
 
 def require_indices(name: str, indices: TensorType, types: tuple) -> None:
+    """Raises DTypeError unless the operand `indices` of `name(types)` has an int dtype."""
     if indices.dtype not in INTS:
         raise DTypeError(f"{name}({listing(types)}): expected int indices, got {indices.dtype}")
 
@@ -54,6 +55,7 @@ def _traced_clamped(indices: Array, n: Size) -> Array:
 
 
 def in_range(indices: Array, n: Size) -> Array:
+    """Whether each index, with negative ones counted from the end once, lies inside of an axis of size `n`."""
     indices, size = traced_from_end(indices, n)
     return ops.logical_and(ops.ge(indices, like(indices, 0)), ops.lt(indices, size))
 

@@ -19,6 +19,8 @@ __all__ = ["cholesky", "det", "inv", "lu", "slogdet", "solve", "triangular_solve
 
 # -- shared with decompositions ----------------------------------------------------------------------------------------
 def require_matrices(name: str, types, *, square: bool = False) -> None:
+    """Raises DTypeError unless all operands are floats, ShapeError below rank 2 (or, with `square`, for a first operand
+    whose matrices are not square)."""
     require_float(name, *types)
     for t in types:
         if t.rank < 2:
@@ -72,10 +74,12 @@ def band(x, compare: str):
 
 
 def half(x):
+    """x / 2."""
     return ops.mul(x, scalar(0.5, dtype_of(x)))
 
 
 def symmetric(x):
+    """(x + x^T) / 2 of the matrices in the last two axes."""
     return half(ops.add(x, matrix_transpose(x)))
 
 
@@ -91,6 +95,7 @@ def regular(shape, seed=0) -> np.ndarray:
 
 
 def host_record(name, infer, reference, gradient, samples, results=1, tolerance=1e-4) -> Primitive:
+    """Register a primitive that runs through its reference on the host for good."""
     return register(
         Primitive(
             name=name,

@@ -82,6 +82,7 @@ class Cell:
     reset_after: bool
 
     def forward(self, projected, states, recurrent_kernel, recurrent_bias) -> Step:
+        """One step: projected [B, G*U], states each [B, U], recurrent_kernel [U, G*U], recurrent_bias [G*U]."""
         return getattr(self, f"_{self.kind}")(projected, states, recurrent_kernel, recurrent_bias)
 
     def backward(self, step: Step, cotangents: tuple, recurrent_kernel) -> tuple:

@@ -9,27 +9,25 @@ import numpy as np
 from kgraph import ops
 from kgraph.errors import DTypeError, ShapeError
 from kgraph.ir import Dim, TensorType, dtype_name, np_dtype
-from kgraph.ir.types import COMPLEX, FLOATS
+from kgraph.ir.types import FLOATS
 from kgraph.ops.common import WIDER, dtype_of, listing, sizes_differ
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
 def shape_error(name: str, types: Sequence[TensorType], expected: str) -> ShapeError:
+    """The ShapeError of `name(types)`, where something else was expected."""
     return ShapeError(f"{name}({listing(types)}): expected {expected}")
 
 
 def dtype_error(name: str, types: Sequence[TensorType], expected: str) -> DTypeError:
+    """The DTypeError of `name(types)`, where something else was expected."""
     return DTypeError(f"{name}({listing(types)}): expected {expected}")
 
 
 def require_float(name: str, *types: TensorType) -> None:
+    """Raises DTypeError unless all operands are floats."""
     if any(t.dtype not in FLOATS for t in types):
         raise dtype_error(name, types, "float operands; convert them first")
-
-
-def require_float_or_complex(name: str, *types: TensorType) -> None:
-    if any(t.dtype not in FLOATS and t.dtype not in COMPLEX for t in types):
-        raise dtype_error(name, types, "float or complex operands; convert them first")
 
 
 def require_broadcast_to(name: str, types: Sequence[TensorType], index: int, shape: Sequence) -> None:

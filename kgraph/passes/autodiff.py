@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation of a graph: the forward and the backward part in one graph for the passes that follow."""
+"""Reverse-mode differentiation of a graph: the forward and the backward part in one graph for later passes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def differentiate(
     outputs = [v for v in graph.outputs if v.dtype in INEXACT] if outputs is None else list(outputs)
     for value in wrt:
         if value.dtype not in INEXACT:
-            raise DTypeError(f"differentiate: {value!r} of graph {graph.name!r} is {value.dtype}; cotangents are floats")
+            raise DTypeError(
+                f"differentiate: {value!r} of graph {graph.name!r} is {value.dtype}; cotangents are floats"
+            )
     joint = Graph(graph.inputs, graph.params, graph.nodes, graph.outputs, graph.name)
     recorder = Recorder(graph=joint)
     known = {*graph.inputs, *graph.params, *(o for node in graph.nodes for o in node.outputs)}

@@ -47,6 +47,12 @@ def drop_stop_gradient(node, inputs, rewriter):
     return inputs[0]
 
 
+@rule("custom_gradient")
+def drop_custom_gradient(node, inputs, rewriter):
+    """`custom_gradient(y, x, ..; n) -> y`, the first n operands."""
+    return inputs[: len(node.outputs)]
+
+
 @rule("reshape", "broadcast_to")
 def drop_same_shape(node, inputs, rewriter):
     """`reshape(x: S; S) -> x`."""

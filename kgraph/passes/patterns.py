@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from kgraph.ir import PRIMITIVES, Graph, Value, constant_value
 from kgraph.ir.primitive import Primitive
+from kgraph.ir.recorder import uniform_value
 
 
 def primitive(name: str) -> Primitive:
@@ -19,11 +18,15 @@ def made_by(value: Value, name: str) -> bool:
 
 
 def is_elementwise(node) -> bool:
+    """Whether a node computes each element of its result from the same element of its operands."""
     return "elementwise" in node.primitive.traits
 
 
 def scalar_constant(value: Value):
-    """The Python scalar of a constant in which all elements are equal, else None."""
+    """The Python scalar of a constant in which all elements are equal, else None.
+
+    Reals compare bit for bit: -0.0 is not 0.0.
+    """
     array = constant_value(value)
     if array is None and made_by(value, "full"):
         return value.producer.attrs["value"]
@@ -31,6 +34,8 @@ def scalar_constant(value: Value):
         return scalar_constant(value.producer.inputs[0])
     if array is None or array.size == 0 or array.dtype.kind == "V":
         return None
+    if array.dtype.kind in "biuf":
+        return uniform_value(array)
     first = array.reshape(-1)[0]
     if array.size > 1 and not (array == first).all():
         return None
@@ -58,10 +63,3 @@ def is_channel_vector(shape: tuple, output_shape: tuple) -> bool:
     if not shape or len(shape) > len(output_shape):
         return False
     return shape[-1] == output_shape[-1] and all(s == 1 for s in shape[:-1])
-
-
-def np_scalar(value, dtype) -> np.ndarray:
-    """A NumPy scalar array of a named dtype."""
-    from kgraph.ir import np_dtype
-
-    return np.asarray(value, np_dtype(dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kgraph.ir import Graph, Node, Value, constant_value
+from kgraph.passes.dead_code import dead_code
 from kgraph.passes.patterns import state_only_values
 
 
@@ -39,13 +40,6 @@ def split_prologue(graph: Graph) -> Split:
             needed.setdefault(value)
     constants = [v.producer for v in needed if constant_value(v) is not None]
     boundary = [v for v in needed if constant_value(v) is None]
-    live = set(boundary)
-    kept = []
-    for node in reversed(early):
-        if any(o in live for o in node.outputs):
-            kept.append(node)
-            live.update(node.inputs)
-    kept.reverse()
-    prologue = Graph([], [p for p in graph.params if p in live], kept, boundary, f"{graph.name}/prologue")
+    prologue = dead_code(Graph([], graph.params, early, boundary, f"{graph.name}/prologue"))
     main = Graph(graph.inputs, boundary, constants + late, graph.outputs, graph.name)
     return Split(prologue, main)

@@ -28,6 +28,7 @@ class Contraction:
         self.region_of: dict[Node, Region] = {}
 
     def claim(self, region: Region) -> None:
+        """Contract the nodes of `region`: no other region may take them."""
         for node in region.nodes:
             self.region_of[node] = region
 
@@ -83,6 +84,7 @@ class Contraction:
         return True
 
     def sorted(self, nodes: Iterable[Node]) -> list[Node]:
+        """The nodes in the order of the graph."""
         return sorted(nodes, key=self.index.__getitem__)
 
 

@@ -35,8 +35,9 @@ def lower_bound(intervals: Sequence[Interval]) -> int:
 def plan_arena(intervals: Sequence[Interval]) -> tuple[list[int], int]:
     """Offsets (multiples of ALIGNMENT) of the buffers, in their order, and the size of the arena.
 
-    Two orders of placement are tried, and the smaller arena is kept: by size, which suits a few large buffers of mixed
-    lifetimes, and by time, which suits chains. Each buffer goes into the smallest gap that holds it (best fit).
+    Orders of placement are tried until one meets the lower bound, and the smallest arena is kept: by size, which suits
+    a few large buffers of mixed lifetimes, by time, which suits chains, and by size times lifetime. Each buffer goes
+    into the smallest gap that holds it (best fit).
     """
     bound = lower_bound(intervals)
     by_time = sorted(range(len(intervals)), key=lambda i: (intervals[i].first, -intervals[i].nbytes))

@@ -100,11 +100,6 @@ class Binding:
         return self.storage.arena_bytes
 
     @property
-    def lower_bound_bytes(self) -> int:
-        """The most bytes of temporaries that are alive at one step."""
-        return self.storage.bound_bytes
-
-    @property
     def scratch_bytes(self) -> int:
         """Memory that each thread of a call has to itself."""
         return self.table.scratch_bytes
@@ -329,7 +324,9 @@ class Binding:
         context.set_params(self.program.values)
         runs = [self._timed_run(context, arrays, results) for _ in range(repeats + 1)][1:]
         times = [sorted(one)[len(one) // 2] for one in zip(*runs)]
-        report = [StepTime(s.label, s.layers, t, s.flops, s.bytes, s.threads, s.host) for s, t in zip(self.steps, times)]
+        report = [
+            StepTime(s.label, s.layers, t, s.flops, s.bytes, s.threads, s.host) for s, t in zip(self.steps, times)
+        ]
         return tuple(results), report
 
     def _timed_run(self, context: Context, arrays, results) -> list[int]:

@@ -39,7 +39,7 @@ _JUMP = b"\xff\x25\x02\x00\x00\x00"
 _MAX_ALIGN = 4096
 _MAX_SECTION_BYTES = 1 << 28
 # What parsing of arbitrary bytes may raise.
-_DAMAGE = (struct.error, IndexError, ValueError, TypeError, OverflowError)
+_DAMAGE = (struct.error, LookupError, ValueError, TypeError, OverflowError)
 
 
 class Library:
@@ -260,6 +260,8 @@ class _Object:
         out = {}
         for title, info, _, section, value, _ in self.symbols:
             if info >> 4 and info & 15 == 2 and section < len(self.places) and self.places[section] is not None:
+                if value >= self.sections[section][5]:
+                    raise ArtifactError(f"kernel object {self.name!r}: a function lies outside of its section")
                 out[self._string(self.strings + title)] = base + self.places[section] + value
         return out
 

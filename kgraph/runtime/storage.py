@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kgraph.runtime.arena import Interval, lower_bound, plan_arena
+from kgraph.errors import InputError
+from kgraph.runtime.arena import Interval, plan_arena
 from kgraph.runtime.steps import HostStep
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Storage:
 
     shapes, nbytes, places: by buffer id.
     direct: buffer id that is written straight into each output array, -1 where the output is copied after the run.
-    arena_bytes, bound_bytes: size of the arena, and the most bytes alive at one step.
+    arena_bytes: size of the arena. num_in_place: outputs of steps that lie where an input of the step lay.
     """
 
     shapes: list[tuple[int, ...]]
@@ -39,18 +40,22 @@ class Storage:
     places: list[Place] = field(default_factory=list)
     direct: list[int] = field(default_factory=list)
     arena_bytes: int = 0
-    bound_bytes: int = 0
     num_in_place: int = 0
 
 
 def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storage:
-    """Place every buffer of `program`, sizes being given by `evaluate`."""
+    """Place every buffer of `program`, sizes being given by `evaluate`.
+
+    Raises InputError where a result would have a negative size: the inputs are too small for the model.
+    """
     buffers, steps = program.buffers, program.steps
     storage = Storage([], [])
-    for buffer, itemsize in zip(buffers, program.itemsizes):
+    for b, (buffer, itemsize) in enumerate(zip(buffers, program.itemsizes)):
         shape = tuple([evaluate(s) for s in buffer.shape])
         count = 1
         for s in shape:
+            if s < 0:
+                raise _too_small(program, b, shape)
             count *= s
         storage.shapes.append(shape)
         storage.nbytes.append(count * itemsize)
@@ -93,7 +98,6 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
     positions: list[int] = []
     if intervals:
         positions, storage.arena_bytes = plan_arena(intervals)
-        storage.bound_bytes = lower_bound(intervals)
     arena = dict(zip(in_arena, positions))
 
     for b, buffer in enumerate(buffers):
@@ -112,6 +116,17 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
         if offsets[b] < 0 or offsets[b] + nbytes[b] > max(nbytes[root], 0):
             raise ValueError(f"buffer {b} ({buffer.name!r}) does not fit into buffer {root} that it is a view of")
     return storage
+
+
+def _too_small(program: Program, b: int, shape: tuple[int, ...]) -> InputError:
+    """The error for a buffer that has a negative size, with the step that would write it."""
+    writers = [s for s in program.steps if b in s.operands[len(s.operands) - s.outputs :]]
+    where = "".join(f", the result of {s.label} ({', '.join(s.layers)})" for s in writers[:1])
+    symbolic = f"[{', '.join(map(str, program.buffers[b].shape))}]"
+    return InputError(
+        f"{program.name}: the inputs are too small: a tensor of shape {symbolic}{where} would have the shape "
+        f"{list(shape)}; give larger ones"
+    )
 
 
 def _roots(program: Program, evaluate: Callable[[object], int]) -> tuple[list[int], list[int]]:

@@ -160,6 +160,21 @@ def test_output_may_overwrite_an_operand():
     np.testing.assert_array_equal(target, wanted)
 
 
+def test_each_output_may_overwrite_an_operand_of_the_other():
+    x, y = normal(9, 70), normal(9, 70, seed=1)
+    node = fused(lambda x, y: [ops.add(y, np.float32(1)), ops.mul(x, np.float32(2))], x, y)
+    (call,) = loop.lower(node, host_target())
+    assert set(call.notes["inplace"]) == {(2, 0), (2, 1), (3, 0), (3, 1)}
+    bound = Bound([call], {node.inputs[0]: x, node.inputs[1]: y})
+    _, pointers, *_ = bound.steps[0]
+    a, b = x.copy(), y.copy()
+    # The first output lies over x, which only the second one reads, and the other way round.
+    pointers[:] = [a.ctypes.data, b.ctypes.data, a.ctypes.data, b.ctypes.data]
+    bound.run(parts=2)
+    np.testing.assert_array_equal(a, y + 1)
+    np.testing.assert_array_equal(b, x * 2)
+
+
 def test_refusals_name_the_reason():
     x = normal(3, 4)
     node = fused(lambda x: [ops.add(ops.transpose(x, permutation=(1, 0)), np.float32(1))], x)

@@ -84,7 +84,7 @@ UNARY = {
     "log2": (np.log2, (-1, 3e38), (-1, 1e308), 2, 2),
     "tanh": (np.tanh, (-11, 11), (-22, 22), 2, 4),
     "logistic": (logistic, (-110, 30), (-760, 50), 2, 2),
-    "softplus": (softplus, (-110, 110), (-750, 750), 2, 2),
+    "softplus": (softplus, (-110, 110), (-750, 750), 4, 2),
     "sinh": (np.sinh, (-92, 92), (-715, 715), 4, 4),
     "cosh": (np.cosh, (-92, 92), (-715, 715), 2, 2),
     "erf": (LIBM["erf"], (-5, 5), (-7, 7), 2, 4),
@@ -199,12 +199,14 @@ def test_remainders_are_exact(dtype):
 
 
 @pytest.mark.parametrize("name", ["exp", "tanh", "sin", "pow"])
-def test_lane_count_does_not_matter(name):
+def test_lane_counts(name):
+    """Scalars and vectors of any length agree, if not to the bit: some code is for whole AVX-512 registers only."""
     x = values("float32", -10, 10)[:999]
     arrays = (x, x[::-1].copy()) if name == "pow" else (x,)
     run = functools.partial(evaluate, function_named(name), *arrays)
-    np.testing.assert_array_equal(run(lanes=1), run())
-    np.testing.assert_array_equal(run(lanes=4), run())
+    full = run().astype(EXACT)
+    for lanes in (1, 4, 32):
+        assert ulps(run(lanes=lanes), full).max() <= 2
 
 
 @pytest.mark.parametrize("vector_bytes", [16, 32])

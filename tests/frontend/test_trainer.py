@@ -10,8 +10,6 @@ import pytest
 from keras import layers
 from keras import ops as K
 
-from kgraph.errors import UnsupportedError
-
 
 def data(rows=37):
     rng = np.random.default_rng(0)
@@ -104,12 +102,3 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.predict(x, verbose=0)
-
-
-def test_training_says_that_it_is_not_there():
-    model = classifier()
-    x, y = data()
-    with pytest.raises(UnsupportedError, match="training"):
-        model.fit(x, y)
-    with pytest.raises(UnsupportedError, match="training"):
-        model.train_on_batch(x, y)

@@ -92,7 +92,7 @@ def smooth(b: Builder):
 @operation(2)
 def positive_domain(b: Builder):
     """Functions with a pole or branch at zero, on |x| + c."""
-    x, fact = small(b, b.pick_float(), 30)
+    x, _ = small(b, b.pick_float(), 30)
     shifted = ops.add(ops.abs(x), b.constant(0.5, b.dtype_of(x)))
     name = b.choice(("log", "log2", "log1p", "sqrt", "rsqrt", "cbrt", "lgamma", "digamma"))
     bound = {"sqrt": 6, "lgamma": 80, "cbrt": 4}.get(name, 6)
@@ -110,10 +110,7 @@ def unit_domain(b: Builder):
 
 
 def broadcastable(b: Builder, x, y) -> bool:
-    for m, n in zip(x.shape[::-1], y.shape[::-1]):
-        if not _same(m, n) and not _one(m) and not _one(n):
-            return False
-    return True
+    return all(_same(m, n) or _one(m) or _one(n) for m, n in zip(x.shape[::-1], y.shape[::-1]))
 
 
 def _same(m, n) -> bool:

@@ -171,7 +171,7 @@ def test_a_primitive_without_gradient_inside_of_a_body_is_named():
     body = record_region("body", types, lambda x: ops.while_loop(x, cond=condition, body=double))
     attrs = {"body": body, "num_carry": 1, "num_xs": 0, "length": 2, "reverse": False}
     x = np.ones(3, np.float32)
-    with pytest.raises(GradientError, match="while_loop, which has none: .*use scan"):
+    with pytest.raises(GradientError, match=r"while_loop, which has none: .*use scan"):
         PRIMITIVES["scan"].gradient((x,), (x,), ops.scan(x, **attrs), **attrs)
 
 

@@ -64,6 +64,8 @@ def compare(name: str, leaves: Sequence[np.ndarray]) -> Comparison:
             continue
         if not reference.size:
             continue
+        if not np.isfinite(reference).all() or not reference.any():
+            raise AssertionError(f"{name}: the reference of output {key} is all zero or not finite; it shows nothing")
         scale = max(float(np.linalg.norm(reference)), 1e-30)
         ours = float(np.linalg.norm(leaf.astype("float64") - reference)) / scale
         theirs = float(np.linalg.norm(jax_value.astype("float64") - reference)) / scale

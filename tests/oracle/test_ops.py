@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.oracle import comparison
+from tests.oracle.jax_process import FAST_COMPILE
 from tests.oracle.ops_cases import CASES, flat
 
 pytestmark = pytest.mark.skipif(
@@ -28,6 +29,7 @@ def jax_results():
         partial = path.with_suffix(f".{os.getpid()}.npz")
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("KGRAPH_", "PYTHON", "VIRTUAL_ENV"))}
         environment.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", PYTHONDONTWRITEBYTECODE="1")
+        environment.setdefault("XLA_FLAGS", FAST_COMPILE)
         subprocess.run([comparison.JAX_PYTHON, PROGRAM, partial], env=environment, check=True)
         partial.replace(path)
     return np.load(path)

@@ -34,7 +34,7 @@ def total(x):
 
 
 def check_by_differences(graph: Graph, wrt, seed=0):
-    """`differentiate` of a graph with one float scalar as output, against central differences along random directions."""
+    """`differentiate` of a graph with one float scalar as output, against central differences."""
     joint = differentiate(graph, wrt)
     verify(joint, after="differentiate")
     rng = np.random.default_rng(seed)

@@ -98,6 +98,13 @@ def test_constants_fold():
     check_same(graph, after)
 
 
+def test_zeros_of_both_signs_are_no_scalar():
+    zeros = np.tile(np.float32([0, -0.0]), 20)
+    graph = canonicalise(traced(lambda x: ops.div(x, zeros), [f32(40)]))
+    (quotient,) = evaluate(graph, [np.ones(40, "float32")])
+    np.testing.assert_array_equal(quotient, np.tile(np.float32([np.inf, -np.inf]), 20))
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [

@@ -85,6 +85,22 @@ def test_directory_that_cannot_be_written(tmp_path):
     assert cache.get("ab" * 20) is None
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no owners of files")
+def test_entries_are_the_users_alone(cache):
+    key = "ab" * 20
+    before = os.umask(0)
+    try:
+        cache.put(key, b"code")
+    finally:
+        os.umask(before)
+    path = cache._path(key)
+    assert [p.stat().st_mode & 0o777 for p in (cache.directory, path.parent, path)] == [0o700, 0o700, 0o600]
+    path.chmod(0o622)  # somebody else may have written it
+    assert cache.get(key) is None
+    path.chmod(0o644)
+    assert cache.get(key) == b"code"
+
+
 def test_switched_off(monkeypatch):
     monkeypatch.setenv("KGRAPH_CACHE", "0")
     assert disk_cache() is None
@@ -118,6 +134,9 @@ def test_sources_behind_a_template():
     executor = cache_module.source_digest("executor:render")
     assert executor == cache_module.source_digest("executor:other")
     assert executor != cache_module.source_digest("gemm:render")
+    assert cache_module.source_digest("kgraph.codegen.cpu.gemm:render") == cache_module.source_digest("gemm:render")
+    _, imports = cache_module._source("kgraph.codegen.cpu.resize")
+    assert "kgraph.ops.resize" in imports  # its weights are tables in the kernels
     _, imports = cache_module._source("kgraph.codegen.cpu.executor")
     assert "kgraph.runtime.layout" in imports
     _, imports = cache_module._source("kgraph.codegen.cpu.gemm")

@@ -176,13 +176,18 @@ declare i32 @usleep(i32)
         executor=executor_object(),
     )
     x = np.zeros(1, np.float32)
-    workers = [threading.Thread(target=p, args=([x],)) for _ in range(5)]
-    start = time.perf_counter()
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
-    assert time.perf_counter() - start < 0.8
+
+    def five_calls() -> float:
+        workers = [threading.Thread(target=p, args=([x],)) for _ in range(5)]
+        start = time.perf_counter()
+        for w in workers:
+            w.start()
+        for w in workers:
+            w.join()
+        return time.perf_counter() - start
+
+    # One after the other they take a second; a busy machine may delay one attempt.
+    assert any(five_calls() < 0.8 for _ in range(4))
 
 
 def test_late_workers_do_not_delay_a_call(num_threads):
@@ -192,11 +197,15 @@ def test_late_workers_do_not_delay_a_call(num_threads):
     x = np.zeros(100, np.float32)
     p([x])
     time.sleep(0.01)  # all workers are parked now
-    start = time.perf_counter()
-    for _ in range(5):
-        p([x])
-        time.sleep(0.002)
-    assert time.perf_counter() - start < 1.0
+
+    def five_calls() -> float:
+        start = time.perf_counter()
+        for _ in range(5):
+            p([x])
+            time.sleep(0.002)
+        return time.perf_counter() - start
+
+    assert any(five_calls() < 1.0 for _ in range(4))
 
 
 def test_float_state_of_the_caller_does_not_matter(num_threads):

@@ -65,6 +65,16 @@ def test_wrong_inputs_are_refused():
     assert y.shape == (3, 5)
 
 
+def test_inputs_too_small_for_the_model_are_refused():
+    # Two negative sizes have a positive product: nothing may run on them.
+    buffers = [Buffer("input", (N, N), "float32"), Buffer("temporary", (N - 2, N - 2), "float32")]
+    step = NativeStep("add_one", (0, 1), 1, (N - 2) * (N - 2), label="conv", layers=("a/b",))
+    p = program(buffers, [step], (0,), (1,))
+    assert p([array(2, 2)])[0].shape == (0, 0)
+    with pytest.raises(InputError, match=r"too small.*the result of conv \(a/b\).*\[-1, -1\]"):
+        p([array(1, 1)])
+
+
 def test_any_layout_of_inputs():
     p = chain(1, shape=(N, 6))
     base = array(12, 10)

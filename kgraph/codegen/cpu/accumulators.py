@@ -55,14 +55,17 @@ def combine(b: KernelBuilder, kind: str, dtype: str, x, y):
     return EMITTERS[name](b, [x, y], [dtype, dtype], dtype)
 
 
-def make(b: KernelBuilder, kind: str, dtype: str, lanes: int, slots: int, across_rows: bool = False) -> Accumulator:
+def make(
+    b: KernelBuilder, kind: str, dtype: str, lanes: int, slots: int, across_rows: bool = False, blocks: bool = True
+) -> Accumulator:
     """The accumulator of a reduction of `dtype` values (compute form), `slots` vectors of `lanes` side by side.
 
     across_rows: every lane is a result of its own, and all lanes of a step have one position.
+    blocks: whether there may be more than one block, so that sums need compensation.
     """
     if kind in POSITIONS:
         return PositionAccumulator(b, kind, dtype, lanes, slots, across_rows)
-    if kind == "sum" and is_float_dtype(dtype):
+    if kind == "sum" and blocks and is_float_dtype(dtype):
         return SumAccumulator(b, kind, dtype, lanes, slots)
     return Accumulator(b, kind, dtype, lanes, slots)
 
@@ -137,15 +140,8 @@ class SumAccumulator(Accumulator):
         self.lost.set(b.add(self.lost.get(), error))
 
     def total(self) -> ir.Value:
-        return self._corrected(self.sum.get(), self.lost.get())
-
-    def scalar(self) -> ir.Value:
-        fold = lambda v: self.b.reduce_lanes(v, self._merge)
-        return self._corrected(fold(self.sum.get()), fold(self.lost.get()))
-
-    def _corrected(self, sum, lost):
         # After an overflow or an infinite operand the error is NaN while the sum itself is right.
-        b = self.b
+        b, sum, lost = self.b, self.sum.get(), self.lost.get()
         return b.select(b.ir.fcmp_unordered("uno", lost, lost), sum, b.add(sum, lost))
 
 

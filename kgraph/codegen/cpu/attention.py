@@ -71,14 +71,17 @@ class Layout(NamedTuple):
 
     @property
     def key_panel(self) -> int:
+        """Keys in a panel of packed keys."""
         return 2 * self.lanes
 
     @property
     def value_panel(self) -> int:
+        """Columns in a panel of packed values."""
         return self.value_vectors * self.lanes
 
     @property
     def sum_stride(self) -> int:
+        """Distance between the sums of one query and the next."""
         return self.value_panels * self.value_panel
 
 

@@ -80,11 +80,13 @@ class Section:
 
 
 def copy_bytes(plan: ConvPlan, sections: list[Section]) -> int:
+    """Scratch of a thread for the copy of the input that a unit meets, in whole cache lines."""
     elements = max(s.elements for s in sections)
     return -(-elements * itemsize(plan.accumulate) // 64) * 64
 
 
 def sums_bytes(plan: ConvPlan, sections: list[Section]) -> int:
+    """Scratch of a thread for sums that rest in memory between blocks of taps and channels."""
     split = any(s.chunks > 1 for s in sections)
     pixels = plan.block[0] * plan.block[1] * plan.group if split else 32
     return pixels * plan.vectors * plan.lanes * itemsize(plan.accumulate)

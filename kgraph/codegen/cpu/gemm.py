@@ -147,6 +147,7 @@ class GemmPlan(NamedTuple):
 
     @property
     def chunked(self) -> bool:
+        """Whether k is cut into blocks, with the sums resting in scratch in between."""
         return not isinstance(self.depth, int) or self.depth > self.chunk
 
     @property
@@ -158,11 +159,13 @@ class GemmPlan(NamedTuple):
 
     @property
     def copy_bytes(self) -> int:
+        """Scratch of a thread for the copied block of A; 0 where A is read in place."""
         outer = self.block if self.copy == "rows" else self.chunk
         return outer * self.copy_pitch * itemsize(self.accumulate) if self.copy else 0
 
     @property
     def sums_bytes(self) -> int:
+        """Scratch of a thread for the sums of a unit."""
         count = self.group * self.block if self.chunked else max(self.row_tiles, default=0)
         return count * self.vectors * self.lanes * itemsize(self.accumulate)
 

@@ -138,6 +138,7 @@ class _Kernel:
             self.pointers.append(None if is_coordinate else self.b.operand(number, dtype))
             number += not is_coordinate
         self.outputs = [self.b.operand(number + i, dtype) for i, dtype in enumerate(dtypes)]
+        regions.keep_order(self.b, self.leaves, self.pointers, self.outputs)
         # Short bodies are unrolled to keep loads ahead of stores; long ones overlap by themselves.
         self.unroll = 1 if expressions.is_heavy(self.expression) else 4
 

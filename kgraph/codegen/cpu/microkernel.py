@@ -259,6 +259,7 @@ class Panels(NamedTuple):
 
     @property
     def vectors(self) -> int:
+        """Vectors in a whole panel."""
         return self.width // self.lanes
 
     @property

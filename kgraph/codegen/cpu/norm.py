@@ -51,7 +51,7 @@ def _lower_group_norm(parts: rows.Parts, target) -> list[KernelCall]:
     widest = target.lanes("float64" if parts.core.output.dtype == "float64" else "float32")
     if isinstance(size, int) and size & (size - 1) == 0 and 1 <= size <= widest * MOST_GROUP_VECTORS:
         strip = lambda lanes: max(rows.STRIP, size // lanes)
-        return rows.lower_parts(parts, TEMPLATE, ("group_norm", epsilon, size), target, "group_norm", strip)
+        return rows.lower_parts(parts, TEMPLATE, ("group_norm", epsilon, size), target, "group_norm", strip_of=strip)
     rank = len(parts.shape)
     split = lambda leaves: [Leaf(x.value, x.dtype, (*x.spans, x.spans[-1])) for x in leaves]
     parts.shape = (*parts.shape[:-1], groups, size)
@@ -81,7 +81,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     if parts.core.name == "group_norm":
         return _lower_group_norm(parts, target)
     algorithm = (parts.core.name, parts.core.attrs["epsilon"], 1)
-    return rows.lower_parts(parts, TEMPLATE, algorithm, target, parts.core.name)
+    return rows.lower_parts(parts, TEMPLATE, algorithm, target, parts.core.name, registers=16)
 
 
 def _lower_batch_norm(node: Node, target) -> list[KernelCall]:
@@ -140,17 +140,14 @@ def _normalise(k: rows.RowKernel, centred: bool, epsilon: float, group: int) -> 
     """group: how many neighbouring rows of an outer kernel share their statistics."""
     b = k.b
     share = b.div(1.0 / group, k.row_length())
-    square = lambda value, spot: (value, (b.mul(value, value),))
+    square = lambda value: b.mul(value, value)
     if centred:
-        (total,) = k.read(kinds=("sum",))
+        (total,) = k.read(("sum",))
         means = [b.mul(t, share) for t in _fold(k, total, group)]
-
-        def deviation(value, spot):
-            value = b.sub(value, means[spot.column])
-            return value, (b.mul(value, value),)
-
-        (squares,) = k.again(deviation, ("sum",), keep=True)
+        centre = lambda value, spot: b.sub(value, means[spot.column])
+        (squares,) = k.again(lambda value, spot: (value, (square(centre(value, spot)),)), ("sum",))
     else:
-        (squares,) = k.read(square, ("sum",))
+        centre = lambda value, spot: value
+        (squares,) = k.read(("sum",), square)
     inverse = [b.div(1.0, vm.sqrt(b, b.add(b.mul(s, share), epsilon))) for s in _fold(k, squares, group)]
-    k.write(lambda value, spot: b.mul(value, inverse[spot.column]))
+    k.write(lambda value, spot: b.mul(centre(value, spot), inverse[spot.column]))

@@ -212,7 +212,8 @@ def _call(plan: _Plan, leaves, prologue, reductions, extras, epilogue, outputs, 
     describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
     names = [kind if kind in POSITIONS else f"reduce_{kind}" for kind, _, _ in reductions]
     name = regions.kernel_name("", prologue, *dict.fromkeys(names), epilogue, "partial" if chunk else "")
-    layout = (plan.roles, plan.lanes, plan.strip, chunk)
+    single = plan.inner and not chunk and plan.roles.count("r") == 1
+    layout = (plan.roles, plan.lanes, plan.strip, chunk, regions.bound_of(plan.sizes[-1]) if single else 0)
     params = (name, prologue, describe(leaves), reductions, describe(extras), epilogue, layout)
     operands = [x.value for x in (*leaves, *extras) if not x.is_coordinate] + list(outputs)
     sizes = list(plan.sizes)
@@ -241,7 +242,7 @@ class _Kernel:
 
     def __init__(self, params: tuple, target):
         name, self.prologue, self.leaves, self.reductions, self.extras, self.epilogue, layout, self.whole = params
-        self.roles, self.lanes, self.strip, self.chunk = layout
+        self.roles, self.lanes, self.strip, self.chunk, self.bound = layout
         self.b = b = KernelBuilder(name, target)
         number = 0
         self.pointers: list[Pointer | None] = []
@@ -317,7 +318,9 @@ class _Kernel:
         return regions.coordinate(self.b, at, dtype, lanes, False)
 
     def accumulate(self, lanes: int, slots: int, across_rows: bool = False) -> list[accumulators.Accumulator]:
-        return [accumulators.make(self.b, kind, dtype, lanes, slots, across_rows) for kind, dtype, _ in self.reductions]
+        one_block = not across_rows and 0 < self.bound <= lanes * slots * BLOCK_STEPS
+        make = lambda kind, dtype: accumulators.make(self.b, kind, dtype, lanes, slots, across_rows, not one_block)
+        return [make(kind, dtype) for kind, dtype, _ in self.reductions]
 
     def finished(self, values: list[ir.Value]) -> list[ir.Value]:
         """Results of the accumulators in their result dtypes (positions are counted as int32)."""
@@ -353,6 +356,9 @@ def render_inner(params: tuple, target) -> str:
                     accumulator.step(slot, value, mask, i)
 
             start, stop = k.reduced_range(last, chunk_number)
+            if 0 < k.bound <= block:
+                b.vector_loop(start, stop, lanes, body, slots)
+                return
             with b.loop(start, stop, block) as first:
                 for accumulator in sums:
                     accumulator.begin_block()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from kgraph.codegen.cpu import expressions
-from kgraph.codegen.cpu.builder import I32, Int, KernelBuilder
+from kgraph.codegen.cpu.builder import I32, Int, KernelBuilder, itemsize
 from kgraph.codegen.cpu.scalar_ops import convert
 from kgraph.codegen.kernel import Temporary
 from kgraph.ir import Node, Value, constant_value
@@ -141,6 +141,11 @@ def coordinate(b: KernelBuilder, position, dtype: str, lanes: int, along_lanes: 
     return convert(b, value, "int64" if wide else "int32", dtype)
 
 
+def bound_of(size) -> int:
+    """A power of two not below a known size (so that many sizes share a kernel); 0 for a run-time size."""
+    return 1 << max(size - 1, 0).bit_length() if isinstance(size, int) else 0
+
+
 class Odometer:
     """Indices of the outer axes while rows are visited in order; no division but at the start."""
 
@@ -202,6 +207,19 @@ def inplace_pairs(leaves: Sequence[Leaf], outputs: Sequence, first_output: int) 
         and leaf.value.type.itemsize == out.type.itemsize
         and leaf.value.type.size == out.type.size
     )
+
+
+def keep_order(b: KernelBuilder, leaves: Sequence[tuple], pointers: Sequence, outputs: Sequence) -> None:
+    """For several outputs: no promise about operands that `inplace_pairs` lets them overwrite.
+
+    leaves: (dtype, spans, is_coordinate) of each pointer.
+    """
+    if len(outputs) == 1:
+        return
+    for out in outputs:
+        for pointer, (dtype, spans, _) in zip(pointers, leaves, strict=True):
+            if pointer is not None and all(spans) and itemsize(dtype) == itemsize(out.dtype):
+                b.may_share(out, pointer)
 
 
 def kernel_name(prefix: str, *parts) -> str:

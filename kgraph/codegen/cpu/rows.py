@@ -23,7 +23,6 @@ from kgraph.ir.dims import ceil_div, product
 SLOTS = 4  # independent accumulators along a row
 STRIP = 2  # vectors of rows of an outer kernel
 BLOCK_STEPS = 16
-REGISTER_VECTORS = 8  # longest row of known length that is kept in registers
 
 
 @dataclass
@@ -109,10 +108,17 @@ def _with_parameters(epilogue: tuple, instructions: tuple, dtypes: list[str]) ->
 
 
 def lower_parts(
-    parts: Parts, template: str, algorithm: tuple, target, prefix: str, strip_of: Callable | None = None
+    parts: Parts,
+    template: str,
+    algorithm: tuple,
+    target,
+    prefix: str,
+    registers: int = 8,
+    strip_of: Callable | None = None,
 ) -> list[KernelCall]:
     """One kernel call; `algorithm` is what the renderer has to know about the core.
 
+    registers: the longest row of known length, in vectors, that stays in registers (on machines with 32 of them).
     strip_of(lanes): vectors in a strip of an outer kernel, where the algorithm minds.
     """
     shape = parts.shape
@@ -136,8 +142,9 @@ def lower_parts(
     reduced_sizes = [s for s, r in zip(sizes, roles) if r == "r"]
     kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
     strip, static = 1, 0
+    registers = registers * target.num_vector_registers // 32
     if inner:
-        if len(reduced_sizes) == 1 and isinstance(last, int) and 0 < last <= REGISTER_VECTORS * lanes:
+        if len(reduced_sizes) == 1 and isinstance(last, int) and 0 < last <= registers * lanes:
             static = last
         row = product(reduced_sizes[:-1]) * ceil_div(last, lanes) * lanes
         units = product(kept_sizes)
@@ -148,7 +155,8 @@ def lower_parts(
         units = product(kept_sizes[:-1]) * ceil_div(last, strip * lanes)
     describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
     name = regions.kernel_name(expressions.name(parts.prologue), prefix, parts.label)
-    layout = (roles, lanes, strip, static, parts.reduced)
+    bound = regions.bound_of(last) if inner and len(reduced_sizes) == 1 else 0
+    layout = (roles, lanes, strip, static, bound, parts.reduced)
     operands = [x.value for x in (*leaves, *extras) if x.value is not None] + list(parts.outputs)
     total = product(shape)
     work = expressions.flops(parts.prologue) + expressions.flops(parts.epilogue) + (24 if prefix in _EXPONENTIAL else 6)
@@ -200,7 +208,7 @@ class RowKernel:
 
     def __init__(self, params: tuple, target):
         name, self.prologue, self.leaves, self.extras, self.epilogue, layout, self.algorithm = params
-        self.roles, self.lanes, self.strip, self.static, self.is_reduced = layout
+        self.roles, self.lanes, self.strip, self.static, self.bound, self.is_reduced = layout
         self.b = b = KernelBuilder(name, target)
         number = 0
         self.pointers: list[Any] = []  # None for a coordinate
@@ -208,6 +216,7 @@ class RowKernel:
             self.pointers.append(None if is_coordinate else b.operand(number, dtype))
             number += not is_coordinate
         self.outputs = [b.operand(number + i, d) for i, d in enumerate(expressions.output_dtypes(self.epilogue))]
+        regions.keep_order(b, (*self.leaves, *self.extras), self.pointers, self.outputs)
         self.rank = len(self.roles)
         self.inner = self.roles[-1] == "r"
         self.sizes = [b.size(a) for a in range(self.rank)]
@@ -221,6 +230,9 @@ class RowKernel:
         self.dtype = _row_dtype(self.prologue)
         self.columns = 1 if self.inner else self.strip
         self.scratch = b.scratch(self.dtype)
+        # Without a prologue the operand is as near as scratch memory, and later sweeps read it again.
+        self.rereads = not self.static and not self.prologue[1]
+        self.kept_yet = False
         self.registers: dict[int, ir.Value] = {}
         self.masks: list = [None] * self.strip
         self.unit_positions: dict = {}
@@ -274,14 +286,21 @@ class RowKernel:
         return self.b.broadcast(value, self.lanes)
 
     # -- sweeps -------------------------------------------------------------------------------------------------------
-    def read(self, visit: Callable | None = None, kinds: Sequence[str] = ()) -> list:
-        """First sweep: prologue values, kept. `visit(value, spot)` gives what is kept and the values to reduce, one per
-        kind ("sum", "max"); gives the statistics, per kind a list over the columns."""
-        return self._sweep(self._load, visit, kinds, True, expressions.is_heavy(self.prologue))
+    def read(self, kinds: Sequence[str], term: Callable | None = None) -> list:
+        """First sweep: prologue values. Gives their statistics: per kind ("sum", "max" ...) a list over the columns;
+        of `term(value)` where that is given."""
+        self.kept_yet = not self.rereads
+        visit = None if term is None else lambda value, spot: (value, (term(value),) * len(kinds))
+        return self._sweep(self._load, visit, kinds, self.kept_yet, expressions.is_heavy(self.prologue))
 
     def again(self, visit: Callable, kinds: Sequence[str] = (), keep: bool = False, heavy: bool = False) -> list:
-        """Another sweep over the kept values, as `read`. heavy: `visit` emits long code."""
-        return self._sweep(self._kept_value, visit, kinds, keep, heavy)
+        """Another sweep: `visit(value, spot)` gives a new value, kept if `keep`, and the terms of the statistics.
+
+        heavy: `visit` emits long code.
+        """
+        out = self._sweep(self._current, visit, kinds, keep, heavy)
+        self.kept_yet = self.kept_yet or keep
+        return out
 
     def write(self, visit: Callable) -> None:
         """Last sweep: `visit(value, spot)` gives the core's result, which goes through the epilogue to the outputs."""
@@ -296,7 +315,7 @@ class RowKernel:
                 self.b.store(pointer, index, result, spot.mask)
             return value, ()
 
-        self._sweep(self._kept_value, store, (), False, expressions.is_heavy(self.epilogue))
+        self._sweep(self._current, store, (), False, expressions.is_heavy(self.epilogue))
 
     def write_statistic(self, values: list[ir.Value]) -> None:
         """Stores one value per row (all lanes alike for inner rows) as the outputs."""
@@ -313,7 +332,9 @@ class RowKernel:
     def _sweep(self, source: Callable, visit: Callable | None, kinds: Sequence[str], keep: bool, heavy: bool) -> list:
         b = self.b
         slots = SLOTS if self.inner and self.lanes > 1 and not heavy else 1
-        sums = [[accumulators.make(b, k, self.dtype, self.lanes, slots) for k in kinds] for _ in range(self.columns)]
+        one_block = 0 < self.bound <= self.lanes * slots * BLOCK_STEPS
+        make = lambda kind: accumulators.make(b, kind, self.dtype, self.lanes, slots, blocks=not one_block)
+        sums = [[make(k) for k in kinds] for _ in range(self.columns)]
         every = [a for column in sums for a in column]
         for accumulator in every:
             accumulator.reset()
@@ -370,6 +391,9 @@ class RowKernel:
             if not every:
                 b.vector_loop(0, self.sizes[last], lanes, body, slots)
                 return
+            if 0 < self.bound <= block:
+                b.vector_loop(0, self.sizes[last], lanes, body, slots)
+                return
             with b.loop(0, self.sizes[last], block) as first:
                 for accumulator in every:
                     accumulator.begin_block()
@@ -394,7 +418,10 @@ class RowKernel:
         else:
             self.b.store(self.scratch, spot.kept, value)
 
-    def _kept_value(self, spot: Spot) -> ir.Value:
+    def _current(self, spot: Spot) -> ir.Value:
+        """The row's value at a spot, as the last sweep that kept something left it."""
+        if not self.kept_yet:
+            return self._load(spot)
         if self.static:
             return self.registers[spot.kept]
         return self.b.load(self.scratch, spot.kept, self.lanes)

@@ -63,7 +63,7 @@ def _float_functions(module, names: str) -> None:
         EMITTERS[name] = lambda b, xs, dtypes, dtype, function=function: function(b, *xs)
 
 
-_float_functions(vm, "exp exp2 expm1 log log2 log1p sinh cosh tanh erf erfc logistic softplus sqrt")
+_float_functions(vm, "exp exp2 expm1 log log2 log1p sinh cosh tanh erf erfc logistic softplus silu sqrt")
 _float_functions(vector_trig, "sin cos tan asin acos atan atan2")
 _float_functions(vector_special, "cbrt hypot asinh acosh atanh logaddexp erf_inv lgamma digamma")
 
@@ -319,12 +319,6 @@ def _leaky_relu(b, xs, dtypes, dtype, negative_slope):
 def _elu(b, xs, dtypes, dtype, alpha):
     (x,) = xs
     return b.select(b.compare(">", x, 0.0), x, b.mul(vm.expm1(b, x), alpha))
-
-
-@emitter("silu")
-def _silu(b, xs, dtypes, dtype):
-    (x,) = xs
-    return b.select(b.compare("==", x, -vm.INF), 0.0, b.mul(x, vm.logistic(b, x)))
 
 
 @emitter("gelu")

@@ -44,7 +44,7 @@ def render(params: tuple, target) -> str:
 
 def _softmax(k: rows.RowKernel) -> None:
     b = k.b
-    (largest,) = k.read(kinds=(MAX_NUMBER,))
+    (largest,) = k.read((MAX_NUMBER,))
 
     def exponential(value, spot):
         e = vm.exp_nonpositive(b, b.sub(value, largest[spot.column]))
@@ -57,7 +57,7 @@ def _softmax(k: rows.RowKernel) -> None:
 
 def _log_softmax(k: rows.RowKernel) -> None:
     b = k.b
-    (largest,) = k.read(kinds=(MAX_NUMBER,))
+    (largest,) = k.read((MAX_NUMBER,))
 
     def shifted(value, spot):
         value = b.sub(value, largest[spot.column])
@@ -70,7 +70,7 @@ def _log_softmax(k: rows.RowKernel) -> None:
 
 def _logsumexp(k: rows.RowKernel) -> None:
     b = k.b
-    (largest,) = k.read(kinds=(MAX_NUMBER,))
+    (largest,) = k.read((MAX_NUMBER,))
     # An infinite maximum is the result; subtracting it would give NaN.
     finite = [b.select(b.compare("<", vm.absolute(b, m), vm.INF), m, 0.0) for m in largest]
 

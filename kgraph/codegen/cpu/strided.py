@@ -36,6 +36,7 @@ class SizeTable:
         return ("size", slot)
 
     def all(self, sizes: Iterable) -> tuple:
+        """The entries of several sizes."""
         return tuple(self(s) for s in sizes)
 
 
@@ -45,6 +46,7 @@ def resolve(b: KernelBuilder, entry) -> int | Int:
 
 
 def resolve_all(b: KernelBuilder, entries: Sequence) -> list[int | Int]:
+    """The integers behind several entries of the params."""
     return [resolve(b, e) for e in entries]
 
 
@@ -147,9 +149,11 @@ class Odometer:
             self._step(axis - 1)
 
     def index(self, axis: int) -> Int:
+        """The position along an axis."""
         return Int(self.b, self._index[axis].get())
 
     def offset(self, stream: int = 0) -> Int:
+        """The offset of a stream, in its elements."""
         return Int(self.b, self._offset[stream].get())
 
 

@@ -166,16 +166,19 @@ def exp(b: KernelBuilder, x, shift: int = 0):
 def exp_nonpositive(b: KernelBuilder, x):
     """e^x for x <= 0 where results below the normal range may be flushed to 0 (softmax, tails of erf)."""
     low = -87.0 if is_f32(x) else -708.0
-    limited = b.select(b.compare("<", x, low), b.constant_of(x.type, low), x)
+    flushed = b.compare("<", x, low)
+    return b.select(flushed, 0.0, _exp_normal(b, b.select(flushed, b.constant_of(x.type, low), x)))
+
+
+def _exp_normal(b: KernelBuilder, x):
+    """e^x where the result is in the normal range."""
     if is_f32(x) and b.can_look_up(x):
-        y, n, _ = _exp_by_table(b, limited)
+        y, n, _ = _exp_by_table(b, x)
         exponent = b.ir.shl(b.ir.and_(n, b.constant_of(n.type, -16)), b.constant_of(n.type, 19))
         # The bits of the shift's magic number above n's own fall off on the left.
-        value = float_of(b, b.add(bits_of(b, y), exponent), x)
-    else:
-        r, n, _ = _reduce_exp(b, limited)
-        value = b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
-    return b.select(b.compare("<", x, low), 0.0, value)
+        return float_of(b, b.add(bits_of(b, y), exponent), x)
+    r, n, _ = _reduce_exp(b, x)
+    return b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
 
 
 def exp2(b: KernelBuilder, x):
@@ -218,8 +221,7 @@ def tanh(b: KernelBuilder, x):
     magnitude = absolute(b, x)
     limited = b.select(b.compare(">", magnitude, 20.0), b.constant_of(x.type, 20.0), magnitude)
     if is_f32(x):
-        r, n, _ = _reduce_exp(b, b.mul(limited, 2.0))
-        e = b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
+        e = _exp_normal(b, b.mul(limited, 2.0))
         value = b.sub(1.0, b.div(b.constant_of(x.type, 2.0), b.add(e, 1.0)))
         z = b.mul(x, x)
         small = b.fma(b.mul(z, magnitude), polynomial(b, z, P.TANH_F32), magnitude)
@@ -357,8 +359,7 @@ def erf(b: KernelBuilder, x):
     limited = b.select(b.compare(">", magnitude, limit), b.constant_of(x.type, limit), magnitude)
     small = b.fma(x, polynomial(b, b.mul(x, x), P.ERF_SMALL_F32 if is_f32(x) else P.ERF_SMALL_F64), x)
     if is_f32(x):
-        r, n, _ = _reduce_exp(b, b.ir.fneg(polynomial(b, limited, P.ERF_LARGE_F32)))
-        tail = b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
+        tail = _exp_normal(b, b.ir.fneg(polynomial(b, limited, P.ERF_LARGE_F32)))
     else:
         tail = _erfc_positive(b, limited)
     large = copysign(b, b.sub(1.0, tail), x)
@@ -374,12 +375,21 @@ def erfc(b: KernelBuilder, x):
     return b.select(b.compare("<", absolute(b, x), 0.46875), small, large)
 
 
+def _times_logistic(b: KernelBuilder, x, y):
+    """x / (1 + e^-y); NaN for infinite x with y = -inf."""
+    return b.div(x, b.add(exp(b, b.ir.fneg(y)), 1.0))
+
+
+def silu(b: KernelBuilder, x):
+    """x / (1 + e^-x)"""
+    return b.select(b.compare("==", x, -INF), 0.0, _times_logistic(b, x, x))
+
+
 def gelu(b: KernelBuilder, x, approximate: bool = False):
     """x Phi(x); with `approximate` by the tanh formula."""
     if approximate:
         inner = b.mul(b.mul(x, math.sqrt(2.0 / math.pi)), b.fma(b.mul(x, x), 0.044715, 1.0))
-        # 0.5 (1 + tanh(u)) = logistic(2u)
-        value = b.mul(x, logistic(b, b.mul(inner, 2.0)))
+        value = _times_logistic(b, x, b.mul(inner, 2.0))  # 0.5 (1 + tanh(u)) = logistic(2u)
     else:
         half = b.mul(x, 0.5)
         value = b.fma(half, erf(b, b.mul(x, math.sqrt(0.5))), half)

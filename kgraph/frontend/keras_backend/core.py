@@ -28,7 +28,7 @@ from keras.src.backend.common.variables import standardize_shape as _standardize
 
 from kgraph import ops
 from kgraph.errors import DimDecisionError, UnsupportedError
-from kgraph.frontend.tracer import GraphTracer, TracedArray
+from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
 from kgraph.ir.primitive import current_tracer
 from kgraph.ir.types import SHORT_NAMES
@@ -92,6 +92,18 @@ class Variable(KerasVariable):
     def __array__(self, dtype=None, copy=None):
         # NumPy trusts an object that takes `copy` to have made the copy itself.
         return np.array(self.value, dtype=dtype, copy=copy)
+
+
+def adopt_values(variables, arrays) -> None:
+    """Make fresh arrays, of the right types and held by nobody else, the variables' values without copies."""
+    global weights_version
+    for variable, array in zip(variables, arrays, strict=True):
+        array.setflags(write=False)
+        variable._value = array
+    with _version_lock:
+        for variable in variables:
+            variable.version += 1
+        weights_version += 1
 
 
 def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
@@ -186,6 +198,30 @@ class TraceScope(StatelessScope):
         self.variables_by_id[id(variable)] = variable
         super().add_update(update)
 
+    def get_current_value(self, variable):
+        """The assigned value, or else the parameter of the running trace, which Keras asks for in regularizers."""
+        value = super().get_current_value(variable)
+        tracer = current_tracer.get()
+        return tracer.variable(variable) if value is None and tracer is not None else value
+
+    @contextlib.contextmanager
+    def lending(self, values: list):
+        """For the duration of a `with`, let variables have other values: `[(variable, value)]`.
+
+        What is assigned to them meanwhile stays assigned.
+        """
+        before = [self.state_mapping.get(id(variable)) for variable, _ in values]
+        for update in values:
+            self.add_update(update)
+        yield
+        for (variable, value), previous in zip(values, before):
+            if self.state_mapping[id(variable)] is not value:
+                continue
+            if previous is None:
+                del self.state_mapping[id(variable)], self.variables_by_id[id(variable)]
+            else:
+                self.state_mapping[id(variable)] = previous
+
 
 # -- shape inference ---------------------------------------------------------------------------------------------------
 # All unknown sizes get one symbol, as in Keras' JAX backend: code that takes two of them for equal (square images)
@@ -269,15 +305,36 @@ def remat(f):
 
 
 class custom_gradient:
-    """Runs the forward part of a function that gives `(output, gradient function)`."""
+    """A function that gives `(output, gradient function)`: the latter maps the output's cotangents to the arguments'.
+
+    Under a trace the gradient function is traced too, and kept in the graph beside the output.
+    """
 
     def __init__(self, fun):
         self.fun = fun
 
     def __call__(self, *args, **kwargs):
         args, kwargs = tree.map_structure(lambda x: x.value if isinstance(x, Variable) else x, (args, kwargs))
-        output, _ = self.fun(*args, **kwargs)
-        return output
+        output, gradient = self.fun(*args, **kwargs)
+        tracer = running_trace()
+        inputs = [x for x in tree.flatten(args) if isinstance(x, TracedArray)]
+        if tracer is None or not inputs:
+            return output
+        results = [convert_to_tensor(leaf) for leaf in tree.flatten(output)]
+        rule = GraphTracer("custom_gradient", parent=tracer)
+        with rule.active():
+            cotangents = [rule.add_input(TensorType(tuple(r.shape), r.dtype.name)) for r in results]
+            found = gradient(*cotangents)
+            found = tree.flatten(found if isinstance(found, tuple) and len(args) > 1 else (found,))
+            by_argument = zip(tree.flatten(args), found, strict=True)
+            rule.graph.outputs = [
+                rule.lift(ops.full(shape=x.shape, value=0, dtype=x.dtype.name) if c is None else convert_to_tensor(c))
+                for x, c in by_argument
+                if isinstance(x, TracedArray)
+            ]
+        captured = [outer for outer, _ in rule.captures.values()]
+        attrs = {"backward": rule.graph, "num_results": len(results), "num_inputs": len(inputs)}
+        return tree.pack_sequence_as(output, list(ops.custom_gradient(*results, *inputs, *captured, **attrs)))
 
 
 # Gathered last: these modules import the names above.

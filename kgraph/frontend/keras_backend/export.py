@@ -1,15 +1,22 @@
-"""Keras' `model.export` formats; kgraph's own export is `CompiledModel.export`."""
+"""What Keras' `model.export` asks of a backend: a SavedModel, which kgraph cannot write."""
 
 from __future__ import annotations
 
 from kgraph.errors import UnsupportedError
 
+_NO_EXPORT = (
+    "model.export: a SavedModel needs TensorFlow, which kgraph does without. Save the model with model.save(...) and "
+    "export it in a process that runs Keras on TensorFlow."
+)
+
 
 class NumpyExportArchive:
-    """Stands where Keras' SavedModel archive is built; a SavedModel needs TensorFlow."""
+    """Stands where Keras' SavedModel archive is built; every use raises UnsupportedError."""
 
     def track(self, resource):
-        raise UnsupportedError("model.export to a SavedModel needs TensorFlow; use kgraph.compile(model).export(...)")
+        """Raises UnsupportedError."""
+        raise UnsupportedError(_NO_EXPORT)
 
     def add_endpoint(self, name, fn, input_signature=None, **kwargs):
-        raise UnsupportedError("model.export to a SavedModel needs TensorFlow; use kgraph.compile(model).export(...)")
+        """Raises UnsupportedError."""
+        raise UnsupportedError(_NO_EXPORT)

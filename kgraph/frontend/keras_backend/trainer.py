@@ -1,38 +1,85 @@
-"""The part of Keras' Model that evaluates and predicts, with a compiled forward pass. Training is not there yet."""
+"""The part of Keras' Model that trains, evaluates and predicts, each step as one native call."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import numbers
 import warnings
 
 import numpy as np
 from keras.src import backend, tree
 from keras.src import callbacks as callbacks_module
-from keras.src.backend.common import standardize_dtype
-from keras.src.backend.common.keras_tensor import KerasTensor
+from keras.src import optimizers as optimizers_module
+from keras.src.backend import config
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.trainers import trainer as base_trainer
-from keras.src.trainers.data_adapters import data_adapter_utils
+from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils
 from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.utils import traceback_utils
 from keras.src.utils.python_utils import pythonify_logs
 
 from kgraph.errors import KGraphError, UnsupportedError
-from kgraph.frontend.keras_backend.core import is_tensor
 
-_NO_TRAINING = "training on kgraph is not there yet; train with another Keras backend and load the weights here"
+
+def _functional(model):
+    return getattr(model, "_functional", None) or model
 
 
 def _is_bare(model) -> bool:
     """Whether a built model knows the shapes of its inputs neither from Functional inputs nor from its building."""
-    functional = getattr(model, "_functional", None) or model
-    return not hasattr(functional, "_inputs_struct") and not getattr(model, "_build_shapes_dict", None)
+    return not hasattr(_functional(model), "_inputs_struct") and not getattr(model, "_build_shapes_dict", None)
+
+
+def _has_fixed_batch(model) -> bool:
+    """Whether an input of the model is declared for one batch size."""
+    declared = tree.flatten(getattr(_functional(model), "_inputs_struct", None))
+    return any(x is not None and x.shape and x.shape[0] is not None for x in declared)
+
+
+def _rows(x):
+    """The batch size: of the first input there is."""
+    return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+
+
+def _batch_of(*parts) -> tuple:
+    """Arguments of the `_on_batch` methods as arrays: numbers nested in lists too, floats in Keras' float type."""
+
+    def array(x):
+        if x is None:
+            return None
+        x = backend.convert_to_tensor(x)
+        return x.astype(backend.floatx()) if x.dtype == np.float64 else x
+
+    def convert(part):
+        if isinstance(part, (list, tuple)) and all(isinstance(leaf, numbers.Number) for leaf in tree.flatten(part)):
+            return array(part)
+        return tree.map_structure(array, part)
+
+    return tuple(convert(part) for part in parts)
+
+
+class _Batches(EpochIterator):
+    """Lists of up to `steps_per_execution` batches; the last one may be shorter without a warning."""
+
+    def __next__(self):
+        begin_step, end_step, iterator = next(self._epoch_iterator)
+        batches = list(itertools.islice(iterator, self.steps_per_execution))
+        if batches:
+            return begin_step, end_step, batches
+        with self.catch_stop_iteration():
+            raise StopIteration
+        raise StopIteration
 
 
 class NumpyTrainer(base_trainer.Trainer):
-    """`evaluate` and `predict` of Keras models (the name is the one Keras imports).
+    """`fit`, `evaluate` and `predict` of Keras models (the name is the one Keras imports).
 
-    The forward pass is compiled at the first batch (`kgraph.compile`), unless the model was compiled with
-    `run_eagerly=True` or `jit_compile=False`, overrides the step, or cannot be captured; a warning then says why, and
-    it runs eagerly on the reference implementations.
+    `train_step` and `test_step` are traced once per structure of the data (`kgraph.train_step.CompiledStep`), and so
+    are overrides of them, of `compute_loss` and of `compute_metrics`, which are written in `keras.ops`; the gradient
+    is part of the graph. With `run_eagerly=True` or `jit_compile=False` the same steps run on the reference
+    implementations. A test step or a forward pass that cannot be captured runs so too, after a warning that says why.
     """
 
     def __init__(self):
@@ -40,119 +87,273 @@ class NumpyTrainer(base_trainer.Trainer):
         self.train_function = None
         self.test_function = None
         self.predict_function = None
+        self._compiled_train_step = None
+        self._compiled_test_step = None
         self._compiled_forward = None
 
-    # -- the forward pass -----------------------------------------------------------------------------------------
-    def _forward(self, x):
-        return self(x, training=False) if self._call_has_training_arg else self(x)
-
-    def _fast_forward(self, x, keeps_losses: bool = False):
-        """The model's outputs, by its compiled form where there is one.
-
-        keeps_losses: what the call adds with `add_loss` is needed, so a model that does so runs eagerly.
-        """
-        if self._compiled_forward is None:
-            self._compiled_forward = self._compile_forward(x)
-        compiled, adds_losses = self._compiled_forward
-        if compiled is None or (keeps_losses and adds_losses):
-            return self._forward(x)
-        if hasattr(self, "_inputs_struct"):
-            self._maybe_warn_inputs_struct_mismatch(x)
-        return compiled(x)
-
-    def _compile_forward(self, x) -> tuple:
-        """(the compiled model or None, whether the call adds losses)."""
-        if self.run_eagerly or not self.jit_compile:
-            return None, False
-        from kgraph.api import compile
-        from kgraph.frontend.capture import capture
-
-        try:
-            example = None if self.built and not _is_bare(self) else x
-            return compile(self, example=example), capture(self, example=example).adds_losses
-        except KGraphError as error:
-            warnings.warn(f"{self.name} runs eagerly, it could not be compiled: {error}", RuntimeWarning, stacklevel=4)
-            return None, False
-
     # -- steps ----------------------------------------------------------------------------------------------------
+    def _forward(self, x, training: bool):
+        return self(x, training=training) if self._call_has_training_arg else self(x)
+
     def train_step(self, data):
-        raise UnsupportedError(_NO_TRAINING)
+        """One update of the trainable variables; gives the logs. Works on arrays and under a trace."""
+        x, y, sample_weight = data_adapter_utils.unpack_x_y_sample_weight(data)
+        if self.optimizer is None:
+            raise ValueError("`compile()` was called without an optimizer, which training needs.")
+        weights = self.trainable_variables
+        if weights:
+            loss, y_pred, gradients = self._loss_and_gradients(weights, x, y, sample_weight)
+            self.optimizer.apply(gradients, weights)
+        else:
+            warnings.warn("The model does not have any trainable weights.", stacklevel=2)
+            y_pred = self._forward(x, training=True)
+            loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+        self._loss_tracker.update_state(loss, sample_weight=_rows(x))
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _loss_and_gradients(self, weights: list, x, y, sample_weight) -> tuple:
+        """(loss, predictions, gradients of the loss as the optimizer scales it)."""
+        from kgraph.gradients import value_and_grad
+
+        def scaled_loss(values, x, y, sample_weight):
+            # A trace always has a scope, and the variables have their values from there.
+            with get_stateless_scope().lending(list(zip(weights, values))):
+                y_pred = self._forward(x, training=True)
+                loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
+                scaled = self.optimizer.scale_loss(loss)
+            return scaled, (loss, y_pred, [get_keras_mask(leaf) for leaf in tree.flatten(y_pred)])
+
+        differentiated = value_and_grad(scaled_loss, has_aux=True)
+        (_, (loss, y_pred, masks)), gradients = differentiated([w.value for w in weights], x, y, sample_weight)
+        for leaf, mask in zip(tree.flatten(y_pred), masks):
+            if mask is not None:
+                set_keras_mask(leaf, mask)
+        return loss, y_pred, gradients
 
     def test_step(self, data):
+        """Loss and metrics of one batch; gives the logs. Works on arrays and under a trace."""
         x, y, sample_weight = data_adapter_utils.unpack_x_y_sample_weight(data)
-        y_pred = self._fast_forward(x, keeps_losses=True)
+        y_pred = self._forward(x, training=False)
         loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
-        first = next(leaf for leaf in tree.flatten(x) if leaf is not None)
-        self._loss_tracker.update_state(loss, sample_weight=first.shape[0])
+        self._loss_tracker.update_state(loss, sample_weight=_rows(x))
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def predict_step(self, data):
         x, _, _ = data_adapter_utils.unpack_x_y_sample_weight(data)
         return self._fast_forward(x)
 
+    def _fast_forward(self, x):
+        """The model's outputs, by its compiled form where there is one."""
+        if self._compiled_forward is None:
+            self._compiled_forward = (self._compile_forward(x),)
+        (compiled,) = self._compiled_forward
+        if compiled is None:
+            return self._forward(x, training=False)
+        if hasattr(self, "_inputs_struct"):
+            self._maybe_warn_inputs_struct_mismatch(x)
+        return compiled(x)
+
+    def _compile_forward(self, x):
+        """The compiled model, or None where it runs eagerly."""
+        if self._runs_eagerly():
+            return None
+        from kgraph.api import compile
+
+        try:
+            return compile(self, example=None if self.built and not _is_bare(self) else x)
+        except KGraphError as error:
+            self._warn_eager("the forward pass", error)
+            return None
+
+    # -- functions of several steps -------------------------------------------------------------------------------
+    def _runs_eagerly(self) -> bool:
+        return self.run_eagerly or not self.jit_compile
+
+    def _warn_eager(self, what: str, error: Exception) -> None:
+        message = f"{what} of {self.name} runs eagerly, it could not be compiled: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+    def _compiled_step(self, function, name: str, passes):
+        """A step as one native call; None where it runs eagerly."""
+        if self._runs_eagerly():
+            return None
+        from kgraph.train_step import CompiledStep
+
+        return CompiledStep(function, f"{self.name}_{name}", passes, symbolic_batch=not _has_fixed_batch(self))
+
     def make_train_function(self, force=False):
-        raise UnsupportedError(_NO_TRAINING)
+        if self.train_function is not None and not force:
+            return self.train_function
+        from kgraph.passes.pipeline import TRAINING
+
+        if len(inspect.signature(self.train_step).parameters) != 1:
+            raise UnsupportedError(
+                f"{type(self).__name__}.train_step takes {inspect.signature(self.train_step)}; on kgraph it takes "
+                "`data` and gives the logs. A step that is written for the state of JAX cannot run; override "
+                "`compute_loss`, or call `super().train_step(data)`."
+            )
+        self._compiled_train_step = self._compiled_step(self.train_step, "train_step", TRAINING)
+
+        def train_function(batches):
+            step = self._compiled_train_step or self.train_step
+            for batch in batches:
+                logs = step(batch)
+            return logs
+
+        self.train_function = train_function
+        return train_function
 
     def make_test_function(self, force=False):
-        if self.test_function is None or force:
-            self._compiled_forward = None
+        if self.test_function is not None and not force:
+            return self.test_function
+        from kgraph.passes.pipeline import INFERENCE
 
-            def run(batches):
-                for batch in batches:
+        self._compiled_test_step = self._compiled_step(self.test_step, "test_step", INFERENCE)
+
+        def test_function(batches):
+            for batch in batches:
+                try:
+                    logs = (self._compiled_test_step or self.test_step)(batch)
+                except KGraphError as error:
+                    if self._compiled_test_step is None:
+                        raise
+                    self._warn_eager("the test step", error)
+                    self._compiled_test_step = None
                     logs = self.test_step(batch)
-                return logs
+            return logs
 
-            self.test_function = run
-        return self.test_function
+        self.test_function = test_function
+        return test_function
 
     def make_predict_function(self, force=False):
-        if self.predict_function is None or force:
-            self._compiled_forward = None
+        if self.predict_function is not None and not force:
+            return self.predict_function
+        self._compiled_forward = None
 
-            def run(batches):
-                outputs = [self.predict_step(batch) for batch in batches]
-                return outputs[0] if len(outputs) == 1 else tree.map_structure(lambda *o: np.concatenate(o), *outputs)
+        def predict_function(batches):
+            outputs = [self.predict_step(batch) for batch in batches]
+            return outputs[0] if len(outputs) == 1 else tree.map_structure(lambda *o: np.concatenate(o), *outputs)
 
-            self.predict_function = run
-        return self.predict_function
-
-    def _symbolic_build(self, data_batch):
-        """Create the variables of model, metrics and loss from the shapes of one batch."""
-        metrics_unbuilt = self._compile_metrics is not None and not self._compile_metrics.built
-        loss_unbuilt = self._compile_loss is not None and not self._compile_loss.built
-        if metrics_unbuilt or loss_unbuilt or not all(layer.built for layer in self._flatten_layers()):
-            batch = tree.map_structure(
-                lambda v: KerasTensor(v.shape, standardize_dtype(v.dtype)) if is_tensor(v) else v, data_batch
-            )
-            x, y, sample_weight = data_adapter_utils.unpack_x_y_sample_weight(batch)
-            try:
-                y_pred = backend.compute_output_spec(self, x)
-            except Exception as error:
-                raise RuntimeError(
-                    "Unable to automatically build the model. Please build it yourself before calling "
-                    "fit/evaluate/predict. A model is 'built' when its variables have been created and its "
-                    "`self.built` attribute is True. Usually, calling the model on a batch of data is the right way "
-                    "to build it."
-                ) from error
-            if metrics_unbuilt:
-                backend.compute_output_spec(self.compute_metrics, x, y, y_pred, sample_weight=sample_weight)
-            if loss_unbuilt:
-                backend.compute_output_spec(self._compute_loss, x, y, y_pred, sample_weight=sample_weight)
-        self._post_build()
+        self.predict_function = predict_function
+        return predict_function
 
     # -- loops ----------------------------------------------------------------------------------------------------
-    def fit(self, *args, **kwargs):
-        raise UnsupportedError(_NO_TRAINING)
+    def _batches(self, x, y=None, sample_weight=None, **options) -> _Batches:
+        return _Batches(
+            x=x, y=y, sample_weight=sample_weight, steps_per_execution=self.steps_per_execution, **options
+        )
 
-    def train_on_batch(self, *args, **kwargs):
-        raise UnsupportedError(_NO_TRAINING)
-
-    def _callbacks(self, callbacks, verbose, steps):
+    def _callbacks(self, callbacks, verbose, steps, epochs: int = 1, history: bool = False):
         if isinstance(callbacks, callbacks_module.CallbackList):
             return callbacks
         return callbacks_module.CallbackList(
-            callbacks, add_progbar=verbose != 0, verbose=verbose, epochs=1, steps=steps, model=self
+            callbacks,
+            add_history=history,
+            add_progbar=verbose != 0,
+            verbose=verbose,
+            epochs=epochs,
+            steps=steps,
+            model=self,
         )
+
+    @traceback_utils.filter_traceback
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        initial_epoch=0,
+        steps_per_epoch=None,
+        validation_steps=None,
+        validation_batch_size=None,
+        validation_freq=1,
+    ):
+        """Train for a number of epochs; gives the `History`. See `keras.Model.fit`."""
+        self._assert_compile_called("fit")
+        limit = config.max_epochs()
+        if limit and limit < epochs:
+            warnings.warn(f"Limiting epochs to {limit}", stacklevel=2)
+            epochs = limit
+        self._eval_epoch_iterator = None
+        if validation_split and validation_data is None:
+            (x, y, sample_weight), validation_data = array_slicing.train_validation_split(
+                (x, y, sample_weight), validation_split=validation_split
+            )
+        batches = self._batches(
+            x,
+            y,
+            sample_weight,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+        self._symbolic_build(iterator=batches)
+        batches.reset()
+        callbacks = self._callbacks(callbacks, verbose, batches.num_batches, epochs, history=True)
+
+        def validate() -> dict:
+            val_x, val_y, val_weight = data_adapter_utils.unpack_x_y_sample_weight(validation_data)
+            size = validation_batch_size or batch_size
+            if self._eval_epoch_iterator is None:
+                self._eval_epoch_iterator = self._batches(
+                    val_x, val_y, val_weight, batch_size=size, steps_per_epoch=validation_steps, shuffle=False
+                )
+            logs = self.evaluate(
+                x=val_x,
+                y=val_y,
+                sample_weight=val_weight,
+                batch_size=size,
+                steps=validation_steps,
+                callbacks=callbacks,
+                return_dict=True,
+                _use_cached_eval_dataset=True,
+            )
+            return {f"val_{name}": value for name, value in logs.items()}
+
+        self.make_train_function()
+        self.stop_training = False
+        training_logs: dict = {}
+        callbacks.on_train_begin()
+        # A callback that resumes an interrupted training has set the epoch to go on with.
+        first_epoch = self._initial_epoch or initial_epoch
+        try:
+            for epoch in range(first_epoch, epochs):
+                self.reset_metrics()
+                callbacks.on_epoch_begin(epoch)
+                logs = self._train_epoch(batches, callbacks)
+                epoch_logs = dict(self._get_metrics_result_or_logs(logs))
+                if validation_data is not None and self._should_eval(epoch, validation_freq):
+                    epoch_logs.update(validate())
+                callbacks.on_epoch_end(epoch, epoch_logs)
+                training_logs = epoch_logs
+                if self.stop_training:
+                    break
+        finally:
+            if isinstance(self.optimizer, optimizers_module.Optimizer) and epochs > 0 and self.optimizer.built:
+                self.optimizer.finalize_variable_values(self.trainable_weights)
+            self._eval_epoch_iterator = None
+        callbacks.on_train_end(logs=training_logs)
+        return self.history
+
+    def _train_epoch(self, batches: _Batches, callbacks) -> dict:
+        """All batches of an epoch; gives the logs of the last one."""
+        logs: dict = {}
+        for begin_step, end_step, data in batches:
+            callbacks.on_train_batch_begin(begin_step)
+            logs = self.train_function(data)
+            callbacks.on_train_batch_end(end_step, logs)
+            if self.stop_training:
+                break
+        return logs
 
     @traceback_utils.filter_traceback
     def evaluate(
@@ -175,20 +376,9 @@ class NumpyTrainer(base_trainer.Trainer):
         if cached:
             batches = self._eval_epoch_iterator
         else:
-            batches = EpochIterator(
-                x=x,
-                y=y,
-                sample_weight=sample_weight,
-                batch_size=batch_size,
-                steps_per_epoch=steps,
-                shuffle=False,
-                steps_per_execution=self.steps_per_execution,
-            )
-        if not all(layer.built for layer in self._flatten_layers()):
-            for _, _, data in batches:
-                self._symbolic_build(data[0])
-                break
-            batches.reset()
+            batches = self._batches(x, y, sample_weight, batch_size=batch_size, steps_per_epoch=steps, shuffle=False)
+        self._symbolic_build(iterator=batches)
+        batches.reset()
         callbacks = self._callbacks(callbacks, verbose, batches.num_batches)
         run = self.make_test_function()
         self.stop_evaluating = False
@@ -208,13 +398,7 @@ class NumpyTrainer(base_trainer.Trainer):
     @traceback_utils.filter_traceback
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
         """Outputs for all rows of the data, computed batch by batch."""
-        batches = EpochIterator(
-            x=x,
-            batch_size=batch_size,
-            steps_per_epoch=steps,
-            shuffle=False,
-            steps_per_execution=self.steps_per_execution,
-        )
+        batches = self._batches(x, batch_size=batch_size, steps_per_epoch=steps, shuffle=False)
         callbacks = self._callbacks(callbacks, verbose, batches.num_batches)
         run = self.make_predict_function()
         self.stop_predicting = False
@@ -232,12 +416,36 @@ class NumpyTrainer(base_trainer.Trainer):
             raise ValueError("predict got no data")
         return tree.map_structure(lambda *parts: np.concatenate(parts), *collected)
 
+    # -- single batches -------------------------------------------------------------------------------------------
+    @traceback_utils.filter_traceback
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """One update on one batch; gives loss and metrics of it."""
+        self._assert_compile_called("train_on_batch")
+        if class_weight is not None:
+            if sample_weight is not None:
+                raise ValueError(
+                    "Arguments `sample_weight` and `class_weight` cannot be specified at the same time. "
+                    f"Received: sample_weight={sample_weight}, class_weight={class_weight}"
+                )
+            sample_weight = data_adapter_utils.class_weight_to_sample_weights(y, class_weight)
+        data = _batch_of(x, y, sample_weight)
+        self._symbolic_build(data_batch=data)
+        run = self.make_train_function()
+        self.reset_metrics()
+        logs = pythonify_logs(run([data]))
+        return logs if return_dict else self._flatten_metrics_in_order(logs)
+
+    @traceback_utils.filter_traceback
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        """Loss and metrics of one batch."""
         self._assert_compile_called("test_on_batch")
-        data = (x, y, sample_weight)
-        self._symbolic_build(data)
-        logs = pythonify_logs(self.make_test_function()([data]))
+        data = _batch_of(x, y, sample_weight)
+        self._symbolic_build(data_batch=data)
+        run = self.make_test_function()
+        self.reset_metrics()
+        logs = pythonify_logs(run([data]))
         return logs if return_dict else self._flatten_metrics_in_order(logs)
 
     def predict_on_batch(self, x):
-        return tree.map_structure(backend.convert_to_numpy, self.make_predict_function()([(x,)]))
+        """Outputs for one batch."""
+        return tree.map_structure(backend.convert_to_numpy, self.make_predict_function()([_batch_of(x)]))
