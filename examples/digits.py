@@ -5,7 +5,8 @@ Run: python examples/digits.py   (needs scikit-learn)
 
 from __future__ import annotations
 
-import kgraph  # noqa: F401, I001  (before keras: it becomes Keras' backend)
+# isort: off
+import kgraph  # noqa: F401  (before keras: it becomes Keras' backend)
 import keras
 from keras import layers
 from sklearn.datasets import load_digits

@@ -84,8 +84,8 @@ class Structure:
 
     def _listing(self, template=None) -> str:
         """The names of the leaves below a part of the template, for messages."""
-        leaves = range(self.num_leaves) if template is None else [x.index for x in _leaves(template) if isinstance(x, Leaf)]
-        return ", ".join(repr(self.names[i]) for i in leaves)
+        leaves = _leaves(self.template if template is None else template)
+        return ", ".join(repr(self.names[x.index]) for x in leaves if isinstance(x, Leaf))
 
     def _flatten(self, template, value) -> list:
         out: list = [None] * self.num_leaves

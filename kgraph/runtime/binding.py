@@ -224,15 +224,17 @@ class Binding:
         return tuple(results)
 
     def _call(self, context: Context, arrays, results, times: list[int] | None = None) -> None:
-        """Run all segments on dense `arrays` into `results`. times: gets the nanoseconds of host steps."""
+        """Run all segments on dense `arrays` into `results`.
+
+        times: for a profile; gets the nanoseconds of host steps, and native steps are called one by one.
+        """
         _set_externals(context, arrays, results)
         for number, segment in enumerate(self.table.segments):
-            if segment.host is None:
-                context.put(layout.CONTEXT_EPOCH, context.epochs + number * layout.LINE)
-                context.put(layout.CONTEXT_FIRST, segment.first)
-                context.put(layout.CONTEXT_LAST, segment.last)
-                context.put(layout.CONTEXT_THREADS, segment.threads)
-                self._native(context.address)
+            if segment.host is None and times is None:
+                self._run_native(context, number, segment.first, segment.last, segment.threads)
+            elif segment.host is None:
+                for record in range(segment.first, segment.last):
+                    self._run_native(context, record, record, record + 1, segment.threads)
             else:
                 start = time.perf_counter_ns()
                 self._run_host(segment.host, context, arrays, results)
@@ -240,6 +242,14 @@ class Binding:
                     times[segment.index] = time.perf_counter_ns() - start
         for number, b in self._copied:
             np.copyto(results[number], self._view(b, context, arrays, results))
+
+    def _run_native(self, context: Context, part: int, first: int, last: int, threads: int) -> None:
+        """Run the records [first, last), the part of the context's work that has the count of runs number `part`."""
+        context.put(layout.CONTEXT_EPOCH, context.epochs + part * layout.LINE)
+        context.put(layout.CONTEXT_FIRST, first)
+        context.put(layout.CONTEXT_LAST, last)
+        context.put(layout.CONTEXT_THREADS, threads)
+        self._native(context.address)
 
     def _run_host(self, step: HostStep, context: Context, arrays, results) -> None:
         split = len(step.operands) - step.outputs
@@ -315,8 +325,8 @@ class Binding:
     def profile(self, arrays: Sequence[np.ndarray], repeats: int = 5) -> tuple[tuple, list[StepTime]]:
         """Run with time stamps; gives the outputs and the median time of every step of the program in `repeats` runs.
 
-        A run ahead of them brings memory and code into the caches. The shortest time would mislead: where thread 0 has
-        lost its core for a while, others have done its steps, and it finds them done.
+        A run ahead of them brings memory and code into the caches. Every step is a native call of its own here: inside
+        of one call thread 0 may find steps done that others ran while it waited for its core.
         """
         arrays = self._dense_inputs(arrays)
         results = [np.empty(shape, dtype) for shape, dtype in self._outputs]

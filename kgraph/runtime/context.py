@@ -44,7 +44,7 @@ class Context:
     words: the native context, then a word per input and output, then the operand slots.
     address: where `words` lie. arena: the temporaries. params: the parameters that the slots point to.
     epochs: where the counts of runs lie, one per segment, a line apart.
-    profile: whether all threads meet before every step, so that its time is its own.
+    profile: whether every step is to be run by a native call of its own, so that its time is its own.
     """
 
     __slots__ = (
@@ -75,7 +75,9 @@ class Context:
         self._records: array
         self._records, groups = table.meeting_everywhere() if profile else (table.words, table.num_groups)
         claims = table.num_claims * layout.LINE
-        self._counters = _aligned(np.zeros, claims + (groups + len(table.segments)) * layout.LINE)
+        # One count of runs for each part that is run by a native call of its own.
+        parts = table.num_records if profile else len(table.segments)
+        self._counters = _aligned(np.zeros, claims + (groups + parts) * layout.LINE)
         counters = self._counters.ctypes.data
         self.epochs = counters + claims + groups * layout.LINE
         for offset, value in {

@@ -87,9 +87,9 @@ def convolution(d: Draw, rank: int):
     if kind in ("separable", "depthwise") and rank < 3:
         common |= {"strides": 2} if strided else {"dilation_rate": d.integer(1, 2)}
         multiplier = {"depth_multiplier": d.integer(1, 2)}
-        return DEPTHWISE[rank](**common, **multiplier) if kind == "depthwise" else SEPARABLE[rank](
-            d.channels(), **common, **multiplier
-        )
+        if kind == "depthwise":
+            return DEPTHWISE[rank](**common, **multiplier)
+        return SEPARABLE[rank](d.channels(), **common, **multiplier)
     common |= {"strides": d.per_axis(rank, 1, 3)} if strided else {"dilation_rate": d.per_axis(rank, 1, 2)}
     if rank == 1 and common["data_format"] == "channels_last" and d.chance(0.2):
         common["padding"] = "causal"

@@ -46,7 +46,7 @@ def case(name, make, example):
 
 
 def cases(class_name, example, *variants):
-    for number, options in enumerate(variants):
+    for options in variants:
         shown = ",".join(f"{k}={v}" for k, v in options.items() if not isinstance(v, keras.Layer))
         case(f"{class_name}({shown})", lambda o=options: getattr(layers, class_name)(**o), example)
 
@@ -100,7 +100,9 @@ cases(
     {"filters": 8, "kernel_size": 3, "dilation_rate": (2, 1), "groups": 4},
     {"filters": 3, "kernel_size": 3, "data_format": "channels_first", "padding": "same", "strides": 2},
 )
-cases("Conv3D", VOLUME, {"filters": 4, "kernel_size": 2, "strides": (1, 2, 1)}, {"filters": 3, "kernel_size": (1, 3, 3)})
+cases(
+    "Conv3D", VOLUME, {"filters": 4, "kernel_size": 2, "strides": (1, 2, 1)}, {"filters": 3, "kernel_size": (1, 3, 3)}
+)
 cases("Conv1DTranspose", SEQUENCE, {"filters": 3, "kernel_size": 4, "strides": 3, "padding": "same"})
 cases(
     "Conv2DTranspose",
@@ -166,8 +168,16 @@ class CallWith(layers.Layer):
 
 case("MultiHeadAttention", lambda: CallWith(layers.MultiHeadAttention(2, 4)), ATTENTION)
 case("MultiHeadAttention(3,5)", lambda: CallWith(layers.MultiHeadAttention(3, 5, value_dim=2)), ATTENTION)
-case("MultiHeadAttention(causal)", lambda: CallWith(layers.MultiHeadAttention(2, 4), use_causal_mask=True), [ATTENTION[0]] * 2)
-case("MultiHeadAttention(scores)", lambda: CallWith(layers.MultiHeadAttention(2, 4), return_attention_scores=True), ATTENTION)
+case(
+    "MultiHeadAttention(causal)",
+    lambda: CallWith(layers.MultiHeadAttention(2, 4), use_causal_mask=True),
+    [ATTENTION[0]] * 2,
+)
+case(
+    "MultiHeadAttention(scores)",
+    lambda: CallWith(layers.MultiHeadAttention(2, 4), return_attention_scores=True),
+    ATTENTION,
+)
 case("GroupQueryAttention", lambda: CallWith(layers.GroupQueryAttention(4, 4, 2)), ATTENTION)
 case(
     "MultiHeadAttention(axes)",

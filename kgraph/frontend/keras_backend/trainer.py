@@ -176,6 +176,14 @@ class NumpyTrainer(base_trainer.Trainer):
     def _compiled_step(self, function, name: str, passes):
         """A step as one native call; None where it runs eagerly."""
         if self._runs_eagerly():
+            unfit = [layer.name for layer in self._flatten_layers() if not layer.supports_jit]
+            if unfit and not self.run_eagerly:
+                warnings.warn(
+                    f"{name} of {self.name} runs eagerly and slowly: Keras declares the layers {unfit} unfit for "
+                    "compiling. Apply them to the data ahead of the model.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
             return None
         from kgraph.train_step import CompiledStep
 
@@ -239,9 +247,7 @@ class NumpyTrainer(base_trainer.Trainer):
 
     # -- loops ----------------------------------------------------------------------------------------------------
     def _batches(self, x, y=None, sample_weight=None, **options) -> _Batches:
-        return _Batches(
-            x=x, y=y, sample_weight=sample_weight, steps_per_execution=self.steps_per_execution, **options
-        )
+        return _Batches(x=x, y=y, sample_weight=sample_weight, steps_per_execution=self.steps_per_execution, **options)
 
     def _callbacks(self, callbacks, verbose, steps, epochs: int = 1, history: bool = False):
         if isinstance(callbacks, callbacks_module.CallbackList):
