@@ -14,6 +14,7 @@ from kgraph.frontend.capture import Captured, SpecialisationError, capture_funct
 from kgraph.frontend.keras_backend import core
 from kgraph.ir import Graph
 from kgraph.passes.manager import Pass
+from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.progress import CompileProgress
 
 
@@ -28,14 +29,14 @@ class CompiledStep:
     `stats()["specialised"]` says why.
     """
 
-    def __init__(self, function: Callable, name: str, passes: Sequence[Pass], *, symbolic_batch: bool = True):
+    def __init__(self, function: Callable, name: str, *, training: bool, symbolic_batch: bool = True):
         """
         function: takes one batch (nested tuples, lists and dicts of arrays and None), gives a nested value of tensors.
-        passes: the pipeline. symbolic_batch: False where the model is made for one batch size.
+        training: the step holds gradients. symbolic_batch: False where the model is made for one batch size.
         """
         self.name = name
         self._function = _named(function, name)
-        self._passes = passes
+        self._passes = TRAINING if training else INFERENCE
         self._specialised_because = None if symbolic_batch else "the model is declared for a fixed batch size"
         self._variants: dict[tuple, _Variant] = {}
         self._compiles = 0

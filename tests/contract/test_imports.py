@@ -21,8 +21,9 @@ ALLOWED = {
 }
 # Text that another room supplies when asked for: imported inside a function.
 LAZY = {("ir", "ops")}
-# Keras' own `predict` runs on the public API, as a user's code would.
-EXCEPTIONS = {("frontend/keras_backend/trainer.py", "kgraph.api")}
+# Keras' own `predict` and `fit` run on the public API, as a user's code would, and on compiled steps.
+_TRAINER = "frontend/keras_backend/trainer.py"
+EXCEPTIONS = {(_TRAINER, "kgraph.api"), (_TRAINER, "kgraph.gradients"), (_TRAINER, "kgraph.train_step")}
 
 
 def imports_of(path: Path):

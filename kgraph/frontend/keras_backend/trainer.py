@@ -38,6 +38,15 @@ def _has_fixed_batch(model) -> bool:
     return any(x is not None and x.shape and x.shape[0] is not None for x in declared)
 
 
+def _takes_one_argument(function) -> bool:
+    """Whether a step can be called with the data alone."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
 def _rows(x):
     """The batch size: of the first input there is."""
     return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
@@ -173,7 +182,7 @@ class NumpyTrainer(base_trainer.Trainer):
         message = f"{what} of {self.name} runs eagerly, it could not be compiled: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
-    def _compiled_step(self, function, name: str, passes):
+    def _compiled_step(self, name: str):
         """A step as one native call; None where it runs eagerly."""
         if self._runs_eagerly():
             unfit = [layer.name for layer in self._flatten_layers() if not layer.supports_jit]
@@ -187,20 +196,19 @@ class NumpyTrainer(base_trainer.Trainer):
             return None
         from kgraph.train_step import CompiledStep
 
-        return CompiledStep(function, f"{self.name}_{name}", passes, symbolic_batch=not _has_fixed_batch(self))
+        function, symbolic = getattr(self, name), not _has_fixed_batch(self)
+        return CompiledStep(function, f"{self.name}_{name}", training=name == "train_step", symbolic_batch=symbolic)
 
     def make_train_function(self, force=False):
         if self.train_function is not None and not force:
             return self.train_function
-        from kgraph.passes.pipeline import TRAINING
-
-        if len(inspect.signature(self.train_step).parameters) != 1:
+        if not _takes_one_argument(self.train_step):
             raise UnsupportedError(
                 f"{type(self).__name__}.train_step takes {inspect.signature(self.train_step)}; on kgraph it takes "
                 "`data` and gives the logs. A step that is written for the state of JAX cannot run; override "
                 "`compute_loss`, or call `super().train_step(data)`."
             )
-        self._compiled_train_step = self._compiled_step(self.train_step, "train_step", TRAINING)
+        self._compiled_train_step = self._compiled_step("train_step")
 
         def train_function(batches):
             step = self._compiled_train_step or self.train_step
@@ -214,9 +222,7 @@ class NumpyTrainer(base_trainer.Trainer):
     def make_test_function(self, force=False):
         if self.test_function is not None and not force:
             return self.test_function
-        from kgraph.passes.pipeline import INFERENCE
-
-        self._compiled_test_step = self._compiled_step(self.test_step, "test_step", INFERENCE)
+        self._compiled_test_step = self._compiled_step("test_step")
 
         def test_function(batches):
             for batch in batches:
