@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="time per engine, case and round")
     parser.add_argument("--output", default="", help="name of the results file, without extension")
+    parser.add_argument("--merge", action="store_true", help="replace only the measured cases in that file")
     arguments = parser.parse_args()
     engines = arguments.engines.split(",")
     wanted = [c for c in arguments.cases.split(",") if c]
@@ -221,6 +222,11 @@ def main() -> None:
     if arguments.output:
         target = HERE / "results" / f"{arguments.output}.json"
         target.parent.mkdir(exist_ok=True)
+        if arguments.merge and target.exists():
+            # The engines of a case are always timed in one run; the cases may come from several.
+            measured = {r["case"]: r for r in results}
+            results = [measured.get(r["case"], r) for r in json.loads(target.read_text())["results"]]
+            text = table(results, engines)
         target.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
         info = machine()
         header = f"{info['date']}, commit {info['commit']}, {info['cpu']} x {info['cores']}, Python {info['python']}, "

@@ -131,14 +131,13 @@ def test_results_are_fresh_arrays():
 def test_same_bits_for_any_number_of_threads():
     compiled = kgraph.compile(make_convnet())
     x = rows(16, 12, 12, 3)
-    before = kgraph.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
             kgraph.set_num_threads(threads)
             results.append(compiled(x))
     finally:
-        kgraph.set_num_threads(before)
+        kgraph.set_num_threads(None)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 
