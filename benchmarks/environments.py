@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,7 +24,11 @@ def python(name: str) -> Path:
     if not path.exists():
         print(f"making the environment {name}: {' '.join(PACKAGES[name])}", file=sys.stderr)
         venv.create(ROOT / name, with_pip=True)
-        subprocess.run([path, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        try:
+            subprocess.run([path, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        except BaseException:
+            shutil.rmtree(ROOT / name)  # half an environment would count as made
+            raise
     return path
 
 

@@ -17,6 +17,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if arguments and (arguments[0] == "-m" or arguments[0].endswith(".py") or os.path.isfile(arguments[0])):
         install()
+        if arguments[0].endswith(".py") and not os.path.isfile(arguments[0]):
+            print(f"kgraph: no such file: {arguments[0]}", file=sys.stderr)
+            sys.exit(2)
         if arguments[0] == "-m":
             if len(arguments) < 2:
                 sys.exit("usage: python -m kgraph -m module [arguments]")

@@ -11,6 +11,9 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from kgraph.ir import Dim
+from kgraph.ir.dims import evaluate
+
 application = typer.Typer(no_args_is_help=True, add_completion=False, help="Compile Keras models to native kernels.")
 
 ModelArgument = Annotated[
@@ -33,30 +36,56 @@ def load_model(source: str):
     if ":" in source:
         module, _, name = source.partition(":")
         sys.path.insert(0, ".")
-        found = getattr(importlib.import_module(module), name)
-        return found() if callable(found) and not isinstance(found, keras.Model) else found
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name not in (module, module.partition(".")[0]):
+                raise  # the module is there, one that it imports is not
+            raise typer.BadParameter(f"there is no module {module!r} on the path or in this folder") from None
+        except AttributeError:
+            if name in vars(sys.modules.get(module, object)):
+                raise
+            raise typer.BadParameter(f"module {module!r} has no {name!r}") from None
+        model = found() if callable(found) and not isinstance(found, keras.Layer) else found
+        if not isinstance(model, keras.Layer):
+            raise typer.BadParameter(f"{source} gives {model!r}, which is no Keras model")
+        return model
     builder = getattr(keras.applications, source, None)
     if not callable(builder):
         raise typer.BadParameter(f"{source!r} is no .keras file, no module:function and no keras.applications model")
     return builder(weights=None)
 
 
-def random_inputs(model, batch: int, size: int, seed: int = 0):
-    """Arrays for one call: floats in [0, 1), small integers for integer inputs; free axes get `size`."""
-    import keras
-
+def random_inputs(compiled, batch: int, size: int, seed: int = 0) -> list[np.ndarray]:
+    """Arrays for the inputs of one call: floats in [0, 1), small integers for integer inputs; free axes get `size`."""
     rng = np.random.default_rng(seed)
 
-    def one(tensor):
-        shape = [batch if axis == 0 else (size if d is None else d) for axis, d in enumerate(tensor.shape)]
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
-        if "int" in dtype:
-            return rng.integers(0, 10, shape).astype(dtype)
-        if dtype == "bool":
+    def one(type_):
+        sizes = {
+            symbol: batch if symbol == "N" else size
+            for d in type_.shape
+            if isinstance(d, Dim)
+            for symbol in d.symbols()
+        }
+        shape = [evaluate(d, sizes) for d in type_.shape]
+        if type_.dtype == "bool":
             return rng.random(shape) < 0.5
-        return rng.random(shape).astype(dtype)
+        if type_.is_float:
+            return rng.random(shape).astype(type_.np_dtype)
+        return rng.integers(0, 10, shape).astype(type_.np_dtype)
 
-    return keras.tree.map_structure(one, model.inputs[0] if len(model.inputs) == 1 else model.inputs)
+    return [one(type_) for type_ in compiled.inputs.types]
+
+
+def read_inputs(path: Path, names: list[str]) -> list[np.ndarray]:
+    """The arrays of an .npy file, or of an .npz file by the names of the inputs (else in its order)."""
+    try:
+        data = np.load(path)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path} is no .npy or .npz file: {error}") from None
+    if isinstance(data, np.ndarray):
+        return [data]
+    return [data[name] for name in (names if set(names) == set(data.files) else data.files)]
 
 
 @application.command("compile")
@@ -78,7 +107,7 @@ def compile_command(model: ModelArgument) -> None:
 def run_command(
     model: ModelArgument,
     inputs: Annotated[
-        Path | None, typer.Option("--inputs", help="an .npy or .npz file; random inputs by default")
+        Path | None, typer.Option("--inputs", exists=True, help="an .npy or .npz file; random inputs by default")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="an .npz file for the results")] = None,
     batch: BatchOption = 1,
@@ -92,17 +121,15 @@ def run_command(
 
     loaded = load_model(model)
     compiled = kgraph.compile(loaded)
-    if inputs is None:
-        x = random_inputs(loaded, batch, size)
-    else:
-        data = np.load(inputs)
-        x = data if isinstance(data, np.ndarray) else [data[k] for k in data.files]
-        x = x[0] if isinstance(x, list) and len(x) == 1 else x
-    result = compiled(x)
+    leaves = random_inputs(compiled, batch, size) if inputs is None else read_inputs(inputs, compiled.inputs.names)
+    if len(leaves) != compiled.inputs.num_leaves:
+        raise typer.BadParameter(f"{inputs} holds {len(leaves)} arrays, the model's inputs are {compiled.inputs.names}")
+    arguments, keywords = compiled.inputs.pack_call(leaves)
+    result = compiled(*arguments, **keywords)
     times = []
     for _ in range(20):
         start = time.perf_counter()
-        compiled(x)
+        compiled(*arguments, **keywords)
         times.append(time.perf_counter() - start)
     leaves = keras.tree.flatten(result)
     for leaf in leaves:
@@ -110,7 +137,7 @@ def run_command(
     typer.echo(f"median time of a call: {sorted(times)[len(times) // 2] * 1e3:.3f} ms")
     if check:
         start = time.perf_counter()
-        expected = keras.tree.flatten(loaded(x, training=False))
+        expected = keras.tree.flatten(loaded(*arguments, **keywords))
         seconds = time.perf_counter() - start
         for got, want in zip(leaves, expected):
             difference = np.abs(np.asarray(got, "float64") - np.asarray(want, "float64")).max() if got.size else 0.0
@@ -133,7 +160,8 @@ def explain_command(
     compiled = kgraph.compile(loaded)
     typer.echo(str(compiled.explain()))
     if profile:
-        typer.echo(str(compiled.profile(random_inputs(loaded, batch, size))))
+        arguments, keywords = compiled.inputs.pack_call(random_inputs(compiled, batch, size))
+        typer.echo(str(compiled.profile(*arguments, **keywords)))
 
 
 @application.command("bench")
@@ -149,14 +177,14 @@ def bench_command(
     loaded = load_model(model)
     start = time.perf_counter()
     compiled = kgraph.compile(loaded)
-    x = random_inputs(loaded, batch, size)
-    compiled(x)
+    arguments, keywords = compiled.inputs.pack_call(random_inputs(compiled, batch, size))
+    compiled(*arguments, **keywords)
     typer.echo(f"compile and first call: {time.perf_counter() - start:.2f} s")
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times) < 5:
         start = time.perf_counter()
-        compiled(x)
+        compiled(*arguments, **keywords)
         times.append(time.perf_counter() - start)
     times.sort()
     typer.echo(
@@ -168,7 +196,9 @@ def bench_command(
 def main() -> None:
     """Entry point of the `kgraph` command."""
     from kgraph.errors import KGraphError
+    from kgraph.frontend.install import install
 
+    install()  # whatever backend the environment names: these commands are about kgraph
     try:
         application()
     except KGraphError as error:

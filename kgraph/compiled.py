@@ -225,6 +225,11 @@ class CompiledModel:
         )
 
     @property
+    def inputs(self) -> Structure:
+        """The structure of the inputs, with the name and type of each; sizes that may vary are symbols, N the batch."""
+        return self._inputs
+
+    @property
     def graph(self):
         """The optimised graph (prints as text)."""
         return self._some_variant().compiled.optimised

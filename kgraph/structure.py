@@ -80,6 +80,8 @@ class Structure:
                 return self._flatten(template_args[0], args[0])
             if kwargs:
                 raise InputError(f"unexpected keyword arguments {sorted(kwargs)}; the inputs are {self._listing()}")
+        elif set(kwargs) != set(template_kwargs) and len(args) <= len(template_args):
+            raise InputError(f"expected the keyword arguments {sorted(template_kwargs)}, got {sorted(kwargs)}")
         return self._flatten(self.template, (tuple(args), dict(kwargs)))
 
     def _listing(self, template=None) -> str:

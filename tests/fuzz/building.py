@@ -23,7 +23,11 @@ SIGNIFICAND = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8, "int6
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 LIMIT = 32.0  # floats above this bound are scaled down
 INT_LIMIT = 1 << 20
-MOST_ELEMENTS = 8000  # at the largest batch
+# sizes of long axes, of short axes, and the most elements of a tensor at the largest batch
+SCALES = {
+    "small": ((1, 2, 3, 4, 5, 7, 8, 16, 17, 19, 33), (1, 2, 3, 4, 5), 8000),
+    "large": ((1, 31, 64, 65, 96, 128, 200, 257, 513, 1100, 2100), (1, 2, 7, 14, 23, 32), 400_000),
+}
 
 
 class SkipOperation(Exception):
@@ -45,11 +49,13 @@ class Fact:
 class Builder:
     """Draws operands and records operations in the running trace.
 
-    values: every tensor so far. outputs may be any of them.
+    values: every tensor so far. scale: "small" tensors go through tails and edges of kernels, "large" ones through
+    their blocks, panels and unrolled loops.
     """
 
-    def __init__(self, rng: np.random.Generator, dtype: str):
+    def __init__(self, rng: np.random.Generator, dtype: str, scale: str = "small"):
         self.rng, self.dtype = rng, dtype
+        self.sizes, self.small_sizes, self.most_elements = SCALES[scale]
         self.values: list = []
         self.facts: dict[int, Fact] = {}
         self.constants: list[np.ndarray] = []
@@ -84,7 +90,7 @@ class Builder:
 
     def keep(self, x, fact: Fact):
         """Register a tensor; scales it down first where its bound has grown too far."""
-        if math.prod(evaluate(s, {"N": LARGEST_BATCH}) for s in x.shape) > MOST_ELEMENTS:
+        if self.count(x.shape) > self.most_elements:
             raise SkipOperation
         dtype = self.dtype_of(x)
         if fact.exact and fact.bound * 2**fact.grid > 2 ** SIGNIFICAND[dtype]:
@@ -155,10 +161,10 @@ class Builder:
 
     # -- shapes ---------------------------------------------------------------------------------------------------
     def size(self) -> int:
-        return self.choice((1, 2, 3, 4, 5, 7, 8, 16, 17, 19, 33))
+        return self.choice(self.sizes)
 
     def small_size(self) -> int:
-        return self.choice((1, 2, 3, 4, 5))
+        return self.choice(self.small_sizes)
 
     def known(self, size) -> int:
         """A size at the largest batch."""

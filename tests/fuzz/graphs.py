@@ -14,7 +14,7 @@ from kgraph.frontend.tracer import GraphTracer
 from kgraph.ir import Graph, Node, TensorType, Value
 from kgraph.ir.interpreter import evaluate
 from kgraph.ir.verifier import verify
-from tests.fuzz.building import FLOATS, LARGEST_BATCH, MOST_ELEMENTS, Builder, Fact, N, SkipOperation, draw
+from tests.fuzz.building import FLOATS, LARGEST_BATCH, Builder, Fact, N, SkipOperation, draw
 from tests.fuzz.operations import OPERATIONS
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -41,11 +41,11 @@ class Case:
         return out
 
 
-def random_case(seed: int, length: int | None = None) -> Case:
-    """The graph of a seed: `length` drawn operations on a few inputs and parameters, one to four outputs."""
+def random_case(seed: int, length: int | None = None, scale: str = "small") -> Case:
+    """The graph of a seed: `length` drawn operations on a few inputs and parameters, and a few outputs."""
     rng = np.random.default_rng(seed)
     dtype = DTYPES[int(rng.integers(len(DTYPES)))]
-    b = Builder(rng, dtype)
+    b = Builder(rng, dtype, scale)
     tracer = GraphTracer(f"fuzz_{seed}")
     case = Case(seed, tracer.graph)
     names = sorted(OPERATIONS)
@@ -94,13 +94,13 @@ def _operand_types(b: Builder, dtype: str) -> list[tuple[TensorType, bool]]:
         (N, 2, 3, 2, channels),
     ]
     inputs = [shapes[int(i)] for i in b.rng.permutation(len(shapes))[: b.integer(1, 3)]]
-    inputs = [s for s in inputs if b.count(s) <= MOST_ELEMENTS]
+    inputs = [s for s in inputs if b.count(s) <= b.most_elements]
     if not any(N in s for s in inputs):
         inputs.insert(0, (N, channels))
     kinds = (dtype,) * 4 + ("int32", "bool", "float32", "int64")
     out = [(TensorType(shape, dtype if i == 0 else b.choice(kinds)), False) for i, shape in enumerate(inputs)]
     weights = [(channels,), (channels, filters), (filters,), (3, 3, channels, filters), (channels, channels), ()]
-    weights = [s for s in weights if b.count(s) <= MOST_ELEMENTS]
+    weights = [s for s in weights if b.count(s) <= b.most_elements]
     for i in b.rng.permutation(len(weights))[: b.integer(0, 3)]:
         out.append((TensorType(weights[int(i)], dtype), True))
     return out
@@ -327,9 +327,9 @@ def report(case: Case, graph: Graph, operands: dict, error: Exception) -> str:
     return "\n".join(lines)
 
 
-def run_seed(seed: int, batches: Sequence[int], length: int | None = None) -> Case:
+def run_seed(seed: int, batches: Sequence[int], length: int | None = None, scale: str = "small") -> Case:
     """Draw, compile and compare one graph. Raises AssertionError with the reduced graph."""
-    case = random_case(seed, length)
+    case = random_case(seed, length, scale)
     operands = {n: (case.arrays(case.graph.inputs, n), case.arrays(case.graph.params, LARGEST_BATCH)) for n in batches}
     error = failure_of(case, case.graph, operands)
     if error is not None:

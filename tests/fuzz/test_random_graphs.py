@@ -14,7 +14,9 @@ from tests.fuzz.graphs import random_case, run_seed
 
 # Primitives that random graphs leave out, besides those that run on the host, are random or hold graphs: the passes
 # make them, or they are gradients of others.
-LEFT_OUT = "fusion bitcast_regroup nextafter rnn_gradient select_and_scatter_add depthwise_filter_gradient".split()
+LEFT_OUT = (
+    "fusion bitcast_regroup nextafter rnn_gradient select_and_scatter_add depthwise_filter_gradient custom_gradient"
+).split()
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +39,16 @@ def test_many_random_graphs(first):
 
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(20_000, 20_100, 10))
-def test_large_random_graphs(first):
+def test_long_random_graphs(first):
     for seed in range(first, first + 10):
         run_seed(seed, (1, 8), length=60)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first", range(30_000, 30_500, 25))
+def test_random_graphs_of_large_tensors(first):
+    for seed in range(first, first + 25):
+        run_seed(seed, (1, 8), length=4, scale="large")
 
 
 def test_random_graphs_reach_every_primitive():
