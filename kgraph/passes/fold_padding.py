@@ -42,9 +42,10 @@ def fold_padding(graph: Graph, context: PassContext | None = None) -> Graph:
             return None
         source, low, high = padded
         if node.name == "reduce_window" and node.attrs["kind"] == "max":
-            # Every window must hold an element, and none of them may be below the zeros.
+            # The zeros must not decide: no element is below them, and every window that reaches into them holds one.
+            attrs = zip(low, high, node.attrs["padding"], node.attrs["window"], node.attrs["window_dilation"])
             if not _is_nonnegative(source) or any(
-                max(e) >= w for e, w in zip(zip(low, high), node.attrs["window"]) if max(e)
+                (p or q) and (max(p + own[0], q + own[1]) >= w or d != 1) for p, q, own, w, d in attrs
             ):
                 return None
         spatial = range(first, first + axes)
