@@ -43,9 +43,9 @@ def fold_padding(graph: Graph, context: PassContext | None = None) -> Graph:
         source, low, high = padded
         if node.name == "reduce_window" and node.attrs["kind"] == "max":
             # The zeros must not decide: no element is below them, and every window that reaches into them holds one.
-            attrs = zip(low, high, node.attrs["padding"], node.attrs["window"], node.attrs["window_dilation"])
+            sides = zip(low, high, node.attrs["padding"], node.attrs["window"], node.attrs["window_dilation"])
             if not _is_nonnegative(source) or any(
-                (p or q) and (max(p + own[0], q + own[1]) >= w or d != 1) for p, q, own, w, d in attrs
+                (p or q) and (max(p + own[0], q + own[1]) >= w or d != 1) for p, q, own, w, d in sides
             ):
                 return None
         spatial = range(first, first + axes)
