@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from kgraph.ir import Graph, Node, Rewriter, TensorType, Value, np_dtype
@@ -318,6 +319,9 @@ def division_by_constant(node, inputs, rewriter):
     divisor = scalar_constant(y)
     if divisor is None or x.dtype in INTS or isinstance(divisor, complex) or y.shape:
         return None
-    if divisor and np.isfinite(divisor) and abs(np.frexp(divisor)[0]) == 0.5 and 2.0**-60 < abs(divisor) < 2.0**60:
-        return rewriter.emit(primitive("mul"), x, _scalar(rewriter, 1.0 / divisor, y.dtype))
-    return None
+    if not divisor or not np.isfinite(divisor) or abs(np.frexp(divisor)[0]) != 0.5:
+        return None
+    limits = ml_dtypes.finfo(y.type.np_dtype)
+    if not float(limits.tiny) <= abs(1.0 / divisor) <= float(limits.max):
+        return None  # the reciprocal is no normal number of the dtype
+    return rewriter.emit(primitive("mul"), x, _scalar(rewriter, 1.0 / divisor, y.dtype))

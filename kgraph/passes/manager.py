@@ -41,12 +41,17 @@ Pass = Callable[[Graph, PassContext], Graph]
 def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext) -> Graph:
     """Apply `passes` in order and give the last graph.
 
-    KGRAPH_DUMP=dir writes the text of every stage (`003_fuse.txt`), KGRAPH_STOP_AFTER=name ends after that pass,
-    KGRAPH_VERIFY=1 verifies after each one (the tests set it).
+    KGRAPH_DUMP=dir writes the text of every stage (`003_fuse.txt`), KGRAPH_STOP_AFTER=name ends after that pass (after
+    its first run; `6_canonicalise` names a later one), KGRAPH_VERIFY=1 verifies after each one (the tests set it).
+    Raises ValueError for a KGRAPH_STOP_AFTER that is no pass.
     """
     dump = os.environ.get("KGRAPH_DUMP")
     stop_after = os.environ.get("KGRAPH_STOP_AFTER")
     verify_each = os.environ.get("KGRAPH_VERIFY") == "1"
+    labels = [{pass_.__name__, f"{number}_{pass_.__name__}"} for number, pass_ in enumerate(passes, start=1)]
+    if stop_after and not any(stop_after in both for both in labels):
+        known = ", ".join(f"{number}_{pass_.__name__}" for number, pass_ in enumerate(passes, start=1))
+        raise ValueError(f"KGRAPH_STOP_AFTER={stop_after!r} is no pass; passes: {known}")
     if dump:
         _dump(graph, dump, 0, "captured")
     for number, pass_ in enumerate(passes, start=1):
@@ -60,7 +65,7 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext) -> Gr
             verify(graph, after=name)
         if dump:
             _dump(graph, dump, number, name)
-        if stop_after == name:
+        if stop_after in labels[number - 1]:
             break
     return graph
 

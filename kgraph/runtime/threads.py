@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import time
+import warnings
 from pathlib import Path
 
 from kgraph.errors import ArtifactError
@@ -152,6 +153,9 @@ def get_num_threads() -> int:
     text = os.environ.get("KGRAPH_NUM_THREADS", "")
     if text.isdigit() and int(text) > 0:
         return min(int(text), MAX_THREADS)
+    if text:
+        message = f"KGRAPH_NUM_THREADS={text!r} is no positive number; using the cores granted to the process"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return available_cpus()
 
 

@@ -71,3 +71,29 @@ def test_narrow_results_of_one_column_more_than_a_vector(dtype):
             run(lambda x, w: ops.mul(dot(x, w, (1,), (0,)), np.asarray(0.5, x.dtype)), *type_)
         run(lambda x: ops.convert(ops.round_nearest_even(x), dtype=dtype), f32(N, columns))
         run(lambda x: ops.convert(ops.round_nearest_even(x), dtype=dtype), f32(columns))
+
+
+@pytest.mark.parametrize("own", [((0, 0), (0, 0)), ((0, 1), (0, 1)), ((1, 1), (1, 1))])
+@pytest.mark.parametrize("window", [2, 3])
+def test_zero_padding_before_a_maximum_that_pads_too(own, window):
+    """A window that holds nothing but padding gives the zero, not the identity of the maximum."""
+
+    def function(x):
+        padded = ops.pad(ops.relu(x), np.float32(0), low=(0, 1, 1, 0), high=(0, 1, 1, 0))
+        window_ = (1, window, window, 1)
+        return ops.reduce_window(padded, kind="max", window=window_, padding=((0, 0), *own, (0, 0)))
+
+    run(function, f32(N, 4, 5, 3))
+
+
+def test_zero_padding_before_a_maximum_over_a_dilated_window():
+    def function(x):
+        padded = ops.pad(ops.relu(x), np.float32(0), low=(0, 1, 0), high=(0, 1, 0))
+        return ops.reduce_window(padded, kind="max", window=(1, 2, 1), window_dilation=(1, 2, 1))
+
+    run(function, f32(N, 1, 3))
+
+
+def test_division_by_a_power_of_two_whose_reciprocal_overflows():
+    type_ = TensorType((N, 3), "float16")
+    run(lambda x: ops.div(ops.mul(x, np.float16(2**-10)), np.float16(2.0**-17)), type_)
