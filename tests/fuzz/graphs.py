@@ -14,6 +14,7 @@ from kgraph.frontend.tracer import GraphTracer
 from kgraph.ir import Graph, Node, TensorType, Value
 from kgraph.ir.interpreter import evaluate
 from kgraph.ir.verifier import verify
+from tests.fuzz import chains, computing, elementwise, movement  # noqa: F401  (they fill OPERATIONS)
 from tests.fuzz.building import FLOATS, LARGEST_BATCH, Builder, Fact, N, SkipOperation, draw
 from tests.fuzz.operations import OPERATIONS
 

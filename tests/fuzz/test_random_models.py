@@ -22,6 +22,24 @@ def test_random_models(first):
         run_model_seed(seed)
 
 
+POLICIES = ("mixed_float16", "float16", "mixed_bfloat16", "bfloat16", "float64")
+
+
+@pytest.mark.filterwarnings("ignore:You are using a softmax")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_random_models_of_other_dtypes(policy):
+    for seed in range(3):
+        run_model_seed(seed, length=4, policy=policy)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:You are using a softmax")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_many_random_models_of_other_dtypes(policy):
+    for seed in range(100):
+        run_model_seed(seed, length=4, policy=policy)
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:You are using a softmax")
 @pytest.mark.parametrize("first", range(10_000, 11_000, 50))
