@@ -184,6 +184,22 @@ CASES = [
     ]
 ]
 
+TRAINING_CASES = [
+    Case("train", model, batch)
+    for model, batch in [
+        ("tiny_mlp", 32),
+        ("mlp", 128),
+        ("convnet", 128),
+        ("resnet20", 64),
+        ("transformer", 16),
+        ("lstm", 64),
+        ("mobilenetv2", 8),
+    ]
+]
+
+# Losses of models that do not classify with a softmax.
+LOSSES = {"tiny_mlp": "mean_squared_error", "lstm": "binary_crossentropy"}
+
 VOCABULARY = {"transformer": 8000, "lstm": 20000}
 
 
@@ -228,3 +244,19 @@ def example_inputs(name: str, batch: int, seed: int = 0) -> np.ndarray:
     shape = shapes.get(name, (224, 224, 3))
     scale = 255.0 if name == "efficientnetb0" else 1.0
     return (rng.random((batch, *shape)) * scale).astype("float32")
+
+
+def loss(name: str) -> str:
+    """The name of the loss that a model is trained with."""
+    return LOSSES.get(name, "sparse_categorical_crossentropy")
+
+
+def training_data(name: str, classes: int, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of `rows` examples, for a model with `classes` outputs."""
+    x = example_inputs(name, rows, seed)
+    rng = np.random.default_rng([seed, 1])
+    if name == "tiny_mlp":
+        return x, rng.normal(0, 1, (rows, 1)).astype("float32")
+    if classes == 1:
+        return x, rng.integers(0, 2, (rows, 1)).astype("float32")
+    return x, rng.integers(0, classes, rows).astype("int32")

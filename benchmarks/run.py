@@ -7,16 +7,11 @@ are printed. Results go to `benchmarks/results/` with the machine and the versio
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -24,42 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environments
 import models
-
-HERE = Path(__file__).resolve().parent
-
-
-class Worker:
-    """An engine in its own process."""
-
-    def __init__(self, engine: str, folder: Path, cache: Path | None):
-        self.engine = engine
-        if engine == "kgraph":
-            environment = dict(os.environ, KERAS_BACKEND="kgraph")
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-            if cache is not None:
-                environment["KGRAPH_CACHE_DIR"] = str(cache)
-            interpreter = sys.executable
-        else:
-            environment = environments.clean_environment(KERAS_BACKEND="jax")
-            interpreter = environments.python("peers")
-        self.process = subprocess.Popen(
-            [interpreter, HERE / "worker.py", engine, folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            text=True,
-        )
-
-    def ask(self, do: str, **fields) -> dict:
-        self.process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": f"process ended with {self.process.wait()}"}
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+from engines import Worker, selected, store
 
 
 def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, folder: Path) -> dict:
@@ -108,37 +68,6 @@ def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, 
         for worker in workers.values():
             worker.close()
     return out
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    cpu = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    versions = {name: metadata.version(name) for name in ("keras", "numpy", "llvmlite", "numba")}
-    try:
-        listing = subprocess.run(
-            [environments.python("peers"), "-m", "pip", "list", "--format=json"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        wanted = {"jax", "onnxruntime", "openvino"}
-        versions.update({p["name"]: p["version"] for p in json.loads(listing.stdout) if p["name"] in wanted})
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit.strip(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
 
 
 PEAK_GFLOPS_PER_CORE = 115.0  # AVX-512 FMA at 3.5 GHz on the reference machine
@@ -209,29 +138,16 @@ def main() -> None:
     parser.add_argument("--merge", action="store_true", help="replace only the measured cases in that file")
     arguments = parser.parse_args()
     engines = arguments.engines.split(",")
-    wanted = [c for c in arguments.cases.split(",") if c]
-    cases = [c for c in models.CASES if not wanted or c.key in wanted or c.model in wanted]
+    cases = selected(models.CASES, arguments.cases)
     folder = environments.onnx_folder() if {"onnxruntime", "openvino"} & set(engines) else environments.ROOT / "onnx"
     results = []
     for case in cases:
         start = time.perf_counter()
         results.append(measure(case, engines, arguments.rounds, arguments.seconds, folder))
         print(table(results[-1:], engines).splitlines()[2], f"({time.perf_counter() - start:.0f} s)", flush=True)
-    text = table(results, engines)
-    print("\n" + text)
+    print("\n" + table(results, engines))
     if arguments.output:
-        target = HERE / "results" / f"{arguments.output}.json"
-        target.parent.mkdir(exist_ok=True)
-        if arguments.merge and target.exists():
-            # The engines of a case are always timed in one run; the cases may come from several.
-            measured = {r["case"]: r for r in results}
-            results = [measured.get(r["case"], r) for r in json.loads(target.read_text())["results"]]
-            text = table(results, engines)
-        target.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-        info = machine()
-        header = f"{info['date']}, commit {info['commit']}, {info['cpu']} x {info['cores']}, Python {info['python']}, "
-        header += ", ".join(f"{k} {v}" for k, v in info["versions"].items())
-        target.with_suffix(".md").write_text(f"# Inference, side by side\n\n{header}\n\n{text}\n")
+        store(arguments.output, "Inference, side by side", results, engines, table, arguments.merge)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One engine in one process: loads a case, then times calls on request (JSON lines on stdin and stdout).
 
-Run by `benchmarks.run`; not meant to be started by hand. Only NumPy and the engine itself are imported.
+Run by `benchmarks.run` and `benchmarks.train`; not meant to be started by hand.
+Only NumPy and the engine itself are imported.
 """
 
 from __future__ import annotations
@@ -115,40 +116,59 @@ def time_calls(call, x, seconds: float) -> list[float]:
     return samples
 
 
+class Inference:
+    """One case of inference: a function that is called with one array."""
+
+    def __init__(self, engine: str, case: dict, folder: Path):
+        self.call, seconds, extra = LOADERS[engine](case, folder)
+        self.x = models.example_inputs(case["model"], case["batch"])
+        self.loaded = {"compile_s": seconds, **extra}
+
+    def time(self, seconds: float) -> dict:
+        return {"ms": time_calls(self.call, self.x, seconds)}
+
+    def result(self, path: str) -> dict:
+        np.save(path, np.asarray(self.call(self.x)))
+        return {}
+
+    def roofline(self) -> dict:
+        """Sum of floating-point operations and bytes of one call, from kgraph's own accounting."""
+        profile = self.call.profile(self.x)
+        sums = {"flops": profile.flops, "bytes": profile.bytes, "kernel_ms": profile.milliseconds}
+        return {"flops": self.call.stats().get("flops"), "profile": sums}
+
+
+def load(engine: str, case: dict, folder: Path):
+    if case["name"] == "train":
+        import training
+
+        return training.Training(engine, case)
+    return Inference(engine, case, folder)
+
+
 def main() -> None:
     engine, folder = sys.argv[1], Path(sys.argv[2])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what engines print goes to stderr
-    call = x = None
+    session = None
     for line in sys.stdin:
         request = json.loads(line)
+        do = request.pop("do")
         try:
-            if request["do"] == "load":
-                call = None
-                call, seconds, extra = LOADERS[engine](request["case"], folder)
-                x = models.example_inputs(request["case"]["model"], request["case"]["batch"])
-                reply = {"compile_s": seconds, **extra}
-            elif request["do"] == "time":
-                reply = {"ms": time_calls(call, x, request["seconds"])}
-            elif request["do"] == "result":
-                np.save(request["path"], np.asarray(call(x)))
-                reply = {}
-            elif request["do"] == "memory":
+            if do == "load":
+                session = None
+                session = load(engine, request["case"], folder)
+                reply = session.loaded
+            elif do == "memory":
                 reply = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-            elif request["do"] == "roofline":
-                reply = {"flops": call.stats().get("flops"), "profile": roofline(call, x)}
+            elif do in ("time", "result", "roofline", "program"):
+                reply = getattr(session, do)(**request)
             else:
-                reply = {"error": f"unknown request {request['do']}"}
+                reply = {"error": f"unknown request {do}"}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(reply) + "\n")
         out.flush()
-
-
-def roofline(compiled, x) -> dict:
-    """Sum of floating-point operations and bytes of one call, from kgraph's own accounting."""
-    profile = compiled.profile(x)
-    return {"flops": profile.flops, "bytes": profile.bytes, "kernel_ms": profile.milliseconds}
 
 
 if __name__ == "__main__":

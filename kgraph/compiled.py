@@ -7,7 +7,6 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable
-from numbers import Number
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from kgraph.errors import InputError
 from kgraph.frontend.capture import Captured, SpecialisationError, capture_function
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.tracer import is_tracing
-from kgraph.ir import TensorType
 from kgraph.progress import CompileProgress
-from kgraph.report import Explanation, Profile, explain, profile_of
-from kgraph.structure import Structure
+from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
+from kgraph.runtime.model import Model, sizes_of
 
 
 class _Variant:
@@ -32,8 +30,16 @@ class _Variant:
         self.global_version = -1
         self.versions: list[int] = []
         self.lock = threading.Lock()
+        self.inputs, self.outputs = captured.inputs, captured.outputs
         self.num_outputs = captured.num_outputs
         self.updates = captured.updates
+
+    def run(self, arrays: list[np.ndarray], out: list | None) -> list[np.ndarray]:
+        """A call: the leaves of the outputs; the variables that the model assigns get their new values."""
+        results = self.program(arrays, out=None if out is None else [*out, *([None] * len(self.updates))])
+        for variable, value in zip(self.updates, results[self.num_outputs :]):
+            variable.assign(value)
+        return list(results[: self.num_outputs])
 
     def refresh_weights(self) -> None:
         """Prepare and hand over the weights that have changed since the last call."""
@@ -56,7 +62,7 @@ class _Variant:
             self.global_version = seen
 
 
-class CompiledModel:
+class CompiledModel(Model):
     """A Keras model (or a function) compiled to native kernels.
 
     Call it with NumPy arrays in the structure that the model takes (one array, list, tuple or dict); it gives NumPy
@@ -121,12 +127,18 @@ class CompiledModel:
         self._specialised_because = str(error)
         self._variants.clear()
 
+    def _form_for(self, arrays: list[np.ndarray]) -> _Variant:
+        variant = self._variant_for(arrays)
+        if variant.global_version != core.weights_version:
+            variant.refresh_weights()
+        return variant
+
     def _variant_for(self, arrays: list[np.ndarray]) -> _Variant:
         if not self._fixed:
             return self._variants[()]
         with self._lock:
             while True:
-                sizes = _sizes_of([a.shape for a in arrays], self._inputs)
+                sizes = sizes_of([a.shape for a in arrays], self._inputs)
                 fixed = {name: sizes[name] for name in self._fixed}
                 key = tuple(fixed.values())
                 variant = self._variants.get(key)
@@ -166,55 +178,8 @@ class CompiledModel:
                 return program((x,))[0]
         return self._call(args, kwargs, out)
 
-    def _call(self, args: tuple, kwargs: dict, out):
-        variant, arrays = self._bind(args, kwargs)
-        structure = variant.captured.outputs
-        flat_out = None if out is None else [*structure.flatten(out), *([None] * len(variant.updates))]
-        results = variant.program(arrays, out=flat_out)
-        for variable, value in zip(variant.updates, results[variant.num_outputs :]):
-            variable.assign(value)
-        return structure.pack(list(results[: variant.num_outputs]))
-
-    def _bind(self, args: tuple, kwargs: dict) -> tuple[_Variant, list[np.ndarray]]:
-        """Flatten, convert and check the inputs of a call; gives the compiled form that serves them."""
-        inputs = self._inputs
-        if kwargs.get("training") is not None and inputs.call and "training" not in inputs.template[1]:
-            if kwargs["training"]:
-                raise InputError(f"{self.name} is compiled for inference; call the Keras model with training=True")
-            kwargs = {name: value for name, value in kwargs.items() if name != "training"}
-        leaves = inputs.flatten_call(args, kwargs)
-        arrays = [_as_input(*each) for each in zip(leaves, inputs.names, inputs.types, strict=True)]
-        if self._adapts_rank:
-            arrays = [_with_rank(array, type_) for array, type_ in zip(arrays, inputs.types)]
-        variant = self._variant_for(arrays)
-        if variant.global_version != core.weights_version:
-            variant.refresh_weights()
-        return variant, arrays
-
-    def predict(self, x, batch_size: int | None = None, verbose: int = 0):
-        """Outputs for all rows of `x`, computed batch by batch (the last one may be smaller).
-
-        x: arrays in the model's input structure with the same first axis. batch_size: rows of a call, at least 1;
-        None means 32.
-        verbose: accepted as Keras has it; nothing is printed. Gives arrays in the output structure.
-        Raises InputError for inputs that do not fit or have different numbers of rows.
-        """
-        batch_size = 32 if batch_size is None else batch_size
-        if batch_size < 1:
-            raise InputError(f"{self.name}: batch_size must be at least 1, got {batch_size}")
-        variant, arrays = self._bind((x,), {})
-        rows = arrays[0].shape[0] if arrays and arrays[0].ndim else 0
-        if any(a.ndim == 0 or a.shape[0] != rows for a in arrays):
-            shapes = ", ".join(str(a.shape) for a in arrays)
-            raise InputError(f"{self.name}: all inputs of predict need the same number of rows, got shapes {shapes}")
-        if rows <= batch_size:
-            return self(x)
-        signature = variant.captured
-        parts: list[list[np.ndarray]] = []
-        for start in range(0, rows, batch_size):
-            batch = [a[start : start + batch_size] for a in arrays]
-            parts.append(signature.outputs.flatten(self(signature.inputs.pack(batch))))
-        return signature.outputs.pack([np.concatenate(p) for p in zip(*parts)])
+    def _leaf_value(self, leaf):
+        return leaf._value if isinstance(leaf, core.Variable) else leaf
 
     # -- looking inside ---------------------------------------------------------------------------------------
     def _some_variant(self) -> _Variant:
@@ -223,11 +188,6 @@ class CompiledModel:
         raise InputError(
             f"{self.name} is compiled for the sizes of each call ({self._specialised_because}); call it once"
         )
-
-    @property
-    def inputs(self) -> Structure:
-        """The structure of the inputs, with the name and type of each; sizes that may vary are symbols, N the batch."""
-        return self._inputs
 
     @property
     def graph(self):
@@ -252,7 +212,7 @@ class CompiledModel:
     def profile(self, *args, repeats: int = 10, **kwargs) -> Profile:
         """Time per kernel and per Keras layer of calls with these inputs (medians over `repeats`)."""
         variant, arrays = self._bind(args, kwargs)
-        return profile_of(self.name, variant.compiled, arrays, repeats)
+        return profile_of(self.name, kernel_rows(variant.compiled), variant.program, arrays, repeats)
 
     def stats(self) -> dict:
         """Counts: compiles, bound sizes, kernels, cache hits, host steps, arena bytes, compile seconds."""
@@ -343,47 +303,3 @@ def _placeholders(value):
     if isinstance(value, (np.ndarray, np.generic)):
         return np.broadcast_to(np.zeros((), value.dtype), value.shape)
     return value
-
-
-def _as_input(leaf, name: str, expected: TensorType) -> np.ndarray:
-    """A leaf of a call as an array of the expected dtype. Raises InputError for what is no numeric array."""
-    value = getattr(leaf, "_value", leaf) if isinstance(leaf, core.Variable) else leaf
-    if value is None:
-        raise InputError(f"input {name!r}: expected {expected}, got None")
-    try:
-        array = np.asarray(value)
-        if array.dtype.kind == "O" and array.size and all(isinstance(x, (Number, np.generic)) for x in array.flat):
-            array = array.astype(expected.np_dtype)  # columns of several dtypes
-    except (TypeError, ValueError) as error:
-        raise InputError(f"input {name!r}: expected {expected}, got a {type(value).__name__}: {error}") from error
-    if array.dtype == expected.np_dtype:
-        return array
-    if array.dtype.kind in "OSUMmV" and array.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
-        raise InputError(
-            f"input {name!r}: expected {expected}, got an array of dtype {array.dtype} and shape {array.shape}"
-        )
-    if array.dtype.kind == "c" and not expected.dtype.startswith("complex"):
-        raise InputError(f"input {name!r}: expected {expected}, got complex numbers of shape {array.shape}")
-    return array.astype(expected.np_dtype)
-
-
-def _with_rank(array: np.ndarray, expected: TensorType) -> np.ndarray:
-    """The array with a last axis of size 1 added or removed where that gives the expected rank."""
-    if array.ndim == expected.rank + 1 and array.shape[-1] == 1:
-        return array[..., 0]
-    if array.ndim == expected.rank - 1 and isinstance(expected.shape[-1], int) and expected.shape[-1] == 1:
-        return array[..., None]
-    return array
-
-
-def _sizes_of(shapes: Iterable[tuple], inputs: Structure) -> dict[str, int]:
-    """The symbols of the input types, read off concrete shapes."""
-    sizes: dict[str, int] = {}
-    for shape, type_, name in zip(shapes, inputs.types, inputs.names):
-        if len(shape) != type_.rank:
-            raise InputError(f"{name} has shape {shape}, expected {type_}: the rank differs")
-        for size, dim in zip(shape, type_.shape):
-            if not isinstance(dim, int):
-                (symbol,) = dim.symbols()
-                sizes[symbol] = size
-    return sizes

@@ -12,10 +12,12 @@ from kgraph.codegen import families
 from kgraph.codegen.compiler import compile_specs
 from kgraph.codegen.cpu.executor import executor_object
 from kgraph.codegen.lower import lower
-from kgraph.codegen.target import host_target
+from kgraph.codegen.target import Target, host_target
+from kgraph.codegen.updates import arrange_updates
+from kgraph.decisions import Decision
 from kgraph.ir import Graph, Node, Value, live_nodes
 from kgraph.ir.interpreter import evaluate
-from kgraph.passes.manager import Decision, Pass, PassContext, run_passes
+from kgraph.passes.manager import Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.passes.prologue import split_prologue
 from kgraph.runtime.plan import Program
@@ -119,20 +121,28 @@ def optimise(graph: Graph, target, passes: Sequence[Pass] = INFERENCE) -> tuple[
     return run_passes(graph, passes, context), context
 
 
-def compile_graph(graph: Graph, progress=None, passes: Sequence[Pass] = INFERENCE) -> CompiledGraph:
-    """Compile a captured graph for this machine.
+def compile_graph(
+    graph: Graph,
+    progress=None,
+    passes: Sequence[Pass] = INFERENCE,
+    donations: Sequence[tuple[int, int]] = (),
+    target: Target | None = None,
+) -> CompiledGraph:
+    """Compile a captured graph for this machine, or for `target`.
 
     progress: called as `progress(done, total)` while kernels are compiled.
     passes: `pipeline.INFERENCE`, or `pipeline.TRAINING` for a graph with a backward part.
+    donations: pairs (input number, output number): the program may write the output into the input's array.
     """
-    target = host_target()
+    target = target or host_target()
     start = time.perf_counter()
     optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
     lowered = lower(split.main, target, context.decisions)
+    arrange_updates(lowered, donations, target)
     lowering_done = time.perf_counter()
-    objects = compile_specs(lowered.specs.values(), progress=progress)
+    objects = compile_specs(lowered.specs.values(), progress=progress, target=target)
     kernels_done = time.perf_counter()
     program = Program(
         graph.name,
@@ -142,8 +152,9 @@ def compile_graph(graph: Graph, progress=None, passes: Sequence[Pass] = INFERENC
         lowered.outputs,
         lowered.params,
         kernels=objects,
-        executor=executor_object(),
+        executor=executor_object(target),
         input_names=tuple(v.name for v in graph.inputs),
+        donations=donations,
     )
     seconds = {
         **{f"pass {name}": t for name, t in context.seconds.items()},

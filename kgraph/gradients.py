@@ -102,6 +102,7 @@ def _recorded(tracer: GraphTracer, function, name: str, positions, has_aux: bool
         lambda v: TracedArray(tracer, v),
         {tracer.lift(value): one},
         [x.value for x in leaves],
+        [(lo - start, hi - start) for lo, hi in tracer.recomputed if start <= lo and hi <= end],
     )
     found = iter([zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)])
     packed = [tree.map_structure(lambda x: x if x is None else next(found), arguments[n]) for n in numbers]

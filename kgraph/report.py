@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from kgraph.compiler import CompiledGraph
-from kgraph.ir import Dim, Node
-from kgraph.passes.manager import Decision
+from kgraph.decisions import Decision
+from kgraph.dims import Dim
 from kgraph.runtime.steps import HostStep, NativeStep
+
+if TYPE_CHECKING:
+    from kgraph.compiler import CompiledGraph
+    from kgraph.ir import Node
+    from kgraph.runtime.plan import Program
 
 
 @dataclass
@@ -38,7 +45,8 @@ def _members(node: Node) -> tuple[str, ...]:
     return tuple(n.name for n in node.attrs["body"].nodes if n.name != "constant")
 
 
-def _rows(compiled: CompiledGraph) -> list[KernelRow]:
+def kernel_rows(compiled: CompiledGraph) -> list[KernelRow]:
+    """One row per step of the program."""
     rows = []
     for step, node in zip(compiled.program.steps, compiled.nodes):
         rows.append(
@@ -82,13 +90,8 @@ class Explanation:
         return out
 
     def __str__(self) -> str:
-        from rich.table import Table
-
-        table = Table(title=f"{self.name}: {len(self.kernels)} steps, {len(self.host_steps)} of them on the host")
-        for column in ("#", "kernel", "fused", "result", "flops", "bytes", "layers"):
-            table.add_column(column, overflow="fold")
-        for number, row in enumerate(self.kernels):
-            table.add_row(
+        rows = [
+            [
                 str(number),
                 f"host: {row.label}" if row.host else row.label,
                 " ".join(row.members),
@@ -96,8 +99,11 @@ class Explanation:
                 str(row.flops),
                 str(row.bytes),
                 " ".join(row.layers),
-            )
-        text = _render(table)
+            ]
+            for number, row in enumerate(self.kernels)
+        ]
+        title = f"{self.name}: {len(self.kernels)} steps, {len(self.host_steps)} of them on the host"
+        text = _table(title, ("#", "kernel", "fused", "result", "flops", "bytes", "layers"), rows)
         for row in self.host_steps:
             text += f"host step {row.label} ({' '.join(row.layers)}): {row.reason}\n"
         if self.specialised:
@@ -126,25 +132,24 @@ class Profile:
     layers: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        from rich.table import Table
-
-        table = Table(title=f"{self.name}: {self.milliseconds:.3f} ms in kernels")
-        for column in ("kernel", "us", "%", "GFLOP/s", "GB/s", "threads", "result", "layers"):
-            table.add_column(column, overflow="fold")
+        rows = []
         total = max(self.milliseconds * 1e3, 1e-9)
         for row in sorted(self.kernels, key=lambda r: -(r.microseconds or 0)):
             us = max(row.microseconds or 0.0, 1e-3)
-            table.add_row(
-                f"host: {row.label}" if row.host else row.label,
-                f"{us:.1f}",
-                f"{100 * us / total:.1f}",
-                f"{row.flops / us / 1e3:.1f}",
-                f"{row.bytes / us / 1e3:.1f}",
-                str(row.threads),
-                row.output,
-                " ".join(row.layers),
+            rows.append(
+                [
+                    f"host: {row.label}" if row.host else row.label,
+                    f"{us:.1f}",
+                    f"{100 * us / total:.1f}",
+                    f"{row.flops / us / 1e3:.1f}",
+                    f"{row.bytes / us / 1e3:.1f}",
+                    str(row.threads),
+                    row.output,
+                    " ".join(row.layers),
+                ]
             )
-        text = _render(table)
+        title = f"{self.name}: {self.milliseconds:.3f} ms in kernels"
+        text = _table(title, ("kernel", "us", "%", "GFLOP/s", "GB/s", "threads", "result", "layers"), rows)
         for layer, microseconds in sorted(self.layers.items(), key=lambda item: -item[1]):
             text += f"{microseconds:10.1f} us  {layer}\n"
         return text
@@ -152,9 +157,20 @@ class Profile:
     __repr__ = __str__
 
 
-def _render(table) -> str:
-    from rich.console import Console
-
+def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
+    """A table as text, without frames where the package `rich` is not installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ModuleNotFoundError:
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+        lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (columns, *rows)]
+        return "\n".join([title, *lines, ""])
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     out = io.StringIO()
     Console(file=out, width=160).print(table)
     return out.getvalue()
@@ -162,13 +178,13 @@ def _render(table) -> str:
 
 def explain(name: str, compiled: CompiledGraph, specialised: str | None = None) -> Explanation:
     """The explanation of a compiled graph."""
-    return Explanation(name, _rows(compiled), list(compiled.decisions), specialised)
+    return Explanation(name, kernel_rows(compiled), list(compiled.decisions), specialised)
 
 
-def profile_of(name: str, compiled: CompiledGraph, arrays, repeats: int) -> Profile:
-    """Median time per step over `repeats` calls."""
-    _, steps = compiled.program.profile(arrays, max(repeats, 1))
-    rows = _rows(compiled)
+def profile_of(name: str, rows: Sequence[KernelRow], program: Program, arrays, repeats: int) -> Profile:
+    """Median time per step over `repeats` calls; rows: one per step."""
+    _, steps = program.profile(arrays, max(repeats, 1))
+    rows = [copy.copy(row) for row in rows]
     layers: dict[str, float] = {}
     for number, row in enumerate(rows):
         step = steps[number]

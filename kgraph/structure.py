@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kgraph import dims
 from kgraph.errors import InputError
-from kgraph.ir import Dim, TensorType
+from kgraph.types import SHORT_NAMES, TensorType
 
 
 class Structure:
@@ -146,18 +147,26 @@ class Structure:
 
     # -- JSON -----------------------------------------------------------------------------------------------------
     def to_json(self) -> dict:
-        """A JSON value that `from_json` reads back. Symbolic sizes are written by their symbol."""
-        types = [[[s if isinstance(s, int) else str(s) for s in t.shape], t.dtype] for t in self.types]
+        """A JSON value that `from_json` reads back; named tuples become plain ones."""
+        types = [[[dims.to_json(s) for s in t.shape], t.dtype] for t in self.types]
         return {"template": _encode(self.template), "names": self.names, "types": types, "call": self.call}
 
     @staticmethod
     def from_json(data: dict) -> Structure:
-        """The structure that `to_json` wrote."""
-        types = [
-            TensorType(tuple(s if isinstance(s, int) else Dim.symbol(s) for s in shape), dtype)
-            for shape, dtype in data["types"]
-        ]
-        return Structure(_decode(data["template"]), data["names"], types, data["call"])
+        """The structure that `to_json` wrote. Raises ValueError for anything else: it may come from a damaged file."""
+        try:
+            types = [TensorType(tuple([dims.from_json(s) for s in shape]), dtype) for shape, dtype in data["types"]]
+            names, call, leaves = data["names"], data["call"], []
+            template = _decode(data["template"], leaves)
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"no nested structure: {error!r}") from None
+        if type(call) is not bool or len(names) != len(types) or not all(type(name) is str for name in names):
+            raise ValueError("no nested structure: names and types do not match")
+        if any(t.dtype not in SHORT_NAMES for t in types) or sorted(leaves) != list(range(len(types))):
+            raise ValueError("no nested structure: leaves and types do not match")
+        if call and not (type(template) is tuple and list(map(type, template)) == [tuple, dict]):
+            raise ValueError("no nested structure: a call has positional and keyword arguments")
+        return Structure(template, names, types, call)
 
     def __repr__(self):
         leaves = [f"{name}: {type_}" for name, type_ in zip(self.names, self.types)]
@@ -233,14 +242,18 @@ def _encode(template) -> Any:
     raise TypeError(f"a {type(template).__name__} in a model's inputs or outputs cannot be saved")
 
 
-def _decode(data: dict):
-    ((kind, content),) = data.items()
-    if kind == "leaf":
+def _decode(data: dict, leaves: list[int]):
+    """The template; appends the numbers of its leaves to `leaves`."""
+    ((kind, content),) = data.items() if type(data) is dict and len(data) == 1 else ((None, None),)
+    if kind == "leaf" and type(content) is int:
+        leaves.append(content)
         return Leaf(content)
     if kind == "dict":
-        return {k: _decode(v) for k, v in content}
+        return {k: _decode(v, leaves) for k, v in content}
     if kind == "tuple":
-        return tuple(_decode(v) for v in content)
+        return tuple([_decode(v, leaves) for v in content])
     if kind == "list":
-        return [_decode(v) for v in content]
-    return content
+        return [_decode(v, leaves) for v in content]
+    if kind == "value" and (content is None or isinstance(content, (bool, int, float, str))):
+        return content
+    raise ValueError(f"no part of a nested structure: {kind!r}")

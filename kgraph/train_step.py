@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from sys import getrefcount
 from typing import Any
 
 import numpy as np
 from keras.src.random.seed_generator import global_seed_generator
 
+from kgraph.batch_shapes import BatchShapes, Pattern, symbolic, symbols_of
 from kgraph.compiler import compile_graph
 from kgraph.frontend.capture import Captured, SpecialisationError, capture_function
 from kgraph.frontend.keras_backend import core
@@ -18,15 +21,21 @@ from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.progress import CompileProgress
 
 
+MOST_PROGRAMS = 32
+MANY_COMPILES = 8
+MOST_KEYS = 4096  # of batches, such as one for every length seen
+
+
 class CompiledStep:
     """A function of one batch that reads and assigns Keras variables, compiled once per structure of the batch.
 
     The variables that the step assigns (weights, optimizer slots, counters, statistics, metrics, seeds) are inputs of
-    the program, and their new values are outputs, which become the variables' arrays after the call. Those that it
-    only reads are parameters, prepared again when they have changed.
+    the program, and their new values are outputs, written over the old ones wherever nobody else holds the old array
+    and the order of the steps allows it. Those that it only reads are parameters, prepared again when they have changed.
     The first axis of the batch is symbolic if all of its arrays have the same one, so that a smaller last batch runs
-    in the same program. Where the code of the step needs that number, a program is made for each of its values, and
-    `stats()["specialised"]` says why.
+    in the same program; further axes become symbolic when batches differ in them (`kgraph.batch_shapes`). Where the
+    code of the step needs such a number, a program is made for each of its values, and `stats()["specialised"]` says
+    why. The MOST_PROGRAMS programs that ran last are kept; MANY_COMPILES compiles lead to a warning.
     """
 
     def __init__(self, function: Callable, name: str, *, training: bool, symbolic_batch: bool = True):
@@ -38,7 +47,10 @@ class CompiledStep:
         self._function = _named(function, name)
         self._passes = TRAINING if training else INFERENCE
         self._specialised_because = None if symbolic_batch else "the model is declared for a fixed batch size"
-        self._variants: dict[tuple, _Variant] = {}
+        self._shapes = BatchShapes(symbolic_batch)
+        self._by_key: dict[tuple, _Variant] = {}  # a shortcut: the variant for every key seen
+        self._variants: dict[Hashable, _Variant] = {}  # by kind and pattern; the one that ran last is at the end
+        self._last: _Variant | None = None
         self._compiles = 0
         self._compile_seconds = 0.0
 
@@ -46,59 +58,109 @@ class CompiledStep:
         """Run the step; gives what the function gives, with arrays, and leaves the variables at their new values."""
         leaves: list[np.ndarray] = []
         key = self._key(_flatten(batch, leaves), leaves)
-        variant = self._variants.get(key)
-        if variant is None:
-            variant = self._compile(batch, leaves)
+        variant = self._by_key.get(key)
+        if variant is None or variant is not self._last:
+            variant = self._last = self._variant_for(batch, leaves, key)
         return variant(leaves)
 
-    def _key(self, structure: tuple, leaves: list[np.ndarray]) -> tuple:
-        rows = self._rows(leaves)
-        if rows is None or self._specialised_because is not None:
-            return structure, tuple([(a.shape, a.dtype) for a in leaves])
-        return structure, tuple([(a.shape[1:], a.dtype) for a in leaves])
-
     @staticmethod
-    def _rows(leaves: list[np.ndarray]) -> int | None:
-        """The size of the first axis that all arrays have; None where it is not one size."""
-        rows = {a.shape[0] if a.ndim else None for a in leaves}
-        return rows.pop() if len(rows) == 1 else None
+    def _key(structure: tuple, leaves: list[np.ndarray]) -> tuple:
+        """What decides which program runs."""
+        return structure, tuple([(a.shape, a.dtype) for a in leaves])
 
-    def _compile(self, batch, leaves: list[np.ndarray]) -> _Variant:
+    def _variant_for(self, batch, leaves: list[np.ndarray], key: tuple) -> _Variant:
+        """The program for a batch, compiled if there is none; moved to the end of those that are kept."""
+        structure, described = key
+        shapes, kind = [shape for shape, _ in described], (structure, tuple([dtype for _, dtype in described]))
+        while True:
+            pattern = self._shapes.pattern_for(kind, shapes)
+            variant = self._variants.pop((kind, pattern), None)
+            if variant is not None:
+                break
+            try:
+                variant = self._compile(batch, pattern)
+                break
+            except SpecialisationError as error:
+                if not error.symbols:
+                    self._shapes.forget(pattern)
+                    raise
+                self._shapes.pin(kind, shapes, error.symbols)
+                self._specialised_because = str(error)
+            except Exception:
+                # Is it wrong for this batch too, or for sizes that are not known only?
+                free = symbols_of(pattern)
+                if not free:
+                    self._shapes.forget(pattern)
+                    raise
+                self._shapes.pin(kind, shapes, free)
+        self._variants[kind, pattern] = variant
+        if len(self._variants) > MOST_PROGRAMS:
+            oldest = next(iter(self._variants))
+            dropped = self._variants.pop(oldest)
+            self._shapes.forget(oldest[1])
+            self._by_key = {k: v for k, v in self._by_key.items() if v is not dropped}
+        if len(self._by_key) > MOST_KEYS:
+            self._by_key.clear()
+        self._by_key[key] = variant
+        return variant
+
+    def _compile(self, batch, pattern: Pattern) -> _Variant:
         start = time.perf_counter()
         # Made outside of the trace: a variable that is made inside of one has no value yet.
         global_seed_generator()
-        symbolic = self._specialised_because is None and self._rows(leaves) is not None
-        try:
-            captured = capture_function(self._function, batch, batch_symbol=symbolic)
-        except SpecialisationError as error:
-            if not symbolic:
-                raise
-            self._specialised_because = str(error)
-            self._variants.clear()
-            captured = capture_function(self._function, batch)
+        captured = capture_function(self._function, batch, shapes=symbolic(pattern))
         with CompileProgress(self.name) as progress:
             variant = _Variant(captured, self._passes, progress)
-        self._variants[self._key(_flatten(batch, []), leaves)] = variant
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
+        if self._compiles == MANY_COMPILES:
+            reason = f" ({self._specialised_because})" if self._specialised_because else ""
+            warnings.warn(
+                f"{self.name} was compiled {self._compiles} times, for batches of different structure, dtypes or "
+                f"sizes{reason}; the last was {' '.join(map(_text, pattern))}. Every compile takes time and memory, and "
+                f"the last {MOST_PROGRAMS} programs are kept. Pad the batches to a few sizes, and pass arrays of the "
+                "same dtypes.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
         return variant
 
     # -- looking inside ---------------------------------------------------------------------------------------
     @property
     def graph(self) -> Graph:
-        """The optimised graph of the program that was compiled last."""
+        """The optimised graph of the program that ran last."""
         return next(reversed(self._variants.values())).compiled.optimised
 
     def stats(self) -> dict:
-        """Counts: compiles, compile seconds, why a batch size was fixed, native and host steps of the last program."""
+        """Counts: compiles, programs kept, compile seconds, why a size was fixed, steps of the program that ran last."""
         out = {
             "compiles": self._compiles,
+            "programs": len(self._variants),
             "compile_seconds": self._compile_seconds,
             "specialised": self._specialised_because,
         }
         if self._variants:
             out.update(next(reversed(self._variants.values())).program.stats())
         return out
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    return [getrefcount(a) for a in arrays]
+
+
+class _Holder:
+    def __init__(self):
+        self._value = np.zeros(1)
+
+
+def _own_references() -> int:
+    """What `_references` counts for an array that one object's attribute and a list have, and nobody else."""
+    holder = _Holder()
+    arrays = [h._value for h in [holder]]
+    return _references(arrays)[0]
+
+
+_OWN_REFERENCES = _own_references()
 
 
 class _Variant:
@@ -114,7 +176,11 @@ class _Variant:
         self.updates = captured.updates
         self.outputs = captured.outputs
         self.num_results = captured.num_outputs
-        self.compiled = compile_graph(Graph(inputs, params, graph.nodes, graph.outputs, graph.name), progress, passes)
+        # Every variable's new value may overwrite its old one.
+        numbers = {id(v): len(graph.inputs) + i for i, v in enumerate(self.state)}
+        donations = [(numbers[id(v)], self.num_results + i) for i, v in enumerate(self.updates) if id(v) in numbers]
+        step = Graph(inputs, params, graph.nodes, graph.outputs, graph.name)
+        self.compiled = compile_graph(step, progress, passes, donations)
         self.program = self.compiled.program
         self.versions: list[int] = []
         self.seen_version = -1
@@ -123,8 +189,17 @@ class _Variant:
         if self.seen_version != core.weights_version:
             self._refresh()
         before = core.weights_version
-        results = self.program([*leaves, *[v._value for v in self.state]])
-        core.adopt_values(self.updates, results[self.num_results :])
+        state = [v._value for v in self.state]
+        for i, count in enumerate(_references(state)):
+            # The program overwrites these arrays; one that somebody else has kept stays as it is.
+            if count > _OWN_REFERENCES:
+                state[i] = state[i].copy()
+        try:
+            results = self.program([*leaves, *state])
+            core.adopt_values(self.updates, results[self.num_results :])
+        except BaseException:
+            core.adopt_values(self.state, [v._value for v in self.state])  # may have changed in place
+            raise
         if before == self.seen_version and core.weights_version == before + 1:
             # Nobody but this step has assigned anything, and it assigns nothing that is a parameter.
             self.seen_version = core.weights_version
@@ -148,6 +223,10 @@ def _named(function: Callable, name: str) -> Callable:
 
     step.__name__ = name
     return step
+
+
+def _text(shape: tuple) -> str:
+    return f"[{','.join(map(str, shape))}]"
 
 
 def _flatten(value, leaves: list[np.ndarray]) -> tuple:

@@ -35,7 +35,7 @@ _WRITES_PER_SWEEP = 200
 
 
 # Sources outside of kgraph.codegen that kernels' code depends on.
-_COMMON_SOURCES = ("kgraph.ir.types", "kgraph.codegen.compiler", "kgraph.runtime.layout")
+_COMMON_SOURCES = ("kgraph.types", "kgraph.codegen.compiler", "kgraph.runtime.layout")
 _IMPORT = re.compile(
     r"^\s*(?:from\s+(kgraph[\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+(kgraph[\w.]*))", re.MULTILINE
 )

@@ -52,19 +52,24 @@ def stats() -> dict:
     return dict(vars(_stats))
 
 
-def compile_spec(spec: KernelSpec) -> bytes:
-    """Object code of one kernel."""
-    return compile_specs([spec])[spec_key(spec)]
+def compile_spec(spec: KernelSpec, target: Target | None = None) -> bytes:
+    """Object code of one kernel, for this machine or `target`."""
+    return compile_specs([spec], target=target)[spec_key(spec, target)]
 
 
-def compile_specs(specs: Iterable[KernelSpec], progress: Callable[[int, int], None] | None = None) -> dict[str, bytes]:
-    """Object code of all `specs` by `spec_key`, from the disk cache or compiled now (and then stored).
+def compile_specs(
+    specs: Iterable[KernelSpec],
+    progress: Callable[[int, int], None] | None = None,
+    target: Target | None = None,
+) -> dict[str, bytes]:
+    """Object code of all `specs` by `spec_key`, from the disk cache or compiled now (and then stored), for this machine
+    or `target`.
 
     The result is keyed by `spec_key` and not by the spec, because specs that differ in `0.0` and `-0.0`, or in `1` and
     `True`, compare equal. progress: called as `progress(done, total)` while kernels are compiled.
     Raises CompileError naming the kernel whose renderer or IR fails.
     """
-    target = host_target()
+    target = target or host_target()
     cache = disk_cache()
     start = time.perf_counter()
     out: dict[str, bytes] = {}

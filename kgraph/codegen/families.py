@@ -20,12 +20,13 @@ BY_PRIMITIVE = {
     "rms_norm": "norm",
     "group_norm": "norm",
     "batch_norm": "norm",
+    "moments": "moments",
     "attention": "attention",
     "rnn": "rnn",
     "rnn_gradient": "rnn_gradient",
     "resize": "resize",
     "select_and_scatter_add": "pool_gradient",
-    "depthwise_filter_gradient": "conv_gradient",
+    "conv_filter_gradient": "conv_filter",
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
@@ -37,7 +38,7 @@ BY_PRIMITIVE = {
         "transpose slice pad pad_mirror concatenate rev broadcast_to dynamic_slice dynamic_update_slice".split(),
         "data_movement",
     ),
-    **dict.fromkeys("iota full".split(), "loop"),
+    **dict.fromkeys("iota full random_words".split(), "loop"),
 }
 BY_KIND = {
     "loop": "loop",
@@ -48,6 +49,7 @@ BY_KIND = {
     "pool": "pool",
     "softmax": "softmax",
     "norm": "norm",
+    "moments": "moments",
     "rnn": "rnn",
 }
 

@@ -10,9 +10,9 @@ import numpy as np
 from kgraph.codegen import families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.decisions import Decision
 from kgraph.ir import Dim, Graph, Node, Value
 from kgraph.ir.dims import evaluate
-from kgraph.passes.manager import Decision
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep
 
 
@@ -62,7 +62,7 @@ class _Lowering:
             self._buffer("constant", node.output, value=np.ascontiguousarray(node.attrs["value"]))
         elif name == "dim_value":
             self._buffer("dim", node.output, value=node.attrs["dim"])
-        elif name in ("reshape", "stop_gradient"):
+        elif name in ("reshape", "stop_gradient", "optimization_barrier"):
             self._buffer("temporary", node.output, alias=self.ids[node.inputs[0]])
         else:
             reason = families.accepts(node)

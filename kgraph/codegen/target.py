@@ -69,14 +69,17 @@ def host_target() -> Target:
     return make_target(os.environ.get("KGRAPH_CPU", "native"))
 
 
-def make_target(name: str) -> Target:
-    """The target called `native`, `x86-64-v2`, `x86-64-v3` or `x86-64-v4`, on this machine's caches."""
+def make_target(name: str, *, foreign: bool = False) -> Target:
+    """The target called `native`, `x86-64-v2`, `x86-64-v3` or `x86-64-v4`, on this machine's caches.
+
+    foreign: also a level whose code this machine cannot run.
+    """
     host = _host_features()
     if name == "native":
         cpu, enabled, features = llvm.get_host_cpu_name(), _enabled(host), host
     elif name in _LEVELS:
         missing = _LEVELS[name] - _enabled(host)
-        if missing:
+        if missing and not foreign:
             raise CompileError(f"KGRAPH_CPU={name}: this machine has no {', '.join(sorted(missing))}")
         cpu, enabled = name, _LEVELS[name]
         features = ",".join(f"+{f}" for f in sorted(enabled))

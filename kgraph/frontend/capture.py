@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,22 +82,34 @@ def capture(model, *, sizes: dict[str, int] | None = None, training: bool = Fals
 
 
 def capture_function(
-    function: Callable, *args, sizes: dict[str, int] | None = None, batch_symbol: bool = False, **kwargs
+    function: Callable,
+    *args,
+    sizes: dict[str, int] | None = None,
+    batch_symbol: bool = False,
+    shapes: Sequence[tuple] | None = None,
+    **kwargs,
 ) -> Captured:
     """The graph of a function on arguments like the given ones: arrays become inputs, anything else is fixed.
 
-    batch_symbol: the first axis of all arrays is one symbolic size, N.
+    batch_symbol: the first axis of all arrays is one symbolic size, N. shapes: those of the arrays, with symbols.
     """
-    symbols = {"N": "batch"} if batch_symbol else {}
+    origins: dict[str, str] = {}
+    given = iter(shapes or ())
 
     def describe(leaf, path):
         type_ = type_of(leaf.value if isinstance(leaf, core.Variable) else leaf)
-        if batch_symbol and type_.shape:
+        name = path_name(path[1:], "x")
+        if shapes is not None:
+            type_ = type_.with_shape(next(given))
+        elif batch_symbol and type_.shape:
             type_ = type_.with_shape((Dim.symbol("N"), *type_.shape[1:]))
-        return path_name(path[1:], "x"), type_
+        for axis, size in enumerate(type_.shape):
+            if isinstance(size, Dim):
+                origins.setdefault(str(size), "batch" if str(size) == "N" else f"axis {axis} of {name!r}")
+        return name, type_
 
     inputs, _ = Structure.of((args, kwargs), is_array, describe, call=True)
-    return _capture_unifying(function, inputs, symbols, sizes or {}, getattr(function, "__name__", "function"))
+    return _capture_unifying(function, inputs, origins, sizes or {}, getattr(function, "__name__", "function"))
 
 
 # -- tracing -----------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class GraphTracer(Tracer):
     parent: the tracer of the enclosing trace, for the body of a control-flow primitive.
     captures: outer values used here, in the order of first use, with the inputs of `graph` that stand for them.
     variables: Keras variables read here (outermost tracer only), in the order of first use, with their parameters.
+    recomputed: ranges of `graph.nodes` (start, stop) whose values gradients compute again rather than keep.
     """
 
     def __init__(self, name: str = "graph", parent: GraphTracer | None = None):
@@ -54,6 +55,7 @@ class GraphTracer(Tracer):
         self.parent = parent
         self.captures: dict[int, tuple[TracedArray, TracedArray]] = {}
         self.variables: dict[int, tuple[Any, TracedArray]] = {}
+        self.recomputed: list[tuple[int, int]] = []
         self._constants: dict[int, tuple[object, Value]] = {}
         self._provenance: dict[str, frozenset] = {}
 

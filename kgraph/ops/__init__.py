@@ -31,9 +31,19 @@ from kgraph.ops.binary import (
 from kgraph.ops.compare import eq, ge, gt, le, logical_and, logical_not, logical_or, logical_xor, lt, ne, select
 from kgraph.ops.contraction import contract_labels, dot_general, matmul, sum_labels
 from kgraph.ops.control_flow import cond, scan, while_loop
-from kgraph.ops.conversion import bitcast_convert, bitcast_regroup, complex, conj, convert, imag, real, stop_gradient
+from kgraph.ops.conversion import (
+    bitcast_convert,
+    bitcast_regroup,
+    complex,
+    conj,
+    convert,
+    imag,
+    optimization_barrier,
+    real,
+    stop_gradient,
+)
 from kgraph.ops.convolution import conv, conv_transpose, conv_transpose_padding, same_padding, window_padding
-from kgraph.ops.convolution_gradient import depthwise_filter_gradient
+from kgraph.ops.convolution_gradient import conv_filter_gradient
 from kgraph.ops.creation import constant, dim_value, full, iota
 from kgraph.ops.ctc import ctc_beam_search
 from kgraph.ops.cumulative import cumlogsumexp, cummax, cummin, cumprod, cumsum
@@ -58,7 +68,7 @@ from kgraph.ops.linear_algebra import (
     svd,
     triangular_solve,
 )
-from kgraph.ops.normalization import batch_norm, group_norm, layer_norm, rms_norm
+from kgraph.ops.normalization import batch_norm, group_norm, layer_norm, moments, rms_norm
 from kgraph.ops.packing import pack
 from kgraph.ops.pooling import average_pool, max_pool, reduce_window, select_and_scatter_add
 from kgraph.ops.random import (
@@ -71,6 +81,7 @@ from kgraph.ops.random import (
     random_normal,
     random_permutation,
     random_uniform,
+    random_words,
     truncated_normal,
 )
 from kgraph.ops.recurrent import rnn, rnn_gradient
@@ -162,6 +173,7 @@ __all__ = [
     "constant",
     "contract_labels",
     "conv",
+    "conv_filter_gradient",
     "conv_transpose",
     "conv_transpose_padding",
     "convert",
@@ -174,7 +186,6 @@ __all__ = [
     "cumprod",
     "cumsum",
     "custom_gradient",
-    "depthwise_filter_gradient",
     "det",
     "diagonal",
     "digamma",
@@ -239,6 +250,7 @@ __all__ = [
     "maximum",
     "minimum",
     "mod",
+    "moments",
     "mul",
     "ne",
     "neg",
@@ -258,6 +270,7 @@ __all__ = [
     "random_normal",
     "random_permutation",
     "random_uniform",
+    "random_words",
     "real",
     "reduce_and",
     "reduce_max",

@@ -190,6 +190,33 @@ stop_gradient: Unary = unary(
     "stop_gradient", np.array, lambda c, x, y: None, "x, through which no gradient flows.", dtypes=ANY, widen=False
 )
 
+# -- optimization_barrier ---------------------------------------------------------------------------------------------
+
+OPTIMIZATION_BARRIER = register(
+    Primitive(
+        "optimization_barrier",
+        infer=lambda x: x,
+        reference=np.array,
+        gradient=lambda cotangents, inputs, outputs: cotangents,
+        traits=frozenset({"view"}),
+        samples=lambda: [
+            Sample((uniform((3, 5)),), {}),
+            Sample((integers((7,)),), {}),
+            Sample((booleans(()),), {}),
+            Sample((uniform((0, 3)),), {}, "empty"),
+        ],
+        tolerance=0.0,
+    )
+)
+
+
+def optimization_barrier(x: Array) -> Array:
+    """x, as a value that no rewrite takes for x, as in StableHLO: what is computed from it does not merge with what is
+    computed from x. It costs nothing at run time. x: any shape and dtype.
+    """
+    return bind(OPTIMIZATION_BARRIER, x)
+
+
 # -- complex numbers --------------------------------------------------------------------------------------------------
 
 real: Unary = unary(

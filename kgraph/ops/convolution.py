@@ -238,28 +238,43 @@ def _transposed_filters(w, groups: int):
     return ops.reshape(split, shape=(*window, filters // groups, channels * groups))
 
 
-def _pointwise_filter_gradient(x, cotangent, strides):
-    """For a window of one element: the product of the pixels that it meets with the cotangent, over all of them."""
-    rank = len(strides)
-    if any(s != 1 for s in strides):
-        limit = (x.shape[0], *((n - 1) * s + 1 for n, s in zip(cotangent.shape[1:-1], strides)), x.shape[-1])
-        x = ops.slice(x, start=(0,) * (rank + 2), limit=limit, stride=(1, *strides, 1))
-    pixels = tuple(range(rank + 1))
-    out = ops.dot_general(x, cotangent, lhs_contract=pixels, rhs_contract=pixels)
-    return ops.reshape(out, shape=((1,) * rank + tuple(out.shape)))
-
-
 def _filter_gradient(x, w, cotangent, padding, to_w, strides, lhs_dilation, rhs_dilation, groups: int):
-    """The batch is what is contracted: x as [C/g, *spatial, g*N] is convolved with the cotangent [*out, N, F].
+    """A primitive of its own, where sizes other than the batch and the image are known; else a convolution.
 
-    Weights of one element, and of one filter per channel, have simpler forms.
+    A transposed convolution with stride 1 is the reverse of a strided one: x and the cotangent change places there, and
+    taps count from the other end.
     """
-    undilated = all(d == 1 for d in lhs_dilation)
-    if groups == 1 and undilated and all(k == 1 for k in w.shape[:-2]) and all(p == (0, 0) for p in padding):
-        return _pointwise_filter_gradient(x, cotangent, strides)
-    if groups > 1 and undilated and w.shape[-2] == 1 and w.shape[-1] == groups and dtype_of(x) in FLOATS:
-        attrs = {"window": w.shape[:-2], "strides": strides, "padding": padding, "rhs_dilation": rhs_dilation}
-        return ops.depthwise_filter_gradient(x, cotangent, **attrs)
+    static = not any(isinstance(n, Dim) for n in (*w.shape, cotangent.shape[-1]))
+    if not static or dtype_of(x) not in FLOATS or 0 in w.shape:
+        return _filter_gradient_by_convolution(x, cotangent, to_w, strides, lhs_dilation, rhs_dilation, groups)
+    window, rank = tuple(w.shape[:-2]), len(strides)
+    if all(d == 1 for d in lhs_dilation):
+        return ops.conv_filter_gradient(
+            x,
+            cotangent,
+            window=window,
+            strides=strides,
+            padding=padding,
+            rhs_dilation=rhs_dilation,
+            feature_groups=groups,
+        )
+    if groups > 1 or any(s != 1 for s in strides):
+        return _filter_gradient_by_convolution(x, cotangent, to_w, strides, lhs_dilation, rhs_dilation, groups)
+    reverse = []
+    for size, extent, k, (low, _), ld, rd in zip(
+        x.shape[1:-1], cotangent.shape[1:-1], window, padding, lhs_dilation, rhs_dilation
+    ):
+        before = dilated_size(k, rd) - 1 - low
+        reverse.append((before, dilated_size(size, ld) - 1 + dilated_size(k, rd) - extent - before))
+    out = ops.conv_filter_gradient(
+        cotangent, x, window=window, strides=lhs_dilation, padding=tuple(reverse), rhs_dilation=rhs_dilation
+    )
+    out = ops.rev(out, axes=tuple(range(rank)))
+    return ops.transpose(out, permutation=(*range(rank), rank + 1, rank))
+
+
+def _filter_gradient_by_convolution(x, cotangent, to_w, strides, lhs_dilation, rhs_dilation, groups: int):
+    """The batch is what is contracted: x as [C/g, *spatial, g*N] is convolved with the cotangent [*out, N, F]."""
     rank = len(x.shape) - 2
     batch, size, channels = x.shape[0], tuple(x.shape[1:-1]), x.shape[-1]
     axes = tuple(range(1, rank + 1))

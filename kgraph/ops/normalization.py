@@ -1,4 +1,4 @@
-"""Normalisation with scale and offset: batch (inference form), layer, RMS and group normalisation."""
+"""Moments, and normalisation with scale and offset: batch (inference form), layer, RMS and group normalisation."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kgraph.ops.common import (
 )
 from kgraph.ops.rules import (
     convert,
+    element_count,
     float32_at_least,
     mean,
     place_axis,
@@ -28,7 +29,7 @@ from kgraph.ops.rules import (
     shape_error,
 )
 
-__all__ = ["batch_norm", "group_norm", "layer_norm", "rms_norm"]
+__all__ = ["batch_norm", "group_norm", "layer_norm", "moments", "rms_norm"]
 
 
 def _narrowed(cotangents, inputs) -> tuple:
@@ -44,6 +45,74 @@ def _require_vector(name: str, types, index: int, size) -> None:
     if types[index].rank != 1:
         raise shape_error(name, types, f"operand {index} of rank 1, one entry per channel")
     require_size(name, types, f"the length of operand {index}", types[index].shape[0], size)
+
+
+# -- moments ----------------------------------------------------------------------------------------------------------
+def _infer_moments(x, *, axes):
+    require_float("moments", x)
+    if not axes or list(axes) != sorted(set(axes)) or not 0 <= axes[0] <= axes[-1] < x.rank:
+        raise shape_error("moments", (x,), f"ascending axes below rank {x.rank}, got {axes}")
+    kept = TensorType(tuple(s for a, s in enumerate(x.shape) if a not in axes), x.dtype)
+    return kept, kept
+
+
+@widened
+def _reference_moments(x, *, axes):
+    count = x.dtype.type(np.prod([x.shape[a] for a in axes]))
+    with np.errstate(divide="ignore", invalid="ignore"):  # no elements have no mean
+        centre = x.sum(axes, keepdims=True) / count
+        variance = np.square(x - centre).sum(axes) / count
+    return centre.reshape(variance.shape), variance
+
+
+def _gradient_moments(cotangents, inputs, outputs, *, axes):
+    to_mean, to_variance, x, centre = float32_at_least(*cotangents, *inputs, outputs[0])
+    shape = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
+    count = element_count(x, axes)
+    spread = lambda value: ops.reshape(value, shape=shape)
+    # How the mean moves does not change the variance: differences from it sum to zero.
+    slope = ops.div(ops.mul(scalar(2, dtype_of(x)), to_variance), count)
+    to_x = ops.add(ops.mul(ops.sub(x, spread(centre)), spread(slope)), spread(ops.div(to_mean, count)))
+    return _narrowed((to_x,), inputs)
+
+
+def _samples_moments():
+    def sample(name, shape, axes, dtype="float32", shift=0.0):
+        array = (uniform(shape) + shift).astype(TensorType((), dtype).np_dtype)
+        return Sample((array,), {"axes": axes}, name)
+
+    return [
+        sample("channels last", (2, 3, 5, 7), (0, 1, 2)),
+        sample("channels first", (2, 3, 5, 7), (0, 2, 3)),
+        sample("matrix", (5, 19), (1,)),
+        sample("everything", (3, 5), (0, 1)),
+        sample("far from zero", (40, 3), (0,), shift=1000.0),
+        sample("no channels", (5, 0), (0,)),
+        sample("bfloat16", (3, 5), (0,), "bfloat16"),
+    ]
+
+
+MOMENTS = register(
+    Primitive(
+        name="moments",
+        infer=_infer_moments,
+        reference=_reference_moments,
+        gradient=_gradient_moments,
+        traits=frozenset({"coarse"}),
+        samples=_samples_moments,
+        tolerance=1e-5,
+        results=2,
+    )
+)
+
+
+def moments(x, *, axes) -> tuple:
+    """(mean, variance) of x over `axes`, which are removed; the variance is the mean squared difference from the mean.
+
+    x: any rank, float; half precisions are computed in float32. Both results have the dtype of x; NaN where there are
+    no elements. Raises ShapeError, DTypeError.
+    """
+    return bind(MOMENTS, x, axes=normalize_axes("moments", axes, len(x.shape)))
 
 
 # -- batch ------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """Random numbers as functions of a seed and a shape: the same seed gives the same numbers on every machine.
 
-A seed is uint32 or int32 [2]. It keys a Philox 4x64 counter generator (Salmon et al., "Parallel random numbers: as easy
-as 1, 2, 3", 2011), whose words are cut into 32-bit halves, low half first. `random_bits`, `random_uniform`,
-`random_normal`, `truncated_normal` and `random_categorical` are elementwise functions of these words, so that
-any element can be computed by itself; the other distributions reject samples and run on the host.
+A seed is uint32 or int32 [2] and keys a counter-based generator (see `philox`). `random_words` gives its words; all
+draws but the last three are elementwise functions of them, so that any element can be computed by itself:
+`passes.expand_random` writes them out. The gamma, beta and binomial distributions reject samples and run on the host.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from kgraph import ops
 from kgraph.errors import DTypeError, ShapeError
 from kgraph.ir import NotDifferentiable, Primitive, Sample, TensorType, bind, dtype_name, np_dtype, register
 from kgraph.ir.types import FLOATS, INTS
+from kgraph.ops import philox
 from kgraph.ops.common import normalize_axis, shape_attr, size_attr, sizes_differ, uniform
 from kgraph.ops.rules import convert, dtype_error, require_broadcast_to, shape_error
 
@@ -28,6 +28,7 @@ __all__ = [
     "random_normal",
     "random_permutation",
     "random_uniform",
+    "random_words",
     "truncated_normal",
 ]
 
@@ -35,32 +36,44 @@ SEED = np.array([1337, 42], np.uint32)
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
-def generator(seed: np.ndarray, stream: int = 0) -> np.random.Generator:
-    """NumPy's generator for a seed. `stream` tells the independent draws of one primitive apart."""
+def _key(seed: np.ndarray) -> tuple[int, int]:
     low, high = (int(s) & 0xFFFFFFFF for s in seed)
-    return np.random.Generator(np.random.Philox(key=[low | high << 32, stream]))
+    return low, high
+
+
+def generator(seed: np.ndarray) -> np.random.Generator:
+    """NumPy's generator for a seed, for what needs an unknown count of random numbers."""
+    low, high = _key(seed)
+    return np.random.Generator(np.random.Philox(key=[low | high << 32, 0]))
 
 
 def words(seed: np.ndarray, count: int, stream: int = 0) -> np.ndarray:
-    """`count` random 32-bit words."""
-    raw = generator(seed, stream).bit_generator.random_raw((count + 1) // 2)
-    return raw.astype("<u8").view("<u4")[:count].astype(np.uint32)
+    """`count` random 32-bit words. Streams of one seed are independent."""
+    return philox.words(_key(seed), count, stream)
 
 
-def _wide_words(seed: np.ndarray, count: int) -> np.ndarray:
-    """`count` random 64-bit words, each of two consecutive 32-bit ones."""
-    return words(seed, 2 * count).astype("<u4").view("<u8").astype(np.uint64)
+def wide_words(seed: np.ndarray, count: int) -> np.ndarray:
+    """`count` random 64-bit words: the lower halves are stream 0, the upper ones stream 1."""
+    return words(seed, count) | words(seed, count, stream=1).astype(np.uint64) << np.uint64(32)
 
 
 def unit_interval(seed: np.ndarray, shape: tuple, dtype: str, *, centred: bool = False) -> np.ndarray:
-    """Multiples of 2**-24 in [0, 1), or of 2**-53 for float64; in the middle between them, in (0, 1), if `centred`."""
+    """Multiples of 2**-24 in [0, 1), or of 2**-53 for float64; float64 [shape].
+
+    centred: (k + 0.5) * 2**-23 instead, or 2**-52, which are within (0, 1).
+    """
     count = int(np.prod(shape, dtype=np.int64))
+    # A centred number needs a bit for the half step, to be exact in the dtype.
     if dtype == "float64":
-        bits, scale = _wide_words(seed, count) >> np.uint64(11), 2.0**-53
+        kept = 52 if centred else 53
+        bits = wide_words(seed, count) >> np.uint64(64 - kept)
     else:
-        # 23 bits and the half step have an exact float32; narrower dtypes round the float32 numbers down.
-        bits, scale = words(seed, count) >> np.uint32(9 if centred else 8), 2.0**-23 if centred else 2.0**-24
-    out = (bits.astype(np.float64) + (0.5 if centred else 0.0)) * scale
+        kept = 23 if centred else 24
+        bits = words(seed, count) >> np.uint32(32 - kept)
+    out = bits.astype(np.float64)
+    if centred:
+        out += 0.5
+    out *= 2.0**-kept
     return out.reshape(shape)
 
 
@@ -110,10 +123,28 @@ def _seeded(name: str, sample, allowed: frozenset, dtypes: tuple, **extra) -> Pr
     return _random_record(name, infer, reference, samples)
 
 
+RANDOM_WORDS = _random_record(
+    "random_words",
+    lambda seed, *, shape, stream: (_require_seed("random_words", seed), TensorType(shape, "uint32"))[1],
+    lambda seed, *, shape, stream: words(seed, int(np.prod(shape, dtype=np.int64)), stream).reshape(shape),
+    lambda: [
+        Sample((SEED,), {"shape": (3, 5), "stream": 0}),
+        Sample((SEED,), {"shape": (), "stream": 1}, "scalar"),
+        Sample((SEED,), {"shape": (2, 0), "stream": 0}, "empty"),
+        Sample((SEED + np.uint32(1),), {"shape": (3, 700), "stream": 1}, "several groups"),
+    ],
+)
+
+
+def random_words(seed, *, shape, stream: int = 0):
+    """The words of the generator, uint32 in C order. seed: uint32 or int32 [2]; streams of one seed are independent."""
+    return bind(RANDOM_WORDS, seed, shape=shape_attr(shape), stream=int(stream))
+
+
 # -- elementwise functions of the words -------------------------------------------------------------------------------
 def _bits(seed, shape, dtype):
     count = int(np.prod(shape, dtype=np.int64))
-    drawn = _wide_words(seed, count) if dtype in ("uint64", "int64") else words(seed, count)
+    drawn = wide_words(seed, count) if dtype in ("uint64", "int64") else words(seed, count)
     return drawn.reshape(shape)
 
 
@@ -298,7 +329,7 @@ def _permutation_infer(seed, *, shape, axis, dtype):
 
 
 def _permutation(seed, *, shape, axis, dtype):
-    keys = _wide_words(seed, int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    keys = wide_words(seed, int(np.prod(shape, dtype=np.int64))).reshape(shape)
     return np.argsort(keys, axis=axis, kind="stable").astype(np_dtype(dtype))
 
 

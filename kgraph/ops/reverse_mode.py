@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kgraph import ops
 from kgraph.errors import GradientError
-from kgraph.ir import Node, NotDifferentiable, Value
+from kgraph.ir import Node, NotDifferentiable, Value, bind
 from kgraph.ir.recorder import inheriting
 from kgraph.ops.common import INEXACT, Array, zeros_like
 
@@ -36,11 +36,14 @@ def pull_back(
     operand: Callable[[Value], Array],
     cotangents: Mapping[Value, Array | None],
     wrt: Sequence[Value],
+    recomputed: Sequence[tuple[int, int]] = (),
 ) -> list[Array | None]:
     """Cotangents of `wrt`, None where no derivative reaches one.
 
     nodes: in topological order. operand: gives what stands for a value in the rules, an array or a traced value.
     cotangents: of values that the nodes make (or of `wrt` themselves); None stands for zero.
+    recomputed: ranges of `nodes` (start, stop), disjoint or nested, whose values the rules do not read: the nodes of a
+        range are recorded once more, just before its rules, on its operands behind barriers.
 
     Cotangents of a value that is read several times are summed. Only nodes that lie between `wrt` and the given
     cotangents are visited; GradientError if the derivative of one of them does not exist.
@@ -54,13 +57,58 @@ def pull_back(
 
     for value, cotangent in cotangents.items():
         add(value, cotangent)
-    for node in reversed(nodes):
-        if not any(o in found for o in node.outputs) or not any(v in active for v in node.inputs):
-            continue
-        with inheriting(backward_provenance(node.provenance)):
-            for value, cotangent in zip(node.inputs, _through(node, operand, found), strict=True):
-                add(value, cotangent)
+    def visit(start: int, stop: int, operand: Callable[[Value], Array], ranges: Sequence[tuple[int, int]]) -> None:
+        """Run the rules of nodes[start:stop], on the values that `operand` gives."""
+        ends = {hi: (lo, hi) for lo, hi in _outermost(ranges)}
+        while stop > start:
+            if stop in ends:
+                lo, hi = ends.pop(stop)
+                if any(o in found for node in nodes[lo:hi] for o in node.outputs):
+                    inner = [r for r in ranges if lo <= r[0] and r[1] <= hi and r != (lo, hi)]
+                    visit(lo, hi, _replayed(nodes[lo:hi], operand), inner)
+                stop = lo
+                continue
+            stop -= 1
+            node = nodes[stop]
+            if not any(o in found for o in node.outputs) or not any(v in active for v in node.inputs):
+                continue
+            with inheriting(backward_provenance(node.provenance)):
+                for value, cotangent in zip(node.inputs, _through(node, operand, found), strict=True):
+                    add(value, cotangent)
+
+    visit(0, len(nodes), operand, recomputed)
     return [found.get(v) for v in wrt]
+
+
+def _outermost(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The ranges that are not empty and lie in no other one."""
+    out: list[tuple[int, int]] = []
+    for lo, hi in sorted(set(ranges), key=lambda r: (r[0], -r[1])):
+        if lo < hi and (not out or lo >= out[-1][1]):
+            out.append((lo, hi))
+    return out
+
+
+def _replayed(nodes: Sequence[Node], operand: Callable[[Value], Array]) -> Callable[[Value], Array]:
+    """What stands for a value in the rules after the nodes have been recorded once more."""
+    values: dict[Value, Array] = {}
+
+    def get(value: Value) -> Array:
+        return values[value] if value in values else operand(value)
+
+    own = {o for node in nodes for o in node.outputs}
+    for node in nodes:
+        with inheriting(backward_provenance(node.provenance)):
+            for value in node.inputs:
+                if value not in own and value not in values and not _is_constant(value):
+                    values[value] = ops.optimization_barrier(operand(value))
+            out = bind(node.primitive, *(get(v) for v in node.inputs), **node.attrs)
+            values.update(zip(node.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+    return get
+
+
+def _is_constant(value: Value) -> bool:
+    return value.node is not None and not value.node.inputs
 
 
 def _through(node: Node, operand: Callable, found: dict) -> tuple:

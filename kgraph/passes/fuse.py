@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kgraph.decisions import Decision
 from kgraph.ir import Graph, Node, Value
-from kgraph.passes.manager import Decision, PassContext
-from kgraph.passes.patterns import is_elementwise
+from kgraph.passes.manager import PassContext
+from kgraph.passes.patterns import is_elementwise, is_positional
 from kgraph.passes.regions import Contraction, Region, fused_node, is_inline_constant, replace_regions
 
 ANCHOR_KINDS = {
@@ -77,9 +78,10 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
     return replace_regions(graph, contraction, fused)
 
 
-def _joins(contraction: Contraction, node: Node, shape: tuple) -> bool:
+def _joins(contraction: Contraction, node: Node, shape: tuple, positional: bool = False) -> bool:
+    """positional: the kernel also takes nodes whose elements are functions of their positions."""
     return (
-        is_elementwise(node)
+        (is_elementwise(node) or positional)
         and len(node.outputs) == 1
         and node not in contraction.region_of
         and node.output.shape == shape
@@ -161,7 +163,9 @@ def _grow_loop(contraction: Contraction, seed: Node) -> list[list[Node]]:
     while frontier and len(current) < LARGEST_REGION:
         node = frontier.pop(0)
         for other in neighbours(node):
-            if other in current or not _joins(contraction, other, shape) or other.name == "constant":
+            if other in current or other.name == "constant":
+                continue
+            if not _joins(contraction, other, shape, is_positional(other)):
                 continue
             if any(is_inline_constant(o) for o in other.outputs):
                 continue

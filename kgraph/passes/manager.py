@@ -8,17 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kgraph.decisions import Decision
 from kgraph.ir import Graph
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One choice of a pass that a user may ask about, such as why two nodes were not fused."""
-
-    subject: str
-    outcome: str
-    reason: str
-    layers: frozenset = frozenset()
 
 
 @dataclass

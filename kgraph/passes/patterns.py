@@ -22,6 +22,11 @@ def is_elementwise(node) -> bool:
     return "elementwise" in node.primitive.traits
 
 
+def is_positional(node) -> bool:
+    """Whether each element of a node's result is a function of its position, given operands of other shapes."""
+    return node.primitive.name == "random_words"
+
+
 def scalar_constant(value: Value):
     """The Python scalar of a constant in which all elements are equal, else None.
 

@@ -6,6 +6,7 @@ from kgraph.passes.canonicalise import canonicalise
 from kgraph.passes.collapse_dot import collapse_dot
 from kgraph.passes.common_subexpressions import common_subexpressions
 from kgraph.passes.dead_code import dead_code
+from kgraph.passes.expand_random import expand_random
 from kgraph.passes.fold_batch_norm import fold_batch_norm
 from kgraph.passes.fold_constants import fold_constants
 from kgraph.passes.fold_padding import fold_padding
@@ -18,6 +19,7 @@ from kgraph.passes.transpose_motion import transpose_motion
 
 INFERENCE: list[Pass] = [
     dead_code,
+    expand_random,
     canonicalise,
     fold_constants,
     common_subexpressions,

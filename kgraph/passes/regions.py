@@ -122,7 +122,11 @@ def fused_node(
 
 
 def replace_regions(graph: Graph, contraction: Contraction, fused: dict[Region, tuple[Node, list[Value]]]) -> Graph:
-    """The graph with every region replaced by its fused node, in a new topological order."""
+    """The graph with every region replaced by its fused node, in a new topological order.
+
+    A region takes the place of its anchor, else of its last node: a weight's gradient is computed where its operands
+    are at hand, also if the optimizer's update, which comes after the whole backward part, is its epilogue.
+    """
     mapping: dict[Value, Value] = {}
     for node, results in fused.values():
         mapping.update(zip(results, node.outputs))
@@ -136,7 +140,7 @@ def replace_regions(graph: Graph, contraction: Contraction, fused: dict[Region, 
                 mapping.update(zip(node.outputs, copy.outputs))
                 node = copy
             new_nodes.append(node)
-        elif region.nodes[-1] is node:
+        elif (region.anchor or region.nodes[-1]) is node:
             new_nodes.append(fused[region][0])
     # Inputs of fused nodes and of copies may have been replaced after they were made.
     for node in new_nodes:

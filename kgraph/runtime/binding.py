@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kgraph.dims import Dim, evaluate
 from kgraph.errors import InputError, KGraphError
-from kgraph.ir.dims import Dim, evaluate
 from kgraph.runtime import context as context_module
 from kgraph.runtime import layout, threads
 from kgraph.runtime.context import FIRST_EXTERNAL, Context
@@ -72,6 +72,8 @@ class Binding:
         self._free: deque[Context] = deque(maxlen=_MAX_WAITING_CONTEXTS)
         self._input_dtypes = [program.dtypes[b] for b in program.inputs]
         self._outputs = [(self.storage.shapes[b], program.dtypes[b]) for b in program.outputs]
+        # Outputs that overwrite an input: (output number, input number).
+        self._donated = [(o, i) for o, i in enumerate(self.storage.donors) if i >= 0]
         # Outputs that are copied after the run: (output number, buffer id).
         self._copied = [(i, program.outputs[i]) for i, b in enumerate(self.storage.direct) if b < 0]
         simple = len(self.table.segments) == 1 and not self._copied and self.table.segments[0].host is None
@@ -165,7 +167,8 @@ class Binding:
         dtypes, outputs = self._input_dtypes, self._outputs
         first, slow = FIRST_EXTERNAL, self._run_in_segments
 
-        if len(dtypes) == len(outputs) == 1 and context_module.EXTERNAL_OFFSET >= 0:
+        donated = self._donated
+        if len(dtypes) == len(outputs) == 1 and not donated and context_module.EXTERNAL_OFFSET >= 0:
             ((dtype,), ((shape, out_dtype),)) = dtypes, outputs
 
             def run_single(arrays: Sequence[np.ndarray]) -> tuple:
@@ -202,7 +205,7 @@ class Binding:
             if generation != threads.generation:
                 return slow(arrays)
             self.used = True
-            results = [empty(shape, dtype) for shape, dtype in outputs]
+            results = self._new_results(arrays) if donated else [empty(shape, dtype) for shape, dtype in outputs]
             context = new_context()
             _set_externals(context, arrays, results)
             native(context.address)
@@ -217,17 +220,25 @@ class Binding:
             return self.program.bind(self.sizes).run(arrays)
         self.used = True
         arrays = self._dense_inputs(arrays)
-        results = [np.empty(shape, dtype) for shape, dtype in self._outputs]
+        results = self._new_results(arrays)
         context = self._context()
         self._call(context, arrays, results)
         self._free.append(context)
         return tuple(results)
 
+    def _new_results(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Arrays to run into: those of donated inputs, and fresh ones."""
+        donors = self.storage.donors
+        return [np.empty(*own) if d < 0 else arrays[d] for d, own in zip(donors, self._outputs)]
+
     def _call(self, context: Context, arrays, results, times: list[int] | None = None) -> None:
-        """Run all segments on dense `arrays` into `results`.
+        """Run all segments on dense `arrays` into `results`; a donated input is overwritten if it is the result too.
 
         times: for a profile; gets the nanoseconds of host steps, and native steps are called one by one.
         """
+        for number, donor in self._donated:
+            if results[number] is not arrays[donor]:
+                np.copyto(results[number], arrays[donor])
         _set_externals(context, arrays, results)
         for number, segment in enumerate(self.table.segments):
             if segment.host is None and times is None:

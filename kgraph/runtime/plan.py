@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kgraph.dims import Dim, evaluate
 from kgraph.errors import InputError
-from kgraph.ir.dims import Dim, evaluate
-from kgraph.ir.types import SHORT_NAMES, np_dtype
 from kgraph.runtime import threads
 from kgraph.runtime.binding import Binding, StepTime
 from kgraph.runtime.loader import Library
 from kgraph.runtime.steps import Buffer, HostStep, NativeStep
+from kgraph.types import SHORT_NAMES, np_dtype
 
 __all__ = ["Binding", "Buffer", "HostStep", "NativeStep", "Program", "StepTime"]
 
@@ -30,6 +30,8 @@ class Program:
     buffers, steps: steps in an order in which every buffer is written before it is read.
     inputs, outputs, params: buffer ids; a position in them is an input, output or parameter number. Any buffer may be
         an output.
+    donations: pairs (input number, output number) of one type: the output may be written into the input's array, which
+        the caller gives up. Each input and each output is in one pair at most.
     kernels: object bytes by key; executor: object bytes of the native executor.
     values: the arrays in use as parameters.
     Raises ValueError for inconsistent steps and ArtifactError for objects that cannot be loaded.
@@ -46,10 +48,12 @@ class Program:
         kernels: Mapping[str, bytes] | None = None,
         executor: bytes = b"",
         input_names: Sequence[str] = (),
+        donations: Sequence[tuple[int, int]] = (),
     ):
         self.name = name
         self.buffers, self.steps = tuple(buffers), tuple(steps)
         self.inputs, self.outputs, self.params = tuple(inputs), tuple(outputs), tuple(params)
+        self.donations = tuple(donations)
         self.kernels, self.executor_object = dict(kernels or {}), executor
         self.input_names = tuple(input_names) or tuple(
             self.buffers[b].name or f"input {i}" for i, b in enumerate(self.inputs)
@@ -74,7 +78,7 @@ class Program:
 
     def __reduce__(self):
         fields = (self.name, self.buffers, self.steps, self.inputs, self.outputs, self.params, self.kernels)
-        return Program, (*fields, self.executor_object, self.input_names)
+        return Program, (*fields, self.executor_object, self.input_names, self.donations)
 
     def _validate(self) -> None:
         written = {i for i, b in enumerate(self.buffers) if b.kind != "temporary"}
@@ -104,6 +108,13 @@ class Program:
         for b in self.outputs:
             if root(b) not in written:
                 raise ValueError(f"an output of {self.name}, buffer {b}, is never written")
+        given = [i for i, _ in self.donations], [o for _, o in self.donations]
+        if any(len(set(numbers)) != len(numbers) for numbers in given):
+            raise ValueError(f"{self.name}: an input or output is donated twice")
+        for i, o in self.donations:
+            source, target = self.buffers[self.inputs[i]], self.buffers[self.outputs[o]]
+            if (source.shape, source.dtype) != (target.shape, target.dtype):
+                raise ValueError(f"{self.name}: input {i} is donated to output {o}, which has another type")
 
     def _root(self, b: int) -> int:
         for _ in range(len(self.buffers)):
@@ -218,6 +229,7 @@ class Program:
     def __call__(self, arrays: Sequence[np.ndarray], out: Sequence[np.ndarray | None] | None = None) -> tuple:
         """Run on `arrays`, one per input and of its dtype; gives fresh arrays, or those of `out`.
 
+        Outputs with a donated input may be that input's array, overwritten (see `donations`).
         Raises InputError for a wrong number, shape or dtype of arrays.
         """
         try:
@@ -238,6 +250,8 @@ class Program:
             "bindings": len(bindings),
             "contexts": sum(b.num_contexts() for b in bindings),
             "arena_bytes": sum(b.idle_bytes() for b in bindings),
+            "arena_bound": max([b.storage.arena_bound for b in bindings], default=0),
+            "in_place_outputs": max([sum(d >= 0 for d in b.storage.donors) for b in bindings], default=0),
             "native_steps": native,
             "host_steps": len(self.steps) - native,
             "kernels": len(self.kernels),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kgraph.ir.dims import Dim
+from kgraph.dims import Dim
 
 
 @dataclass(frozen=True)

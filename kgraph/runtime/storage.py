@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kgraph.errors import InputError
-from kgraph.runtime.arena import Interval, plan_arena
+from kgraph.runtime.arena import Interval, lower_bound, plan_arena
 from kgraph.runtime.steps import HostStep
 
 if TYPE_CHECKING:
@@ -32,14 +32,18 @@ class Storage:
 
     shapes, nbytes, places: by buffer id.
     direct: buffer id that is written straight into each output array, -1 where the output is copied after the run.
-    arena_bytes: size of the arena. num_in_place: outputs of steps that lie where an input of the step lay.
+    donors: input number in whose array each output is written, -1 where the output has an array of its own.
+    arena_bytes: size of the arena. arena_bound: the most bytes of temporaries alive at one step, which no arena for
+        this order of steps can undercut. num_in_place: outputs of steps that lie where an input of the step lay.
     """
 
     shapes: list[tuple[int, ...]]
     nbytes: list[int]
     places: list[Place] = field(default_factory=list)
     direct: list[int] = field(default_factory=list)
+    donors: list[int] = field(default_factory=list)
     arena_bytes: int = 0
+    arena_bound: int = 0
     num_in_place: int = 0
 
 
@@ -83,7 +87,8 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
         else:
             storage.direct.append(-1)
 
-    leaders = _merge_in_place(program, storage, roots, offsets, first, last)
+    donated = _donate(program, storage, roots, claims, first, last)
+    leaders = _merge_in_place(program, storage, roots, offsets, first, last, donated)
     for root, number in list(claims.items()):
         claims[leaders.get(root, root)] = number
 
@@ -98,6 +103,7 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
     positions: list[int] = []
     if intervals:
         positions, storage.arena_bytes = plan_arena(intervals)
+        storage.arena_bound = lower_bound(intervals)
     arena = dict(zip(in_arena, positions))
 
     for b, buffer in enumerate(buffers):
@@ -109,6 +115,9 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
                 storage.places.append(Place("output", claims[leader], offsets[b]))
             else:
                 storage.places.append(Place("arena", 0, arena.get(leader, 0) + offsets[b]))
+        elif kind == "input" and program.numbers[root] in storage.donors:
+            # Read where it will be overwritten, so that the barriers see both.
+            storage.places.append(Place("output", storage.donors.index(program.numbers[root]), offsets[b]))
         elif kind in ("input", "param"):
             storage.places.append(Place(kind, program.numbers[root], offsets[b]))
         else:
@@ -142,8 +151,38 @@ def _roots(program: Program, evaluate: Callable[[object], int]) -> tuple[list[in
     return roots, offsets
 
 
-def _merge_in_place(program: Program, storage: Storage, roots, offsets, first, last) -> dict[int, int]:
-    """Let outputs overwrite inputs that die at the same step, where the step allows it; gives root -> leader."""
+def _donate(program: Program, storage: Storage, roots, claims, first, last) -> set[int]:
+    """Write outputs into donated input arrays, where nobody reads the old content by then; gives the outputs' roots."""
+    storage.donors = [-1] * len(program.outputs)
+    donated: set[int] = set()
+    # A host step can fail, and what came before it must not have destroyed anything.
+    no_return = max((i for i, step in enumerate(program.steps) if isinstance(step, HostStep)), default=-1)
+    for number, output in program.donations:
+        source, root = program.inputs[number], roots[program.outputs[output]]
+        if claims.get(root) != output or first.get(root, -1) <= no_return:
+            continue
+        written, read = first[root], last.get(source, -1)
+        if written > read or (written == read and _may_overwrite(program, roots, written, root, source)):
+            storage.donors[output] = number
+            donated.add(root)
+    return donated
+
+
+def _may_overwrite(program: Program, roots, index: int, root: int, source: int) -> bool:
+    """Whether step `index` may write buffer `root` where the whole buffer `source` lies, which it reads."""
+    step = program.steps[index]
+    if isinstance(step, HostStep):
+        return False
+    inputs = len(step.operands) - step.outputs
+    allowed = {i for o, i in step.inplace if step.operands[o] == root}
+    return all(step.operands[i] == source and i in allowed for i in range(inputs) if roots[step.operands[i]] == source)
+
+
+def _merge_in_place(program: Program, storage: Storage, roots, offsets, first, last, donated) -> dict[int, int]:
+    """Let outputs overwrite inputs that die at the same step, where the step allows it; gives root -> leader.
+
+    donated: roots that have their place already.
+    """
     buffers, nbytes = program.buffers, storage.nbytes
     leaders: dict[int, int] = {}
     group_last = dict(last)
@@ -159,6 +198,7 @@ def _merge_in_place(program: Program, storage: Storage, roots, offsets, first, l
                 buffers[out_root].kind != "temporary"
                 or buffers[src_root].kind != "temporary"
                 or out_root in leaders
+                or out_root in donated
                 or out_root == leader
                 or leader in overwritten
                 or first[out_root] != index

@@ -6,6 +6,7 @@ from scipy import stats
 
 from kgraph import ops
 from kgraph.errors import DTypeError, ShapeError
+from kgraph.ops import philox
 from kgraph.ops.random import unit_interval, words
 
 SEED = np.array([7, 11], np.uint32)
@@ -37,12 +38,36 @@ def test_a_seed_determines_the_numbers(name):
         assert np.mean(draw(SEED) == draw(np.array(other, np.uint32))) < 0.01
 
 
+# The known answers that the authors of Philox publish with their Random123 library: counter, key, result.
+KNOWN = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
+def test_philox_gives_the_known_answers(counter, key, result):
+    counters = np.array([[c, 5] for c in counter], np.uint32)
+    np.testing.assert_array_equal(philox.philox(counters, tuple(key))[:, 0], result)
+
+
 def test_the_stream_never_changes():
     """Saved models and compiled kernels rely on these very words."""
     np.testing.assert_array_equal(words(SEED, 4), words(SEED, 9)[:4])
-    generator = np.random.Philox(key=[7 | 11 << 32, 0])
-    raw = generator.random_raw(2)
-    np.testing.assert_array_equal(words(SEED, 3), [raw[0] & 0xFFFFFFFF, raw[0] >> 32, raw[1] & 0xFFFFFFFF])
+    long = words(SEED, 3 * philox.GROUP, stream=5)
+    for place in (0, 15, 16, 63, 64, 190):
+        group, inside = divmod(place, philox.GROUP)
+        word, lane = divmod(inside, philox.LANES)
+        counter = np.array([[group * philox.LANES + lane], [0], [5], [0]], np.uint32)
+        assert long[place] == philox.philox(counter, (7, 11))[word, 0]
+    chunked = words(SEED, 40000)
+    np.testing.assert_array_equal(chunked[:300], words(SEED, 300))
+    assert len(np.unique(chunked)) > 39990
 
 
 def test_uniform_numbers_are_multiples_of_the_spacing_below_one():

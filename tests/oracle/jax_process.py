@@ -5,6 +5,7 @@ Usage: python jax_process.py <float32|float64> <folder> <name>... with the envir
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-sys.path.insert(0, str(ROOT / "tests" / "oracle"))
+for folder in (ROOT, ROOT / "benchmarks", ROOT / "tests" / "oracle"):
+    sys.path.insert(0, str(folder))
 
 
 def application(name: str):
@@ -48,8 +49,11 @@ def built(name: str):
     return model, x
 
 
-def evaluated(name: str, precision: str) -> list:
-    """The flat outputs of a model, or of the training run `training.<name>`."""
+def evaluated(name: str, precision: str) -> list | dict:
+    """The flat outputs of a model; what a run `<module>.<name>` of `tests.oracle.<module>_runs` gives by name.
+
+    What follows an `@` in the name tells versions of the run apart.
+    """
     import jax
     import keras
     import numpy as np
@@ -57,10 +61,9 @@ def evaluated(name: str, precision: str) -> list:
     def widened(a):
         return a.astype("float64") if precision == "float64" and a.dtype.kind == "f" else a
 
-    if name.startswith("training."):
-        import training
-
-        return training.run(name.removeprefix("training."), widened)
+    if "@" in name:
+        module, run = name.split("@")[0].split(".", 1)
+        return importlib.import_module(f"tests.oracle.{module}_runs").run(run, widened)
     model, x = built(name)
     x = keras.tree.map_structure(widened, x)
     trainable = [v.value for v in model.trainable_variables]
@@ -74,9 +77,9 @@ def main() -> None:
     precision, folder, *names = sys.argv[1:]
     if precision == "float64":
         os.environ["JAX_ENABLE_X64"] = "1"
-        if not any(name[0].isupper() for name in names):
-            # Small models take longer to compile than to run. The float32 results keep JAX's usual code.
-            os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
+    if all("@" in name for name in names) or (precision == "float64" and not any(name[0].isupper() for name in names)):
+        # Small models take longer to compile than to run. The float32 results of models keep JAX's usual code.
+        os.environ.setdefault("XLA_FLAGS", FAST_COMPILE)
     import keras
     import numpy as np
 
@@ -94,7 +97,7 @@ def main() -> None:
             print(f"{name}: {type(error).__name__}: {error}", flush=True)
             continue
         temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, *leaves)
+        np.savez(temporary, **leaves) if isinstance(leaves, dict) else np.savez(temporary, *leaves)
         temporary.rename(path)
         print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
 

@@ -134,6 +134,11 @@ class KernelBuilder(DataValues):
             self._operands[index] = p.load(slot, typ=PTR, name=f"operand{index}_")
         return Pointer(self, self._operands[index], dtype, f"operand{index}")
 
+    def operand_at(self, index: int | Int, dtype: str, scope: str) -> Pointer:
+        """The buffer of an operand whose number is known at run time; `scope` names what it cannot overlap with."""
+        slot = self.ir.gep(self.function.args[0], [self.i64(index)], inbounds=True, source_etype=PTR)
+        return Pointer(self, self.ir.load(slot, typ=PTR), dtype, scope)
+
     def size(self, index: int) -> Int:
         """Run-time integer `index` of the call's sizes."""
         if index not in self._sizes:
@@ -141,6 +146,11 @@ class KernelBuilder(DataValues):
             slot = p.gep(self.function.args[1], [ir.Constant(I64, index)], inbounds=True, source_etype=I64)
             self._sizes[index] = Int(self, p.load(slot, typ=I64, name=f"size{index}_"))
         return self._sizes[index]
+
+    def size_at(self, index: int | Int) -> Int:
+        """The run-time integer of the call's sizes whose number is known at run time."""
+        slot = self.ir.gep(self.function.args[1], [self.i64(index)], inbounds=True, source_etype=I64)
+        return Int(self, self.ir.load(slot, typ=I64))
 
     def scratch(self, dtype: str, byte_offset: int | Int = 0) -> Pointer:
         """Per-thread memory, 64-byte aligned at offset 0."""

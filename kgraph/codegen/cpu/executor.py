@@ -22,6 +22,7 @@ from kgraph.codegen.compiler import compile_spec
 from kgraph.codegen.cpu.executor_platform import platform_functions
 from kgraph.codegen.cpu.executor_steps import GLANCES, STEPS, WAITING
 from kgraph.codegen.kernel import KernelSpec
+from kgraph.codegen.target import Target
 from kgraph.runtime import layout
 
 _CALLS = """
@@ -258,6 +259,6 @@ def render(params: tuple = (), target=None) -> str:
     return string.Template(functions + WAITING + STEPS + _CALLS).substitute(names)
 
 
-def executor_object() -> bytes:
-    """The executor's object code, from the disk cache where it is there."""
-    return compile_spec(KernelSpec("executor", "executor:render", ()))
+def executor_object(target: Target | None = None) -> bytes:
+    """The executor's object code for this machine or `target`, from the disk cache where it is there."""
+    return compile_spec(KernelSpec("executor", "executor:render", ()), target)

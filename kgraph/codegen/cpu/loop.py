@@ -1,4 +1,4 @@
-"""Elementwise kernels: fused nodes of kind "loop", lone elementwise nodes, iota and full.
+"""Elementwise kernels: fused nodes of kind "loop", lone elementwise nodes, iota, full and random words.
 
 Axes over which all operands behave alike are merged, so nearly every kernel is one of three:
 - "flat": one axis, each operand spans it or is a scalar; a unit of the extent is a chunk of elements.
@@ -10,12 +10,13 @@ Axes over which all operands behave alike are merged, so nearly every kernel is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu import expressions, regions
+from kgraph.codegen.cpu import expressions, random, regions
 from kgraph.codegen.cpu.builder import I32, I64, Int, KernelBuilder, Pointer
 from kgraph.codegen.cpu.regions import Leaf
 from kgraph.codegen.kernel import KernelCall, KernelSpec
@@ -41,10 +42,21 @@ def _encode(node: Node):
     shape = node.outputs[0].shape
     if any(o.shape != shape for o in node.outputs):
         return "the outputs of an elementwise kernel need one shape"
+    seeds = dict(zip(inputs, outer, strict=True))
+    draws = [n for n in nodes if n.name == "random_words"]
+    rest = [n for n in nodes if n.name != "random_words"]
+    inputs, outer = regions.used_inputs(inputs, outer, rest, outputs)
     for value in inputs:
         if len(value.shape) > len(shape):
             return f"an operand {value.type} has more axes than the output"
-    inner, leaves, kept = regions.leaves_and_nodes(inputs, outer, nodes, shape)
+    inner, leaves, kept = regions.leaves_and_nodes(inputs, outer, rest, shape)
+    for draw in draws:
+        if draw.output.shape != shape:
+            return "random words of another shape than the result"
+        if draw.inputs[0] not in seeds:
+            return "the seed of random words is computed in the same kernel"
+        inner.append(draw.output)
+        leaves.append(Leaf(seeds[draw.inputs[0]], "uint32", (True,) * len(shape), draw.attrs["stream"]))
     expression = expressions.encode_nodes(kept, inner, outputs)
     return expression if isinstance(expression, str) else (expression, leaves)
 
@@ -63,13 +75,14 @@ def lower_expression(
 ) -> list[KernelCall]:
     """The kernel call that stores an expression of `leaves` over `shape` to `outputs` (Values or Temporaries)."""
     sizes, spans = regions.collapse(shape, [leaf.spans for leaf in leaves])
-    leaves = [Leaf(leaf.value, leaf.dtype, s) for leaf, s in zip(leaves, spans, strict=True)]
+    leaves = [replace(leaf, spans=s) for leaf, s in zip(leaves, spans, strict=True)]
     operands = [leaf.value for leaf in leaves if leaf.value is not None] + list(outputs)
     if not sizes:
-        sizes, leaves = [1], [Leaf(leaf.value, leaf.dtype, (False,)) for leaf in leaves]
+        sizes, leaves = [1], [replace(leaf, spans=(False,)) for leaf in leaves]
     kind, extra, extent = _schedule(sizes, leaves, expression, target)
-    described = tuple((leaf.dtype, leaf.spans, leaf.is_coordinate) for leaf in leaves)
-    name = regions.kernel_name("", expression) or "copy"
+    described = tuple((leaf.dtype, leaf.spans, leaf.is_coordinate, leaf.stream) for leaf in leaves)
+    num_streams = sum(leaf.stream >= 0 for leaf in leaves)
+    name = regions.kernel_name("random" if num_streams else "", expression) or "copy"
     dtypes = tuple(o.type.dtype for o in outputs)
     total = product(shape)
     return [
@@ -79,8 +92,9 @@ def lower_expression(
             outputs=len(outputs),
             sizes=list(sizes),
             extent=extent,
-            flops=total * max(1, expressions.flops(expression)),
+            flops=total * max(1, expressions.flops(expression) + random.FLOPS * num_streams),
             bytes=regions.total_bytes(operands),
+            scratch_bytes=random.scratch_bytes(num_streams),
             notes={"inplace": regions.inplace_pairs(leaves, outputs, len(operands) - len(outputs))},
         )
     ]
@@ -118,7 +132,7 @@ def _period(sizes: list, leaves: Sequence[Leaf], lanes: int) -> int:
     inner = sizes[-1]
     if len(sizes) != 2 or not isinstance(inner, int) or inner == 0:
         return 0
-    if any(leaf.spans == (True, False) or leaf.is_coordinate for leaf in leaves):
+    if any(leaf.spans == (True, False) or leaf.is_coordinate or leaf.stream >= 0 for leaf in leaves):
         return 0
     period = math.lcm(inner, lanes) // lanes
     columns = sum(leaf.spans == (False, True) for leaf in leaves)
@@ -130,17 +144,46 @@ class _Kernel:
     """What the three renderers share: operands, and the code for one vector."""
 
     def __init__(self, params: tuple, target):
-        name, self.expression, self.leaves, dtypes, self.extra = params
+        name, self.expression, leaves, dtypes, self.extra = params
+        self.rank = len(leaves[0][1]) if leaves else 2
         self.b = KernelBuilder(name, target)
         self.pointers: list[Any] = []  # None for a coordinate
         number = 0
-        for dtype, _, is_coordinate in self.leaves:
+        seeds: list[tuple[Pointer, int]] = []
+        for dtype, _, is_coordinate, stream in leaves:
             self.pointers.append(None if is_coordinate else self.b.operand(number, dtype))
             number += not is_coordinate
+            if stream >= 0:
+                seeds.append((self.pointers[-1], stream))
         self.outputs = [self.b.operand(number + i, dtype) for i, dtype in enumerate(dtypes)]
+        # Random words come last among the leaves; `loop` gives their values.
+        self.leaves = [leaf[:3] for leaf in leaves if leaf[3] < 0]
+        del self.pointers[len(self.leaves) :]
         regions.keep_order(self.b, self.leaves, self.pointers, self.outputs)
+        self.words = random.WordTiles(self.b, seeds) if seeds else None
         # Short bodies are unrolled to keep loads ahead of stores; long ones overlap by themselves.
         self.unroll = 1 if expressions.is_heavy(self.expression) else 4
+
+    def loop(self, start, stop, shift, lanes: int, values: Callable) -> None:
+        """Stores the results at the indices shift + i for i in [start, stop).
+
+        values: `values(i, mask)` gives what the leaves in memory and the coordinates are there.
+        """
+        unroll = self.unroll if lanes > 1 else 1
+        if self.words is None:
+
+            def body(i, mask, slot):
+                self.emit(values(i, mask), lanes, shift + i, mask)
+
+            self.b.vector_loop(start, stop, lanes, body, unroll)
+            return
+        with self.words.over(start, stop, shift) as (first, end, load):
+
+            def body_with_words(i, mask, slot):
+                drawn = [load(number, i, lanes) for number in range(len(self.words.streams))]
+                self.emit([*values(i, mask), *drawn], lanes, shift + i, mask)
+
+            self.b.vector_loop(first, end, lanes, body_with_words, unroll)
 
     def emit(self, values: list[ir.Value], lanes: int, index, mask) -> None:
         results = expressions.emit_lanes(self.b, self.expression, values, lanes)
@@ -156,16 +199,16 @@ def render_flat(params: tuple, target) -> str:
         for p, (_, spans, _) in zip(k.pointers, k.leaves)
     ]
 
-    def body(i, mask, slot):
-        values = []
+    def values(i, mask) -> list[ir.Value]:
+        out = []
         for pointer, scalar, (dtype, spans, is_coordinate) in zip(k.pointers, scalars, k.leaves):
             if is_coordinate:
-                values.append(regions.coordinate(b, i if spans[0] else 0, dtype, lanes, spans[0]))
+                out.append(regions.coordinate(b, i if spans[0] else 0, dtype, lanes, spans[0]))
             else:
-                values.append(b.load(pointer, i, lanes, mask) if scalar is None else scalar)
-        k.emit(values, lanes, i, mask)
+                out.append(b.load(pointer, i, lanes, mask) if scalar is None else scalar)
+        return out
 
-    b.vector_loop(b.begin * CHUNK, b.min(b.end * CHUNK, b.size(0)), lanes, body, k.unroll if lanes > 1 else 1)
+    k.loop(b.begin * CHUNK, b.min(b.end * CHUNK, b.size(0)), 0, lanes, values)
     return b.ir_text()
 
 
@@ -209,7 +252,7 @@ def _load_lanes(b: KernelBuilder, pointer: Pointer, indices: list[int]) -> ir.Va
 def render_rows(params: tuple, target) -> str:
     k = _Kernel(params, target)
     b, (lanes, block) = k.b, k.extra
-    rank = len(k.leaves[0][1]) if k.leaves else 2
+    rank = k.rank
     sizes = [b.size(a) for a in range(rank)]
     strides = [regions.row_strides(b, sizes, spans) for _, spans, _ in k.leaves]
     inner = sizes[-1]
@@ -251,15 +294,15 @@ def _row(k: _Kernel, indices: list, strides: list, base, first, last, lanes: int
             at = pointer + regions.dot(indices, stride[:-1])
             sources.append((at, None if spans[-1] else b.load_broadcast(at, 0, lanes)))
 
-    def body(i, mask, slot):
-        values = []
+    def values(i, mask) -> list[ir.Value]:
+        out = []
         for (at, fixed), (dtype, _, _) in zip(sources, k.leaves):
             if fixed is not None:
-                values.append(fixed)
+                out.append(fixed)
             elif at is None:
-                values.append(regions.coordinate(b, i, dtype, lanes, True))
+                out.append(regions.coordinate(b, i, dtype, lanes, True))
             else:
-                values.append(b.load(at, i, lanes, mask))
-        k.emit(values, lanes, base + i, mask)
+                out.append(b.load(at, i, lanes, mask))
+        return out
 
-    b.vector_loop(first, last, lanes, body, k.unroll if lanes > 1 else 1)
+    k.loop(first, last, base, lanes, values)

@@ -10,7 +10,7 @@ kernel gives a row of partial results per chunk, a second one reduces those and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -132,46 +132,52 @@ def lower(node: Node, target) -> list[KernelCall]:
     return lower_parts(parts, target)
 
 
-def lower_parts(parts: Parts, target) -> list[KernelCall]:
+def merged(parts: Parts, target) -> tuple[Plan, list[Leaf], list[Leaf]]:
+    """How the merged axes are walked, and the leaves and extras over these."""
     roles = tuple("r" if a in parts.axes else "k" for a in range(len(parts.shape)))
     spans = [leaf.spans for leaf in parts.leaves] + [leaf.spans for leaf in parts.extras]
     roled = [tuple(r == "k" for r in roles)]  # the results themselves, which also carry the roles through
-    sizes, merged = regions.collapse(parts.shape, spans + roled, roles)
-    kept = merged.pop() if merged else ()
+    sizes, columns = regions.collapse(parts.shape, spans + roled, roles)
+    kept = columns.pop() if columns else ()
     if all(kept):  # nothing is left to reduce: one step over an axis of size 1
         sizes, kept = [1, *sizes], (False, *kept)
-        merged = [(False, *m) for m in merged]
+        columns = [(False, *m) for m in columns]
     roles = tuple("k" if k else "r" for k in kept)
     count = len(parts.leaves)
-    leaves = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.leaves, merged[:count])]
-    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.extras, merged[count:])]
-    plan = _Plan(sizes, roles, parts.prologue, target)
+    leaves = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.leaves, columns[:count])]
+    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.extras, columns[count:])]
+    return Plan(sizes, roles, parts.prologue, target), leaves, extras
+
+
+def lower_parts(parts: Parts, target) -> list[KernelCall]:
+    plan, leaves, extras = merged(parts, target)
+    sizes, roles = plan.sizes, plan.roles
     chunk = plan.chunk(parts.reductions)
     if not chunk:
-        return [_call(plan, leaves, parts.prologue, parts.reductions, extras, parts.epilogue, parts.outputs, 0)]
+        return [call(plan, leaves, parts.prologue, parts.reductions, extras, parts.epilogue, parts.outputs, 0)]
     chunks = ceil_div(sizes[plan.first_reduced], chunk)
     kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
     partial_dtypes = [compute_dtype(dtype) for _, dtype, _ in parts.reductions]
     partials = [Temporary(TensorType((chunks, *kept_sizes), d)) for d in partial_dtypes]
     untouched = (tuple(partial_dtypes), (), tuple(range(len(partials))))
     same = tuple((kind, dtype, d) for (kind, dtype, _), d in zip(parts.reductions, partial_dtypes))
-    first = _call(plan, leaves, parts.prologue, same, [], untouched, partials, chunk)
+    first = call(plan, leaves, parts.prologue, same, [], untouched, partials, chunk)
     kept_only = [(False, *(s for s, r in zip(x.spans, roles) if r == "k")) for x in extras]
-    sizes, merged = regions.collapse(
+    sizes, columns = regions.collapse(
         [chunks, *kept_sizes], [*kept_only, (False, *(True for _ in kept_sizes))], "r" + "k" * len(kept_sizes)
     )
-    results = merged.pop()
+    results = columns.pop()
     if all(results):  # one chunk only
-        sizes, results, merged = [1, *sizes], (False, *results), [(False, *m) for m in merged]
-    plan = _Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target)
+        sizes, results, columns = [1, *sizes], (False, *results), [(False, *m) for m in columns]
+    plan = Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target)
     spread = tuple(not (isinstance(s, int) and s == 1) for s in sizes)
     leaves = [Leaf(p, d, spread) for p, d in zip(partials, partial_dtypes)]
-    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(extras, merged)]
+    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(extras, columns)]
     reductions = tuple((kind, d, result) for (kind, _, result), d in zip(parts.reductions, partial_dtypes))
-    return [first, _call(plan, leaves, untouched, reductions, extras, parts.epilogue, parts.outputs, 0)]
+    return [first, call(plan, leaves, untouched, reductions, extras, parts.epilogue, parts.outputs, 0)]
 
 
-class _Plan:
+class Plan:
     """How the axes of one kernel are walked."""
 
     def __init__(self, sizes: list, roles: tuple, prologue: tuple, target):
@@ -208,10 +214,14 @@ class _Plan:
         return 0 if isinstance(size, int) and size <= chunk else chunk
 
 
-def _call(plan: _Plan, leaves, prologue, reductions, extras, epilogue, outputs, chunk: int) -> KernelCall:
+def call(
+    plan: Plan, leaves, prologue, reductions, extras, epilogue, outputs, chunk: int, template=TEMPLATE, label: str = ""
+) -> KernelCall:
+    """The call of a kernel that walks as `plan` says, of this module or, with a label, of one with like parameters."""
     describe = lambda xs: tuple((x.dtype, x.spans, x.is_coordinate) for x in xs)
     names = [kind if kind in POSITIONS else f"reduce_{kind}" for kind, _, _ in reductions]
-    name = regions.kernel_name("", prologue, *dict.fromkeys(names), epilogue, "partial" if chunk else "")
+    name = label or regions.kernel_name("", prologue, *dict.fromkeys(names), epilogue)
+    name += "_partial" if chunk else ""
     single = plan.inner and not chunk and plan.roles.count("r") == 1
     layout = (plan.roles, plan.lanes, plan.strip, chunk, regions.bound_of(plan.sizes[-1]) if single else 0)
     params = (name, prologue, describe(leaves), reductions, describe(extras), epilogue, layout)
@@ -221,7 +231,7 @@ def _call(plan: _Plan, leaves, prologue, reductions, extras, epilogue, outputs, 
     static = plan.sizes[-1] if isinstance(plan.sizes[-1], int) and not plan.inner else None
     extent = plan.units * ceil_div(plan.sizes[plan.first_reduced], chunk) if chunk else plan.units
     return KernelCall(
-        spec=KernelSpec(name, TEMPLATE.format("inner" if plan.inner else "outer"), (*params, _whole(static, plan))),
+        spec=KernelSpec(name, template.format("inner" if plan.inner else "outer"), (*params, _whole(static, plan))),
         operands=operands,
         outputs=len(outputs),
         sizes=sizes,
@@ -231,13 +241,13 @@ def _call(plan: _Plan, leaves, prologue, reductions, extras, epilogue, outputs, 
     )
 
 
-def _whole(size: int | None, plan: _Plan) -> bool:
+def _whole(size: int | None, plan: Plan) -> bool:
     """Whether the strips of an outer kernel divide the axis, so that nothing is masked."""
     return size is not None and size % (plan.lanes * plan.strip) == 0
 
 
 # -- renderers ------------------------------------------------------------------------------------------------------
-class _Kernel:
+class Kernel:
     """What both renderers share: operands, addresses, the nest of loops over the reduced axes."""
 
     def __init__(self, params: tuple, target):
@@ -322,6 +332,29 @@ class _Kernel:
         make = lambda kind, dtype: accumulators.make(self.b, kind, dtype, lanes, slots, across_rows, not one_block)
         return [make(kind, dtype) for kind, dtype, _ in self.reductions]
 
+    @property
+    def slots(self) -> int:
+        """Accumulators side by side along a row."""
+        return 1 if self.lanes == 1 or expressions.is_heavy(self.prologue) else SLOTS
+
+    def for_each_strip(self, emit: Callable) -> None:
+        """Calls `emit(positions, chunk number, mask per vector of the strip)` for the units of an outer kernel."""
+        b, width = self.b, self.lanes * self.strip
+        with b.loop(b.begin, b.end) as unit:
+            positions, chunk_number = self.unit(unit, self.kept)
+            column = positions[len(self.roles) - 1] * width
+            positions[len(self.roles) - 1] = column
+            if self.whole or self.lanes == 1:
+                emit(positions, chunk_number, [None] * self.strip)
+            else:
+                rest = self.sizes[-1] - column
+                with b.if_else(rest >= width) as (full, partial):
+                    with full:
+                        emit(positions, chunk_number, [None] * self.strip)
+                    with partial:
+                        masks = [b.tail_mask(rest - j * self.lanes, self.lanes) for j in range(self.strip)]
+                        emit(positions, chunk_number, masks)
+
     def finished(self, values: list[ir.Value]) -> list[ir.Value]:
         """Results of the accumulators in their result dtypes (positions are counted as int32)."""
         return [
@@ -331,49 +364,12 @@ class _Kernel:
 
 
 def render_inner(params: tuple, target) -> str:
-    k = _Kernel(params, target)
-    b, lanes = k.b, k.lanes
-    slots = 1 if lanes == 1 or expressions.is_heavy(k.prologue) else SLOTS
-    sums = k.accumulate(lanes, slots)
-    last = k.reduced[-1]
-    block = lanes * slots * BLOCK_STEPS
-
-    def innermost(chunk_number):
-        def row(positions):
-            sources = [k.address(n, positions) for n in range(len(k.leaves))]
-
-            def body(i, mask, slot):
-                values = []
-                for number, (at, (dtype, spans, is_coordinate)) in enumerate(zip(sources, k.leaves)):
-                    if is_coordinate and spans[-1]:
-                        values.append(regions.coordinate(b, i, dtype, lanes, True))
-                    elif is_coordinate:
-                        values.append(k.coordinate(number, positions, lanes))
-                    else:
-                        values.append(b.load(at, i, lanes, mask) if spans[-1] else b.load_broadcast(at, 0, lanes))
-                results = expressions.emit_lanes(b, k.prologue, values, lanes)
-                for accumulator, value in zip(sums, results):
-                    accumulator.step(slot, value, mask, i)
-
-            start, stop = k.reduced_range(last, chunk_number)
-            if 0 < k.bound <= block:
-                b.vector_loop(start, stop, lanes, body, slots)
-                return
-            with b.loop(start, stop, block) as first:
-                for accumulator in sums:
-                    accumulator.begin_block()
-                b.vector_loop(first, b.min(first + block, stop), lanes, body, slots)
-                for accumulator in sums:
-                    accumulator.end_block()
-
-        return row
-
+    k = Kernel(params, target)
+    b = k.b
+    sums = k.accumulate(k.lanes, k.slots)
     with b.loop(b.begin, b.end) as unit:
         positions, chunk_number = k.unit(unit, k.kept)
-        for accumulator in sums:
-            accumulator.reset()
-        k.nest(positions, chunk_number, innermost(chunk_number))
-        values = k.finished([accumulator.scalar() for accumulator in sums])
+        values = k.finished(row_totals(k, sums, positions, chunk_number))
         for number, pointer in enumerate(k.extra_pointers, start=len(k.leaves)):
             values.append(b.load(pointer + regions.dot(_at(positions, k), k.strides[number])))
         index = k.output_index(positions, chunk_number)
@@ -382,32 +378,73 @@ def render_inner(params: tuple, target) -> str:
     return b.ir_text()
 
 
-def _at(positions: dict, k: _Kernel) -> list:
+def row_totals(k: Kernel, sums: list, positions: dict, chunk_number, terms: Callable | None = None) -> list[ir.Value]:
+    """What the accumulators `sums` make of a row's values: the prologue's, or of `terms(these)` where it is given."""
+    b, lanes, slots = k.b, k.lanes, k.slots
+    last = k.reduced[-1]
+    block = lanes * slots * BLOCK_STEPS
+
+    def row(positions):
+        sources = [k.address(n, positions) for n in range(len(k.leaves))]
+
+        def body(i, mask, slot):
+            values = []
+            for number, (at, (dtype, spans, is_coordinate)) in enumerate(zip(sources, k.leaves)):
+                if is_coordinate and spans[-1]:
+                    values.append(regions.coordinate(b, i, dtype, lanes, True))
+                elif is_coordinate:
+                    values.append(k.coordinate(number, positions, lanes))
+                else:
+                    values.append(b.load(at, i, lanes, mask) if spans[-1] else b.load_broadcast(at, 0, lanes))
+            results = expressions.emit_lanes(b, k.prologue, values, lanes)
+            for accumulator, value in zip(sums, terms(results, i) if terms else results):
+                accumulator.step(slot, value, mask, i)
+
+        start, stop = k.reduced_range(last, chunk_number)
+        if 0 < k.bound <= block:
+            b.vector_loop(start, stop, lanes, body, slots)
+            return
+        with b.loop(start, stop, block) as first:
+            for accumulator in sums:
+                accumulator.begin_block()
+            b.vector_loop(first, b.min(first + block, stop), lanes, body, slots)
+            for accumulator in sums:
+                accumulator.end_block()
+
+    for accumulator in sums:
+        accumulator.reset()
+    k.nest(positions, chunk_number, row)
+    return [accumulator.scalar() for accumulator in sums]
+
+
+def _at(positions: dict, k: Kernel) -> list:
     return [positions.get(a, 0) for a in range(len(k.roles))]
 
 
 def render_outer(params: tuple, target) -> str:
-    k = _Kernel(params, target)
-    b, width = k.b, k.lanes * k.strip
-    with b.loop(b.begin, b.end) as unit:
-        positions, chunk_number = k.unit(unit, k.kept)
-        column = positions[len(k.roles) - 1] * width
-        positions[len(k.roles) - 1] = column
-        if k.whole or k.lanes == 1:
-            _strip(k, positions, chunk_number, [None] * k.strip)
-        else:
-            rest = k.sizes[-1] - column
-            with b.if_else(rest >= width) as (full, partial):
-                with full:
-                    _strip(k, positions, chunk_number, [None] * k.strip)
-                with partial:
-                    masks = [b.tail_mask(rest - j * k.lanes, k.lanes) for j in range(k.strip)]
-                    _strip(k, positions, chunk_number, masks)
-    return b.ir_text()
+    k = Kernel(params, target)
+    k.for_each_strip(lambda positions, chunk_number, masks: _strip(k, positions, chunk_number, masks))
+    return k.b.ir_text()
 
 
-def _strip(k: _Kernel, positions: dict, chunk_number, masks: list) -> None:
+def _strip(k: Kernel, positions: dict, chunk_number, masks: list) -> None:
     """The results at one strip of columns."""
+    b, lanes = k.b, k.lanes
+    index = k.output_index(positions, chunk_number)
+    for j, (mask, totals) in enumerate(zip(masks, strip_totals(k, positions, chunk_number, masks))):
+        values = k.finished(totals)
+        for number, pointer in enumerate(k.extra_pointers, start=len(k.leaves)):
+            at = pointer + regions.dot(_at(positions, k), k.strides[number])
+            spanned = k.extras[number - len(k.leaves)][1][-1]
+            values.append(b.load(at, j * lanes, lanes, mask) if spanned else b.load_broadcast(at, 0, lanes))
+        for pointer, value in zip(k.outputs, expressions.emit_lanes(b, k.epilogue, values, lanes)):
+            b.store(pointer, index + j * lanes, value, mask)
+
+
+def strip_totals(
+    k: Kernel, positions: dict, chunk_number, masks: list, terms: Callable | None = None
+) -> list[list[ir.Value]]:
+    """Per vector of columns, the totals of the prologue's values, or of `terms(these, row, column)`."""
     b, lanes = k.b, k.lanes
     last = k.reduced[-1]
     # Narrow strips add rows to several accumulators in turn, to hide the latency of additions.
@@ -434,7 +471,8 @@ def _strip(k: _Kernel, positions: dict, chunk_number, masks: list) -> None:
                         spanned = spans[column_axis]
                         load = b.load(here, j * lanes, lanes, mask) if spanned else b.load_broadcast(here, 0, lanes)
                         values.append(load)
-                for accumulator, value in zip(sums[j], expressions.emit_lanes(b, k.prologue, values, lanes)):
+                results = expressions.emit_lanes(b, k.prologue, values, lanes)
+                for accumulator, value in zip(sums[j], terms(results, i, j) if terms else results):
                     accumulator.step(slot, value, None, i)
 
         start, stop = k.reduced_range(last, chunk_number)
@@ -447,12 +485,4 @@ def _strip(k: _Kernel, positions: dict, chunk_number, masks: list) -> None:
                 accumulator.end_block()
 
     k.nest(positions, chunk_number, rows)
-    index = k.output_index(positions, chunk_number)
-    for j, mask in enumerate(masks):
-        values = k.finished([accumulator.total() for accumulator in sums[j]])
-        for number, pointer in enumerate(k.extra_pointers, start=len(k.leaves)):
-            at = pointer + regions.dot(_at(positions, k), k.strides[number])
-            spanned = k.extras[number - len(k.leaves)][1][column_axis]
-            values.append(b.load(at, j * lanes, lanes, mask) if spanned else b.load_broadcast(at, 0, lanes))
-        for pointer, value in zip(k.outputs, expressions.emit_lanes(b, k.epilogue, values, lanes)):
-            b.store(pointer, index + j * lanes, value, mask)
+    return [[accumulator.total() for accumulator in column] for column in sums]

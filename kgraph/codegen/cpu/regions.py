@@ -13,7 +13,7 @@ from kgraph.codegen.cpu.scalar_ops import convert
 from kgraph.codegen.kernel import Temporary
 from kgraph.ir import Node, Value, constant_value
 
-# Leaf of an expression: a value read from memory, or the coordinate along an output axis (of an `iota`).
+# Leaf of an expression: a value read from memory, the coordinate along an output axis (of an `iota`), or random words.
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Leaf:
 
     value: the operand that is read, or None for a coordinate. spans: per (collapsed) axis whether the operand extends
     over it; a coordinate spans its one axis. dtype: of the elements.
+    stream: number of the stream of random words that `value` is the seed of; -1 for all other leaves.
     """
 
     value: Value | Temporary | None
     dtype: str
     spans: tuple[bool, ...]
+    stream: int = -1
 
     @property
     def is_coordinate(self) -> bool:
@@ -204,6 +206,7 @@ def inplace_pairs(leaves: Sequence[Leaf], outputs: Sequence, first_output: int) 
         for o, out in enumerate(outputs)
         for i, leaf in enumerate(operands)
         if leaf.value is not None
+        and leaf.stream < 0
         and leaf.value.type.itemsize == out.type.itemsize
         and leaf.value.type.size == out.type.size
     )

@@ -15,6 +15,7 @@ Places in Keras that ask for the backend's name, which is "numpy" here, and what
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 
 import numpy as np
@@ -36,7 +37,9 @@ from kgraph.ir.types import SHORT_NAMES
 SUPPORTS_SPARSE_TENSORS = False
 SUPPORTS_RAGGED_TENSORS = False
 SUPPORTS_COMPLEX_DTYPES = True
-IS_THREAD_SAFE = True
+# Keras asks in one place: whether callbacks may run in a thread beside the training. Logs are ready when a step returns
+# here, so that handing them to a thread costs more (tens of microseconds a step) than calling back.
+IS_THREAD_SAFE = False
 
 # Counts every assignment to any variable of the process. A compiled model compares it with the count it last saw, and
 # looks at its own variables' versions only when it differs. Read it as `core.weights_version`.
@@ -300,8 +303,21 @@ def device_scope(device_name):
 
 
 def remat(f):
-    """The function itself: what to recompute in the backward pass is decided on the graph, by the compiler."""
-    return f
+    """A function like `f` whose inner values a gradient computes again instead of keeping them (`keras.remat`).
+
+    Random numbers and other state are those of the first time. Without a gradient it is `f`.
+    """
+
+    @functools.wraps(f, updated=())
+    def rematerialised(*args, **kwargs):
+        tracer = running_trace()
+        start = 0 if tracer is None else len(tracer.graph.nodes)
+        result = f(*args, **kwargs)
+        if tracer is not None:
+            tracer.recomputed.append((start, len(tracer.graph.nodes)))
+        return result
+
+    return rematerialised
 
 
 class custom_gradient:

@@ -10,6 +10,7 @@ from kgraph.frontend.keras_backend import numpy as knp
 from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
 from kgraph.frontend.keras_backend.nn_activations import log_sigmoid, log_softmax
 from kgraph.frontend.keras_backend.numpy.common import Tensor, insert_axes, scalar, to_inexact
+from kgraph.ir.types import FLOATS
 
 
 def one_hot(x: Tensor, num_classes: int, axis: int = -1, dtype=None, sparse: bool = False) -> Tensor:
@@ -123,10 +124,17 @@ def moments(x: Tensor, axes, keepdims: bool = False, synchronized: bool = False)
     original = x.dtype.name
     half = original in ("float16", "bfloat16")
     x = cast(x, "float32") if half else x
-    mean = knp.mean(x, axis=axes, keepdims=True)
-    variance = knp.mean(knp.square(knp.subtract(x, mean)), axis=axes, keepdims=True)
-    if not keepdims:
-        mean, variance = knp.squeeze(mean, axes), knp.squeeze(variance, axes)
+    rank = len(x.shape)
+    axes = tuple(sorted({a % rank for a in ((axes,) if isinstance(axes, int) else axes)}))
+    if axes and x.dtype.name in FLOATS:
+        mean, variance = ops.moments(x, axes=axes)
+        if keepdims:
+            shape = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
+            mean, variance = ops.reshape(mean, shape=shape), ops.reshape(variance, shape=shape)
+    else:
+        mean = knp.mean(x, axis=axes, keepdims=True)
+        variance = knp.mean(knp.square(knp.subtract(x, mean)), axis=axes, keepdims=keepdims)
+        mean = mean if keepdims else knp.squeeze(mean, axes)
     if half:
         limit = float(np.finfo(np.float16).max)
         mean, variance = (cast(knp.clip(v, -limit, limit), original) for v in (mean, variance))

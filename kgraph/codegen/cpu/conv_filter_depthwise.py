@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kgraph.codegen.cpu.builder import MEMORY_TYPES, KernelBuilder, itemsize
+from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
+from kgraph.codegen.cpu.conv_filter_kernel import narrow, total_call
 from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
 from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
@@ -22,20 +23,12 @@ MOST_TAPS = 24  # along a row of the window, whose sums are kept in registers
 LEAST_SUMS = 9  # in registers, so that multiply-adds do not wait for each other
 
 
-def accepts(node: Node) -> str | None:
-    """None where `lower` takes the node, else why not."""
-    if node.name != "depthwise_filter_gradient":
-        return f"{node.name} is not the cotangent of a depthwise weight"
-    x, attrs = node.inputs[0], node.attrs
-    if x.type.rank > 5:
-        return "more than three spatial axes"
-    if any(isinstance(n, Dim) for n in (x.shape[-1], *attrs["window"], *attrs["strides"], *attrs["rhs_dilation"])):
-        return "channels or a window of symbolic size"
-    if attrs["window"][-1] > MOST_TAPS:
-        return f"a window of more than {MOST_TAPS} taps along its last axis"
-    if x.dtype not in MEMORY_TYPES:
-        return f"no convolutions of {x.dtype}"
-    return None
+def takes(node: Node) -> bool:
+    """Whether a conv_filter_gradient node is of a depthwise convolution with one filter per channel."""
+    x, cotangent = node.inputs
+    window, groups = node.attrs["window"], node.attrs["feature_groups"]
+    channels = (x.shape[-1], cotangent.shape[-1])
+    return groups > 1 and channels == (groups, groups) and window[-1] <= MOST_TAPS
 
 
 class GradientPlan(NamedTuple):
@@ -97,7 +90,7 @@ def lower(node: Node, target) -> list[KernelCall]:
         lanes=lanes,
     )
     sums = KernelCall(
-        spec=KernelSpec("depthwise_filter_gradient", "kgraph.codegen.cpu.conv_gradient:render_sums", tuple(plan)),
+        spec=KernelSpec("depthwise_filter_gradient", "kgraph.codegen.cpu.conv_filter_depthwise:render_sums", tuple(plan)),
         operands=[x, cotangent, partial],
         outputs=1,
         sizes=list(table.values),
@@ -107,40 +100,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     )
     if single:
         return [sums]
-    count = product(node.output.shape)
-    table = SizeTable()
-    params = (accumulate, node.output.dtype, count, table(chunks), lanes)
-    total = KernelCall(
-        spec=KernelSpec("add_chunks", "kgraph.codegen.cpu.conv_gradient:render_total", params),
-        operands=[partial, node.output],
-        outputs=1,
-        sizes=list(table.values),
-        extent=-(-count // lanes),
-        flops=chunks * count,
-        bytes=partial.type.nbytes + node.output.type.nbytes,
-    )
-    return [sums, total]
-
-
-def render_total(params: tuple, target) -> str:
-    """partial[chunks, count] -> out[count], the chunks added in order; a unit is one vector."""
-    accumulate, dtype, count, chunks, lanes = params
-    b = KernelBuilder("add_chunks", target)
-    partial, out = b.operand(0, accumulate), b.operand(1, dtype)
-    with b.loop(b.begin, b.end) as unit:
-        at = unit * lanes
-        mask = b.tail_mask(count - at, lanes)
-        total = b.variable(b.constant(0, accumulate, lanes))
-        with b.loop(0, resolve(b, chunks)) as chunk:
-            total.set(b.add(total.get(), b.load(partial, chunk * count + at, lanes, mask)))
-        b.store(out, at, _narrow(b, total.get(), dtype, accumulate), mask)
-    return b.ir_text()
-
-
-def _narrow(b: KernelBuilder, value, dtype: str, accumulate: str):
-    """A sum in the compute type of the result."""
-    wanted = b.type(dtype, value.type.count if hasattr(value.type, "count") else 1)
-    return value if value.type == wanted else b.ir.fptrunc(value, wanted)
+    return [sums, total_call(partial, node.output, chunks, target)]
 
 
 def render_sums(params: tuple, target) -> str:
@@ -184,7 +144,7 @@ class _Sums:
                 for copy in acc[1:]:
                     total = b.add(total, copy[k].get())
                 at = (first + k) * plan.channels + self.channel
-                b.store(self.sums, at, _narrow(b, total, plan.out_dtype, plan.accumulate), self.mask)
+                b.store(self.sums, at, narrow(b, total, plan.out_dtype), self.mask)
 
     def _mask(self):
         return self.b.tail_mask(self.plan.channels - self.channel, self.plan.lanes)

@@ -1,0 +1,192 @@
+"""Cotangents of the weights of convolutions: implicit products whose k are the output positions of all images.
+
+Few results are sums over many positions. So positions are cut into chunks of a fixed length, one unit of work takes one
+chunk and a part of the weight, and a second kernel adds the chunks' sums in order: results do not depend on the number
+of threads. Chunks are long against the weight, which bounds the memory of their sums by that of the operands.
+`choose` tells apart depthwise convolutions (`conv_filter_depthwise`), 1x1 windows that meet every pixel, where images
+and rows are one long line, and the rest.
+"""
+
+from __future__ import annotations
+
+from kgraph.codegen.cpu import conv_filter_depthwise
+from kgraph.codegen.cpu.builder import MEMORY_TYPES, itemsize
+from kgraph.codegen.cpu.conv_filter_kernel import FilterPlan, total_call
+from kgraph.codegen.cpu.microkernel import register_tile
+from kgraph.codegen.cpu.pack import accumulate_dtype
+from kgraph.codegen.cpu.strided import SizeTable
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import Dim, Node, TensorType
+from kgraph.ir.dims import ceil_div, product
+
+POSITIONS = 128  # of a block, about: operands of a tile stay in the first-level cache
+CHUNK_POSITIONS = 1024  # of a chunk, at least
+CHANNELS = (48, 96)  # of a unit, least and most, where there are more and they divide
+COPY_BYTES = 128 << 10  # of scratch for the input, and for the cotangents, that fits the second-level cache
+LARGE_IMAGE = 784  # positions, from which on images are read from memory rather than from a cache
+UNIT_RESULTS = 4096  # of the weight, beyond which rows of taps are units of their own
+FEW_ROWS = 12  # of the result, up to which cotangents are read too rarely for a copy to pay
+
+
+def accepts(node: Node) -> str | None:
+    """None where `lower` takes the node, else why not."""
+    if node.name != "conv_filter_gradient":
+        return f"{node.name} is not the cotangent of a convolution's weight"
+    x, cotangent = node.inputs
+    attrs = node.attrs
+    if x.type.rank > 5:
+        return "more than three spatial axes"
+    static = (x.shape[-1], cotangent.shape[-1], *attrs["window"], *attrs["strides"], *attrs["rhs_dilation"])
+    if any(isinstance(n, Dim) for n in static):
+        return "channels or a window of symbolic size"
+    if 0 in node.output.shape:
+        return "the weight is empty"
+    if x.dtype not in MEMORY_TYPES:
+        return f"no convolutions of {x.dtype}"
+    return None
+
+
+def choose(node: Node) -> tuple[str, str]:
+    """(algorithm, reason) for a conv_filter_gradient node: "depthwise", "pixels" or "implicit_product"."""
+    attrs = node.attrs
+    if conv_filter_depthwise.takes(node):
+        return "depthwise", "one filter per channel"
+    plain = all(s == 1 for s in attrs["strides"]) and all(p == (0, 0) for p in attrs["padding"])
+    if plain and all(k == 1 for k in attrs["window"]):
+        return "pixels", "a 1x1 window that meets every pixel"
+    return "implicit_product", "a window over positions"
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """One call that sums chunks, and one that adds the chunks' sums where there are several."""
+    algorithm, reason = choose(node)
+    calls = conv_filter_depthwise.lower(node, target) if algorithm == "depthwise" else _lower(node, algorithm, target)
+    calls[0].notes.update(algorithm=algorithm, reason=reason)
+    return calls
+
+
+def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
+    x, cotangent = node.inputs
+    attrs, missing = node.attrs, 5 - x.type.rank
+    accumulate = accumulate_dtype(x.dtype, node.output.dtype)
+    channels, filters = node.output.shape[-2], node.output.shape[-1] // attrs["feature_groups"]
+
+    def three(values, fill) -> tuple:
+        return (fill,) * missing + tuple(values)
+
+    images, sizes, out_sizes = x.shape[0], three(x.shape[1:-1], 1), three(cotangent.shape[1:-1], 1)
+    if algorithm == "pixels":
+        images, sizes = 1, (1, 1, product(x.shape[:-1]))
+        out_sizes = sizes
+    table = SizeTable()
+    lanes = target.vector_bytes // itemsize(accumulate)
+    vectors = min(register_tile(target)[1], -(-filters // lanes))
+    window = three(attrs["window"], 1)
+    plan = FilterPlan(
+        accumulate=accumulate,
+        dtype=x.dtype,
+        images=table(images),
+        sizes=table.all(sizes),
+        out_sizes=table.all(out_sizes),
+        origins=table.all(three([-low for low, _ in attrs["padding"]], 0)),
+        window=window,
+        steps=three(attrs["strides"], 1),
+        reaches=three(attrs["rhs_dilation"], 1),
+        groups=attrs["feature_groups"],
+        channels=channels,
+        filters=filters,
+        piece=_piece(out_sizes[2]),
+        whole=not isinstance(out_sizes[2], Dim) and out_sizes[2] <= POSITIONS,
+        lines=1,
+        chunk=1,
+        joined=1,
+        copies=1,
+        channel_block=_channel_block(channels),
+        channel_blocks=1,
+        panels=-(-filters // (vectors * lanes)),
+        tile=(1, 1),
+        packed=True,
+        lanes=lanes,
+        vectors=vectors,
+    )
+    image = product(n for n in cotangent.shape[1:-1] if not isinstance(n, Dim))
+    plan = _blocking(plan, image >= LARGE_IMAGE and product(window) == 1, target)
+    lines = images * (out_sizes[0] * out_sizes[1] * ceil_div(out_sizes[2], plan.piece))
+    chunks = ceil_div(lines, plan.chunk)
+    if isinstance(chunks, int):
+        chunks = max(chunks, 1)
+    single = isinstance(chunks, int) and chunks == 1 and node.output.dtype == accumulate
+    partial = node.output if single else Temporary(TensorType((chunks, *node.output.shape), accumulate))
+    parts = window[0] * window[1] // (plan.joined * plan.copies) * (channels // (plan.channel_block * plan.channel_blocks))
+    panels = -(-filters // (vectors * lanes))
+    sums = KernelCall(
+        spec=KernelSpec("conv_filter_gradient", "kgraph.codegen.cpu.conv_filter_kernel:render_filter", tuple(plan)),
+        operands=[x, cotangent, partial],
+        outputs=1,
+        sizes=list(table.values),
+        extent=chunks * (plan.groups * parts * -(-panels // plan.panels)),
+        flops=2 * product(cotangent.shape) * channels * product(window),
+        bytes=x.type.nbytes + cotangent.type.nbytes + partial.type.nbytes,
+        scratch_bytes=plan.copy_bytes + plan.panel_bytes,
+    )
+    return [sums] if single else [sums, total_call(partial, node.output, chunks, target)]
+
+
+def _piece(width) -> int:
+    """Positions of a line."""
+    if isinstance(width, Dim) or width <= 0:
+        return POSITIONS
+    return -(-width // -(-width // POSITIONS))
+
+
+def _channel_block(channels: int) -> int:
+    """Channels of a unit: all, or a divisor that leaves a tile's operands close together."""
+    least, most = CHANNELS
+    if channels <= most:
+        return channels
+    return max((d for d in range(least, most + 1) if channels % d == 0), default=channels)
+
+
+def _blocking(plan: FilterPlan, large: bool, target) -> FilterPlan:
+    """The plan with its extents of units, blocks and tiles."""
+    tile, vectors = register_tile(target)
+    most = tile * vectors // plan.vectors
+    tap_rows = plan.window[0] * plan.window[1]
+    if plan.dense and 2 * plan.segment <= most:
+        plan = plan._replace(joined=tap_rows)
+    rows = plan.segment * plan.segments
+    across = max(min(most // plan.segment, plan.segments), 1)
+    plan = plan._replace(
+        tile=(_even(plan.segments, across), _even(plan.segment, most)),
+        packed=plan.dtype != plan.accumulate or rows > FEW_ROWS,
+    )
+    few = tap_rows * plan.window[2] * plan.channels * plan.filters <= UNIT_RESULTS
+    return _unit(plan._replace(copies=tap_rows // plan.joined if few else 1), large)
+
+
+def _unit(plan: FilterPlan, large: bool) -> FilterPlan:
+    """The plan with as many lines per block, panels per unit and lines per chunk as caches like."""
+    lines = max(POSITIONS // plan.piece, 1) if plan.whole else 1
+    while lines > 1 and plan._replace(lines=lines).copy_bytes > COPY_BYTES:
+        lines -= 1
+    plan = plan._replace(lines=lines)
+    if large:  # pixels are read as a whole, though a copy keeps blocks of channels apart
+        blocks = plan.channels // plan.channel_block
+        fitting = [n for n in range(1, blocks + 1) if blocks % n == 0]
+        fitting = [n for n in fitting if plan._replace(channel_blocks=n).copy_bytes <= COPY_BYTES]
+        plan = plan._replace(channel_blocks=max(fitting, default=1))
+    panels = plan.panels
+    while panels > 1 and plan._replace(panels=panels, packed=True).panel_bytes > COPY_BYTES:
+        panels = -(-panels // 2)
+    results = product(plan.window) * plan.channels * plan.filters
+    positions = max(CHUNK_POSITIONS, results // (plan.channels + plan.filters))
+    chunk = -(-positions // (plan.piece * lines)) * lines
+    return plan._replace(panels=panels, chunk=chunk)
+
+
+def _even(extent: int, most: int) -> int:
+    """Extent of tiles: a divisor close to `most` where there is one, else such that the last one is little smaller."""
+    if extent <= most:
+        return max(extent, 1)
+    divisors = [d for d in range(most, 3 * most // 4, -1) if extent % d == 0]
+    return divisors[0] if divisors else -(-extent // -(-extent // most))

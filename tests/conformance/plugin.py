@@ -1,0 +1,179 @@
+"""A pytest plugin under which Keras' own tests run outside of Keras' repository, on kgraph or on another backend.
+
+It does what the `conftest.py` of that repository does (the wheel leaves it out), limits each test's time, writes each
+test's outcome to a file as soon as it is known, and, on kgraph, changes two things for the tests alone:
+
+- They see the backend's name "kgraph", where Keras itself sees "numpy": many tests skip themselves on a backend called
+  "numpy" because Keras' own one cannot train. `NAMED_NUMPY` lists the exceptions.
+- Each layer that a test hands to `TestCase.run_layer_test` also goes through `kgraph.compile` (`compiled_layers`).
+
+Settings come from the environment, so that the plugin works in the peers' environments too:
+KERAS_BACKEND; CONFORMANCE_RESULTS, the folder in which each test file has a file of outcomes (one JSON object a line);
+CONFORMANCE_TIMEOUT, the seconds that a test may take.
+"""
+
+from __future__ import annotations
+
+import collections
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+
+ON_KGRAPH = os.environ.get("KERAS_BACKEND") == "kgraph"
+TIMEOUT = float(os.environ.get("CONFORMANCE_TIMEOUT", "120"))
+RESULTS = os.environ.get("CONFORMANCE_RESULTS")
+# Modules that choose among the backends' classes by name when they are imported, and know no "kgraph".
+NAMED_NUMPY = frozenset({"keras.src.trainers.trainer_test"})
+# Tests that Keras skips on every backend but a list, and that are in reach of kgraph: by the reason of the skip.
+RUN_ANYWAY = tomllib.loads((Path(__file__).parent / "gaps.toml").read_text())["run_anyway"] if ON_KGRAPH else ()
+
+
+# -- what Keras' conftest does -----------------------------------------------------------------------------------------
+# Keras keeps 32 bits as the default where a test switches JAX to 64.
+os.environ.setdefault("JAX_DEFAULT_DTYPE_BITS", "32")
+
+if ON_KGRAPH:
+    import kgraph  # noqa: F401
+
+
+def _skip_if_backend(name: str, reason: str):
+    from keras.src.backend import backend
+
+    return pytest.mark.skipif(backend() == name, reason=reason)
+
+
+# Several test modules import this function from their repository's conftest.
+sys.modules["conftest"] = types.ModuleType("conftest")
+sys.modules["conftest"].skip_if_backend = _skip_if_backend  # type: ignore[attr-defined]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "requires_trainable_backend: for backends that can train")
+    for name in ("requires_tpu", "multi_device"):
+        config.addinivalue_line("markers", f"{name}: Keras' own")
+    if ON_KGRAPH:
+        _name_the_backend()
+        from tests.conformance import compiled_layers
+
+        compiled_layers.install()
+
+
+def pytest_collection_modifyitems(config, items):
+    known = {test for file in {_file(item.nodeid) for item in items} for test in _known(file)}
+    items[:] = [item for item in items if item.nodeid not in known]
+    for item in items:
+        # Skips on all backends but a list that cannot name this one; every other skip stays.
+        for node in item.listchain():
+            node.own_markers = [m for m in node.own_markers if m.kwargs.get("reason") not in RUN_ANYWAY]
+
+
+# -- the backend's name ------------------------------------------------------------------------------------------------
+def _name_the_backend() -> None:
+    """Let the test modules see "kgraph" as the backend's name; Keras' own code keeps the name that it knows."""
+    import keras
+    from keras.src.backend import config
+
+    inner = config.backend
+
+    def backend():
+        frame = sys._getframe(1)
+        caller = frame.f_globals.get("__name__", "")
+        if caller in NAMED_NUMPY and frame.f_code.co_name == "<module>":
+            return inner()
+        of_a_test = caller.endswith("_test") or caller.startswith("keras.src.testing.")
+        return "kgraph" if of_a_test else inner()
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("keras") and getattr(module, "backend", None) is inner:
+            module.backend = backend
+    keras.config.backend = backend
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+_seconds: collections.Counter = collections.Counter()
+
+
+def _too_long(signum, frame):
+    raise TimeoutError(f"the test took longer than {TIMEOUT:g} s")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT)
+    # Native code that hangs never gets to the signal's handler: then the process ends, and the runner starts another.
+    faulthandler.dump_traceback_later(2 * TIMEOUT, exit=True)
+    file = _file(item.nodeid)
+    _write(file, test=item.nodeid, outcome="crashed", reason="the process ended during the test")
+    start = time.perf_counter()
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        _seconds[file] += time.perf_counter() - start
+        if nextitem is None or _file(nextitem.nodeid) != file:
+            _write(file, done=True, seconds=round(_seconds[file], 1))
+
+
+# -- outcomes ----------------------------------------------------------------------------------------------------------
+def _file(test: str) -> str:
+    return test.partition("::")[0]
+
+
+def _results_of(file: str) -> Path:
+    name = file.removeprefix("keras/src/").removesuffix(".py").replace("/", ".")
+    return Path(RESULTS or os.devnull) / f"{name}.jsonl"
+
+
+def _known(file: str) -> set[str]:
+    """The tests of a file that an earlier process has run."""
+    path = _results_of(file)
+    return (
+        {json.loads(line).get("test") for line in path.read_text().splitlines()} if RESULTS and path.exists() else set()
+    )
+
+
+def _write(file: str, **record) -> None:
+    if RESULTS:
+        with _results_of(file).open("a") as out:
+            out.write(json.dumps(record) + "\n")
+
+
+def _reason(report) -> str:
+    """The last line of an error, or the reason of a skip."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash is not None else str(report.longrepr)
+    return " ".join(text.split())[:400]
+
+
+_RANK = {"passed": 0, "skipped": 1, "failed": 2}
+_worst: dict[str, tuple[str, str]] = {}
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "setup":
+        _worst[report.nodeid] = ("passed", "")
+    if report.outcome != "passed":
+        before = _worst[report.nodeid]
+        if _RANK[report.outcome] > _RANK[before[0]]:
+            _worst[report.nodeid] = (report.outcome, _reason(report))
+    if report.when == "teardown":
+        outcome, reason = _worst.pop(report.nodeid)
+        _write(_file(report.nodeid), test=report.nodeid, outcome=outcome, reason=reason)
+
+
+def pytest_collectreport(report):
+    if report.outcome != "passed" and report.nodeid:
+        outcome = "skipped" if report.skipped else "failed"
+        _write({"test": report.nodeid, "outcome": outcome, "reason": _reason(report)})

@@ -1,0 +1,148 @@
+"""Runs Keras' test files in pytest processes, a dozen files each, and keeps what every test gave, in a file per file.
+
+A process that ends before its files are done (a crash, native code that hangs) is followed by another one, for the
+tests that are left. Files whose results are complete are not run again: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / ".bench" / "conformance-results"
+# Seconds: of a test, and of the silence after which a process counts as hanging.
+TEST_TIMEOUT, SILENCE = 180, 420
+# Files that one process runs: starting one takes as long as the tests of several files.
+SHARE = 12
+
+
+@dataclass
+class FileResult:
+    """What the tests of a file gave: test id -> (outcome, reason)."""
+
+    file: str
+    tests: dict[str, tuple[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
+    done: bool = False
+
+    @classmethod
+    def load(cls, file: str, path: Path) -> FileResult:
+        result = cls(file)
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines:
+            record = json.loads(line)
+            if "done" in record:
+                result.done, result.seconds = True, record["seconds"]
+            else:
+                result.tests[record["test"]] = (record["outcome"], record["reason"])
+        return result
+
+
+class Suite:
+    """Keras' tests on one backend, with the interpreter whose site-packages hold Keras."""
+
+    def __init__(self, backend: str, python: Path, results: Path = RESULTS, flags: tuple[str, ...] = ()):
+        self.backend, self.python, self.flags = backend, python, flags
+        self.folder = results / backend
+        self.folder.mkdir(parents=True, exist_ok=True)
+        where = "import importlib.util as u; print(u.find_spec('keras').submodule_search_locations[0])"
+        found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
+        self.site_packages = Path(found.stdout.strip()).parent
+
+    def files(self, folders: Iterable[str] = ()) -> list[str]:
+        """Test files relative to site-packages; `folders` or files are given below `keras/src`."""
+        source = self.site_packages / "keras" / "src"
+        wanted = [source / name for name in folders] or [source]
+        paths = [p for w in wanted for p in ([w] if w.suffix == ".py" else sorted(w.rglob("*_test.py")))]
+        return [str(p.relative_to(self.site_packages)) for p in paths]
+
+    def path_of(self, file: str) -> Path:
+        return self.folder / (file.removeprefix("keras/src/").removesuffix(".py").replace("/", ".") + ".jsonl")
+
+    def result(self, file: str) -> FileResult:
+        return FileResult.load(file, self.path_of(file))
+
+    def run(
+        self, files: list[str], processes: int = 2, again: bool = False, report: Callable = lambda result: None
+    ) -> list[FileResult]:
+        """Run the files that have no complete results (all of them with `again`); gives all results in order."""
+        if again:
+            for file in files:
+                self.path_of(file).unlink(missing_ok=True)
+        pending = [f for f in files if not self.result(f).done]
+        shares = [pending[i : i + SHARE] for i in range(0, len(pending), SHARE)]
+
+        def run_share(share: list[str]) -> None:
+            self._run_share(share)
+            for file in share:
+                report(self.result(file))
+
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(run_share, shares))
+        return [self.result(file) for file in files]
+
+    def _run_share(self, files: list[str]) -> None:
+        """Processes until all files are done; a test in which a process dies counts as crashed."""
+        while files:
+            known = self._known(files)
+            code = self._process(files)
+            left = [file for file in files if not self.result(file).done]
+            if self._known(files) == known or code in (0, 1, 2, 5):
+                # Files without tests, or whose collection failed, have said so; a process that gets nowhere has not.
+                for file in left:
+                    if code not in (0, 1, 2, 5):
+                        self._append(file, test=file, outcome="crashed", reason=f"pytest ended with {code}")
+                    self._append(file, done=True, seconds=0.0)
+                return
+            files = left
+
+    def _known(self, files: list[str]) -> int:
+        return sum(len(self.result(file).tests) for file in files)
+
+    def _append(self, file: str, **record) -> None:
+        with self.path_of(file).open("a") as out:
+            out.write(json.dumps(record) + "\n")
+
+    def _process(self, files: list[str]) -> int:
+        first = self.path_of(files[0])
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "KERAS_", "VIRTUAL_ENV"))},
+            "KERAS_BACKEND": self.backend,
+            "KERAS_HOME": str(self.folder / "keras-home"),
+            "PYTHONPATH": str(ROOT),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "",
+            "JAX_PLATFORMS": "cpu",
+            "CONFORMANCE_RESULTS": str(self.folder),
+            "CONFORMANCE_TIMEOUT": str(TEST_TIMEOUT),
+        }
+        settings = [
+            "-c",
+            os.devnull,
+            "--rootdir",
+            str(self.site_packages),
+            "-p",
+            "no:cacheprovider",
+            "--continue-on-collection-errors",
+        ]
+        quiet = ["-q", "--disable-warnings", "--tb=short", "-p", "tests.conformance.plugin"]
+        command = ["nice", "-n", "10", self.python, "-m", "pytest", *settings, *quiet, *self.flags, *files]
+        with first.with_suffix(".log").open("a") as log:
+            process = subprocess.Popen(command, cwd=self.site_packages, env=environment, stdout=log, stderr=log)
+            last_sign, seen = time.monotonic(), -1
+            while True:
+                try:
+                    return process.wait(timeout=2)
+                except subprocess.TimeoutExpired:
+                    size = sum(path.stat().st_size for file in files if (path := self.path_of(file)).exists())
+                    if size != seen:
+                        last_sign, seen = time.monotonic(), size
+                    elif time.monotonic() - last_sign > SILENCE:
+                        process.kill()
