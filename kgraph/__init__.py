@@ -16,11 +16,13 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "CompiledModel": "kgraph.compiled",
+    "LoadedModel": "kgraph.runtime.artifact",
     "compile": "kgraph.api",
     "errors": "kgraph.errors",
     "get_num_threads": "kgraph.runtime.threads",
     "grad": "kgraph.gradients",
     "jit": "kgraph.api",
+    "load": "kgraph.loading",
     "set_num_threads": "kgraph.runtime.threads",
     "value_and_grad": "kgraph.gradients",
 }

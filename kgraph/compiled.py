@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.runtime.model import Model, sizes_of
 
 
-class _Variant:
+class Variant:
     """One compiled form: for all sizes, or specialised on some; with the versions of the weights it last saw."""
 
     def __init__(self, captured: Captured, compiled: CompiledGraph, baked: dict[int, np.ndarray] | None):
@@ -33,6 +34,11 @@ class _Variant:
         self.inputs, self.outputs = captured.inputs, captured.outputs
         self.num_outputs = captured.num_outputs
         self.updates = captured.updates
+
+    def weights(self) -> list[np.ndarray]:
+        """The value of each of the variables that the graph reads, as the program has it."""
+        baked = self.baked or {}
+        return [baked.get(id(v), v._value) for v in self.captured.variables]
 
     def run(self, arrays: list[np.ndarray], out: list | None) -> list[np.ndarray]:
         """A call: the leaves of the outputs; the variables that the model assigns get their new values."""
@@ -48,7 +54,7 @@ class _Variant:
             variables = self.captured.variables
             if self.baked is not None:
                 if self.global_version < 0:
-                    self.compiled.set_params([self.baked.get(id(v), v._value) for v in variables])
+                    self.compiled.set_params(self.weights())
                 self.global_version = seen
                 return
             versions = [v.version for v in variables]
@@ -87,7 +93,7 @@ class CompiledModel(Model):
         self._baked: dict[int, np.ndarray] | None = None
         self.name = name
         self._lock = threading.RLock()
-        self._variants: dict[tuple, _Variant] = {}
+        self._variants: dict[tuple, Variant] = {}
         # Symbols whose value the model's own code needs; a compiled form is made for each set of their values.
         self._fixed: tuple[str, ...] = ()
         self._specialised_because: str | None = None
@@ -103,7 +109,7 @@ class CompiledModel(Model):
         self._prepare_fast_path()
 
     # -- compiling --------------------------------------------------------------------------------------------
-    def _compile(self, sizes: dict[str, int]) -> _Variant:
+    def _compile(self, sizes: dict[str, int]) -> Variant:
         start = time.perf_counter()
         try:
             captured = self._capture(sizes)
@@ -113,7 +119,7 @@ class CompiledModel(Model):
                 self._baked = {id(v): v._value for v in self._variables()}
         with CompileProgress(self.name, self._options.progress) as progress:
             compiled = compile_graph(captured.graph, progress)
-        variant = _Variant(captured, compiled, self._baked)
+        variant = Variant(captured, compiled, self._baked)
         variant.refresh_weights()
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
@@ -127,13 +133,13 @@ class CompiledModel(Model):
         self._specialised_because = str(error)
         self._variants.clear()
 
-    def _form_for(self, arrays: list[np.ndarray]) -> _Variant:
+    def _form_for(self, arrays: list[np.ndarray]) -> Variant:
         variant = self._variant_for(arrays)
         if variant.global_version != core.weights_version:
             variant.refresh_weights()
         return variant
 
-    def _variant_for(self, arrays: list[np.ndarray]) -> _Variant:
+    def _variant_for(self, arrays: list[np.ndarray]) -> Variant:
         if not self._fixed:
             return self._variants[()]
         with self._lock:
@@ -182,7 +188,7 @@ class CompiledModel(Model):
         return leaf._value if isinstance(leaf, core.Variable) else leaf
 
     # -- looking inside ---------------------------------------------------------------------------------------
-    def _some_variant(self) -> _Variant:
+    def _some_variant(self) -> Variant:
         if self._variants:
             return next(reversed(self._variants.values()))
         raise InputError(
@@ -230,6 +236,42 @@ class CompiledModel(Model):
             out.update(variants[-1].program.stats())
             out["seconds"] = dict(variants[-1].compiled.seconds)
         return out
+
+    # -- saving -------------------------------------------------------------------------------------------------
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        levels: Sequence[str] | None = None,
+        rebuildable: bool = True,
+        self_test: bool = True,
+    ) -> int:
+        """Write the model to a file that `kgraph.load` reads, with its weights as they are now; gives the file's size.
+
+        Args:
+            path: the file, `.kgraph` by custom.
+            levels: the kinds of machine to make code for: "native" (this one), "x86-64-v4" (AVX-512), "x86-64-v3"
+                (AVX2), "x86-64-v2". By default the first three; each needs its own prepared weights in the file, unless
+                they are equal.
+            rebuildable: write the graph and the weights before preparation too, so that the model can be compiled again
+                where none of the levels fits.
+            self_test: record a call with its results, to be repeated when the file is loaded.
+
+        A model that is compiled for the sizes of each call is saved for those sizes that it has been called with.
+        Raises CompileError for an unknown level, InputError where no sizes have been compiled yet.
+        """
+        from kgraph.artifact.models import saved_model
+        from kgraph.artifact.save import save
+
+        self._some_variant()
+        with self._lock:
+            for variant in self._variants.values():
+                variant.refresh_weights()
+            forms = [(dict(zip(self._fixed, key)), variant) for key, variant in self._variants.items()]
+            model = saved_model(
+                self.name, self._inputs, forms, self._adapts_rank, self._fixed, self._specialised_because
+            )
+        return save(model, path, levels=levels, rebuildable=rebuildable, self_test=self_test)
 
     def __repr__(self):
         return f"<kgraph.CompiledModel {self.name!r}>"

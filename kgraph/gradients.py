@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from keras.src import tree
@@ -29,7 +29,9 @@ from kgraph.passes.patterns import primitive
 ArgNums = int | Sequence[int]
 
 
-def value_and_grad(function: Callable, argnums: ArgNums = 0, has_aux: bool = False) -> Callable:
+def value_and_grad(
+    function: Callable, argnums: ArgNums = 0, has_aux: bool = False, *, unconnected: Literal["zero", "none"] = "zero"
+) -> Callable:
     """A function that gives `(value, gradients)` of `function`.
 
     Args:
@@ -38,6 +40,7 @@ def value_and_grad(function: Callable, argnums: ArgNums = 0, has_aux: bool = Fal
         argnums: the positional argument to differentiate by, or several. An argument may be nested (a list of
             weights); all its tensors are floats.
         has_aux: the function gives something beside its value, which is passed on: `((value, aux), gradients)`.
+        unconnected: what stands for the gradient by a tensor that the value does not depend on: zeros, or None.
 
     The gradients have the structure of the argument, and are a tuple of them for several `argnums`. They are by the
     arguments only: what the function closes over counts as constant, even where it is the same array.
@@ -45,6 +48,8 @@ def value_and_grad(function: Callable, argnums: ArgNums = 0, has_aux: bool = Fal
     Raises at the call GradientError (a primitive on the way has no derivative), ShapeError (the value is no scalar),
     DTypeError (an argument or the value is no float).
     """
+    if unconnected not in ("zero", "none"):
+        raise ValueError(f"unconnected is 'zero' or 'none', got {unconnected!r}")
     if not callable(function):
         raise TypeError(f"value_and_grad takes a function written in keras.ops, got {function!r}")
     name = getattr(function, "__name__", type(function).__name__)
@@ -54,7 +59,8 @@ def value_and_grad(function: Callable, argnums: ArgNums = 0, has_aux: bool = Fal
         tracer = running_trace()
         if tracer is None:
             return _evaluated(transformed, args, kwargs)
-        return _recorded(tracer, function, name, _positions(argnums, len(args), name), has_aux, args, kwargs)
+        positions = _positions(argnums, len(args), name)
+        return _recorded(tracer, function, name, positions, has_aux, unconnected == "zero", args, kwargs)
 
     return transformed
 
@@ -84,7 +90,9 @@ def _positions(argnums: ArgNums, count: int, name: str) -> int | tuple[int, ...]
 
 
 # -- under a trace ---------------------------------------------------------------------------------------------------
-def _recorded(tracer: GraphTracer, function, name: str, positions, has_aux: bool, args: tuple, kwargs: dict):
+def _recorded(
+    tracer: GraphTracer, function, name: str, positions, has_aux: bool, fill: bool, args: tuple, kwargs: dict
+):
     """Record the function, then its backward part."""
     arguments = list(args)
     numbers = positions if isinstance(positions, tuple) else (positions,)
@@ -104,7 +112,7 @@ def _recorded(tracer: GraphTracer, function, name: str, positions, has_aux: bool
         [x.value for x in leaves],
         [(lo - start, hi - start) for lo, hi in tracer.recomputed if start <= lo and hi <= end],
     )
-    found = iter([zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)])
+    found = iter([zeros_like(x) if g is None and fill else g for x, g in zip(leaves, gradients)])
     packed = [tree.map_structure(lambda x: x if x is None else next(found), arguments[n]) for n in numbers]
     by_position = tuple(packed) if isinstance(positions, tuple) else packed[0]
     _drop_unread(tracer.graph, end, [tracer.lift(g) for g in tree.flatten(packed) if g is not None])

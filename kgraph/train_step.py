@@ -20,7 +20,6 @@ from kgraph.passes.manager import Pass
 from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.progress import CompileProgress
 
-
 MOST_PROGRAMS = 32
 MANY_COMPILES = 8
 MOST_KEYS = 4096  # of batches, such as one for every length seen

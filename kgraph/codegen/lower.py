@@ -11,8 +11,8 @@ from kgraph.codegen import families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.decisions import Decision
-from kgraph.ir import Dim, Graph, Node, Value
-from kgraph.ir.dims import evaluate
+from kgraph.ir import Graph, Node, Value
+from kgraph.ops.host import HostFunction
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep
 
 
@@ -119,7 +119,7 @@ class _Lowering:
         operands += [self._buffer("temporary", v) for v in node.outputs]
         self.out.steps.append(
             HostStep(
-                function=_HostFunction(node.primitive, node.attrs),
+                function=HostFunction(node.primitive, node.attrs),
                 operands=tuple(operands),
                 outputs=len(node.outputs),
                 reason=reason,
@@ -129,25 +129,3 @@ class _Lowering:
         )
         self.out.step_nodes.append(node)
         self.decisions.append(Decision(node.name, "host step", reason, node.provenance))
-
-
-class _HostFunction:
-    """A primitive's reference with its attributes, as a plan calls it."""
-
-    __slots__ = ("attrs", "primitive")
-
-    def __init__(self, primitive, attrs: dict):
-        self.primitive, self.attrs = primitive, attrs
-
-    def __call__(self, arrays: list[np.ndarray], sizes: dict[str, int]) -> tuple:
-        attrs = {name: _concrete(value, sizes) for name, value in self.attrs.items()}
-        results = self.primitive.reference(*arrays, **attrs)
-        return results if isinstance(results, tuple) else (results,)
-
-
-def _concrete(value, sizes: dict[str, int]):
-    if isinstance(value, Dim):
-        return evaluate(value, sizes)
-    if type(value) is tuple:
-        return tuple(_concrete(v, sizes) for v in value)
-    return value

@@ -12,6 +12,7 @@ from kgraph.passes.fold_constants import fold_constants
 from kgraph.passes.fold_padding import fold_padding
 from kgraph.passes.fuse import fuse
 from kgraph.passes.group_recurrent import group_recurrent
+from kgraph.passes.inline_cond import inline_cond
 from kgraph.passes.layout import layout
 from kgraph.passes.manager import Pass
 from kgraph.passes.reshape_motion import reshape_motion
@@ -19,6 +20,7 @@ from kgraph.passes.transpose_motion import transpose_motion
 
 INFERENCE: list[Pass] = [
     dead_code,
+    inline_cond,
     expand_random,
     canonicalise,
     fold_constants,

@@ -6,11 +6,12 @@
     16   8  size of the file
     24   8  zero
     32  32  SHA-256 of the 32 bytes before and of the section table
-    64      the section table: for each section its name (48 bytes, padded with zeros), offset (8), length (8) and SHA-256
+    64      the section table: name (48 bytes, padded with zeros), offset (8), length (8) and SHA-256 of each section
 
 All integers are little-endian. Sections follow in the table's order; each starts at the first multiple of ALIGNMENT
-behind what precedes it, after zeros, and the last one ends the file. So there is one way to lay out given sections: none can overlap
-another or the header. What is to be executed or parsed is copied out of the file, and the copy is what is checked.
+behind what precedes it, after zeros, and the last one ends the file. So there is one way to lay out given sections, and
+none can overlap another or the header. What is to be executed or parsed is copied out of the file, and it is the copy
+that is checked.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ _LINUX_NAMES = {
     "sha": "sha_ni",
     "sse3": "pni",
 }
+# Prefixes of features that both spell alike, whether this machine has them or not.
+_SPELLED_ALIKE = ("avx", "sse", "ssse", "bmi", "fma", "f16c", "movbe", "popcnt", "cx", "cmov")
 # Instructions for systems, not for kernels: the compiler does not emit them by itself.
 _NOT_EMITTED = frozenset(
     "clflushopt clwb clzero fsgsbase fxsr invpcid mwaitx pku rdpid rdpru rdrnd rdseed shstk wbnoinvd "
@@ -78,17 +80,15 @@ class Requirement:
 
 def requirement(features: Iterable[str]) -> Requirement:
     """What code made on this system with these processor features (in LLVM's spelling) needs."""
-    here, flags, known = host(), set(), True
+    here, flags = host(), set()
+    model = "" if here.flags else here.model
     for feature in features:
-        if feature in _NOT_EMITTED:
-            continue
         flag = _LINUX_NAMES.get(feature, feature.replace(".", "_"))
-        if flag in here.flags or feature.startswith(("avx", "sse", "bmi", "fma", "f16c", "movbe", "popcnt")) or feature in _LINUX_NAMES:
+        if flag in here.flags or feature in _LINUX_NAMES or feature.startswith(_SPELLED_ALIKE):
             flags.add(flag)
-        else:
-            known = False
-    listed = bool(here.flags)
-    return Requirement(here.system, here.machine, frozenset(flags if listed else ()), "" if known and listed else here.model)
+        elif feature not in _NOT_EMITTED:
+            model = here.model
+    return Requirement(here.system, here.machine, frozenset(flags if here.flags else ()), model)
 
 
 @functools.cache

@@ -31,9 +31,7 @@ HostFunctions = Callable[[str], Callable]
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
-def encode(
-    program: Program, tensor_name: Callable[[np.ndarray], str], host_texts: Mapping[int, str]
-) -> dict[str, Any]:
+def encode(program: Program, tensor_name: Callable[[np.ndarray], str], host_texts: Mapping[int, str]) -> dict[str, Any]:
     """The JSON value of a program with parameters.
 
     tensor_name: puts an array into the file and gives its name there. host_texts: the text of each host step, by the
@@ -181,9 +179,8 @@ class _Decoder:
             return HostStep(self.host_functions(text), operands, outputs, reason, label, layers)
         kernel, extent, scratch, flops, nbytes, sizes, inplace, max_threads = rest
         split = len(operands) - outputs
-        pairs = tuple(
-            [(_integer(o, split, len(operands) - 1), _integer(i, 0, split - 1)) for o, i in _list(inplace, len(operands) ** 2)]
-        )
+        last = len(operands) - 1
+        pairs = tuple([(_integer(o, split, last), _integer(i, 0, split - 1)) for o, i in _list(inplace)])
         return NativeStep(
             kernel=self.keys[_integer(kernel, 0, len(self.keys) - 1)],
             operands=operands,

@@ -1,4 +1,4 @@
-"""Calls of a model that is a program, or several for different sizes: inputs in, outputs in the model's structure out."""
+"""Calls of a model that is a program, or several for different sizes: from nested inputs to nested outputs."""
 
 from __future__ import annotations
 

@@ -45,9 +45,9 @@ def pack_weights(family, node: Node, arrays: list[np.ndarray], target=None) -> t
 
 def concrete_attrs(attrs: dict, sizes: dict) -> dict:
     """Attributes with symbolic sizes replaced."""
-    from kgraph.codegen.lower import _concrete
+    from kgraph.ir.interpreter import concrete
 
-    return {k: _concrete(v, sizes) for k, v in attrs.items()}
+    return {k: concrete(v, sizes) for k, v in attrs.items()}
 
 
 def add(graph: Graph, name: str, *values, **attrs) -> Value:

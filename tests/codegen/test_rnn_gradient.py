@@ -16,12 +16,13 @@ from tests.codegen.test_rnn import L, N, attributes, operands, values_of
 VARIANTS = [(False, False, False), (True, True, False), (False, True, True)]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "simple"])
+@pytest.mark.parametrize(("cell", "reset"), [("lstm", True), ("gru", True), ("gru", False), ("simple", True)])
 @pytest.mark.parametrize(("reverse", "mask", "zeros"), VARIANTS)
-def test_gradient(cell, reverse, mask, zeros):
-    batch, steps, features, units = 11, 19, 6, 20
+@pytest.mark.parametrize("units", [20, 70])
+def test_gradient(cell, reset, reverse, mask, zeros, units):
+    batch, steps, features = 11, 19, 6
     arrays = operands(cell, batch, steps, features, units, mask)
-    attrs = attributes(cell, reverse=reverse, has_mask=mask, zero_output_for_mask=zeros)
+    attrs = attributes(cell, reverse=reverse, has_mask=mask, zero_output_for_mask=zeros, reset_after=reset)
     rng = np.random.default_rng(5)
     shapes, declared = [(batch, steps, units)], [(N, L, units)]
     shapes += [(batch, units)] * STATES[cell]

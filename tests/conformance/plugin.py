@@ -176,4 +176,4 @@ def pytest_runtest_logreport(report):
 def pytest_collectreport(report):
     if report.outcome != "passed" and report.nodeid:
         outcome = "skipped" if report.skipped else "failed"
-        _write({"test": report.nodeid, "outcome": outcome, "reason": _reason(report)})
+        _write(_file(report.nodeid), test=report.nodeid, outcome=outcome, reason=_reason(report))

@@ -54,7 +54,7 @@ class Suite:
         self.folder.mkdir(parents=True, exist_ok=True)
         where = "import importlib.util as u; print(u.find_spec('keras').submodule_search_locations[0])"
         found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
-        self.site_packages = Path(found.stdout.strip()).parent
+        self.site_packages = Path(found.stdout.strip()).resolve().parent
 
     def files(self, folders: Iterable[str] = ()) -> list[str]:
         """Test files relative to site-packages; `folders` or files are given below `keras/src`."""

@@ -16,7 +16,7 @@ ALLOWED = {
     "ops": {"ops", "ir", "errors"},
     "passes": {"passes", "ops", "ir", "errors", "decisions"},
     "codegen": {"codegen", "passes", "ops", "ir", "errors", "decisions", "runtime"},
-    "runtime": {"runtime", "errors", "dims", "types", "structure"},
+    "runtime": {"runtime", "errors", "decisions", "dims", "report", "structure", "types"},
     "frontend": {"frontend", "ops", "ir", "errors", "structure"},
 }
 # Text that another room supplies when asked for: imported inside a function.

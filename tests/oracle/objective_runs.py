@@ -186,9 +186,9 @@ def run(case: str, prepare: Callable = lambda x: x) -> dict[str, np.ndarray]:
     callback = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(dict(logs)))
     # JAX runs op by op: compiling so many steps would take it minutes.
     model.compile("sgd", run_eagerly=keras.backend.backend() == "jax", **how)
-    data = [prepare(x), prepare(y), prepare(weights)]
-    model.fit(*data, batch_size=BATCH, shuffle=False, callbacks=[callback], verbose=0)
-    logs = model.evaluate(*data[:2], sample_weight=data[2], batch_size=5, verbose=0, return_dict=True)
+    data = {"x": prepare(x), "y": prepare(y), "sample_weight": prepare(weights)}
+    model.fit(**data, batch_size=BATCH, shuffle=False, callbacks=[callback], verbose=0)
+    logs = model.evaluate(**data, batch_size=5, verbose=0, return_dict=True)
     out = {f"fit.{key}": np.array([np.asarray(log[key], "float64") for log in seen]) for key in seen[0]}
     out.update({f"evaluate.{key}": np.asarray(value, "float64") for key, value in logs.items()})
     return out | {f"weight.{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}

@@ -4,38 +4,46 @@ One unit of work is one row of output positions. A tile is some neighbouring pos
 each input vector is loaded once per row of the window and used for all positions that it meets. Nothing is copied:
 rows of the window outside of the image are left out of the loop over rows, and positions at the sides have code of
 their own without the taps that are outside. Images of symbolic width test each tap of the positions at the sides.
+
+With input dilation (the cotangent of the input of a strided convolution) rows and positions of a tile meet the taps of
+their phase only, see `conv_geometry`: tiles are whole periods, so which taps these are is known to the code.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
+from kgraph.codegen.cpu.conv_geometry import axis_phases
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, Parts
 from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
 from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Node
+from kgraph.ir import Dim, Node
 from kgraph.ir.dims import product
 
 MOST_SEGMENTS = 8  # kinds of tiles along a row, beyond which sides test their taps at run time
 MOST_UNROLLED = 49  # taps along a row whose code is written out
+MOST_PHASES = 4  # per axis
 
 
 def takes(node: Node) -> bool:
-    """Whether a grouped conv node has one channel per group and no input dilation."""
-    w = node.inputs[1]
-    undilated = all(d == 1 for d in node.attrs["lhs_dilation"])
-    return undilated and w.shape[-2] == 1 and w.shape[-3] <= MOST_UNROLLED
+    """Whether a grouped conv node has one channel per group, and no input dilation that makes many phases."""
+    w, attrs = node.inputs[1], node.attrs
+    for stride, dilation, (low, _) in zip(attrs["strides"], attrs["lhs_dilation"], attrs["padding"], strict=True):
+        if dilation != 1 and (isinstance(low, Dim) or dilation // math.gcd(stride, dilation) > MOST_PHASES):
+            return False
+    return w.shape[-2] == 1 and w.shape[-3] <= MOST_UNROLLED
 
 
 class DepthwisePlan(NamedTuple):
     """Params of `render_depthwise`: three spatial axes. Sizes are `int` or ("size", slot).
 
-    origins: minus the padding below, per axis. window: taps; steps, reaches: strides and window dilations. multiplier:
-    filters per channel. positions: of a tile.
+    origins: minus the padding below, per axis. window: taps; steps, reaches, dilations: strides, window dilations and
+    input dilations. multiplier: filters per channel. positions: of a tile.
     """
 
     accumulate: str
@@ -48,6 +56,7 @@ class DepthwisePlan(NamedTuple):
     window: tuple
     steps: tuple
     reaches: tuple
+    dilations: tuple
     positions: int
     lanes: int
     epilogue: tuple
@@ -66,6 +75,11 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
         return (fill,) * missing + tuple(values)
 
     lows = [p[0] for p in attrs["padding"]]
+    dilations = three(attrs["lhs_dilation"], 1)
+    period = dilations[2] // math.gcd(dilations[2], attrs["strides"][-1])
+    positions = 7 if target.num_vector_registers >= 32 else 4
+    if period > 1:
+        positions = -(-positions // period) * period
     out_sizes = three(parts.result.shape[1:-1], 1)
     plan = DepthwisePlan(
         accumulate=accumulate,
@@ -78,11 +92,13 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
         window=three(w.shape[:-2], 1),
         steps=three(attrs["strides"], 1),
         reaches=three(attrs["rhs_dilation"], 1),
-        positions=7 if target.num_vector_registers >= 32 else 4,
+        dilations=dilations,
+        positions=positions,
         lanes=target.vector_bytes // itemsize(accumulate),
         epilogue=tuple(parts.epilogue(accumulate, filters, 2)),
     )
     rows = x.shape[0] * (out_sizes[0] * out_sizes[1])
+    met = x.shape[1:-1] if product(dilations) > 1 else out_sizes  # positions that meet every tap, about
     return [
         KernelCall(
             spec=KernelSpec("depthwise" + parts.name, "kgraph.codegen.cpu.depthwise:render_depthwise", tuple(plan)),
@@ -90,7 +106,7 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
             outputs=len(parts.outputs),
             sizes=list(table.values),
             extent=rows,
-            flops=2 * rows * out_sizes[2] * filters * product(plan.window),
+            flops=2 * x.shape[0] * product(met) * filters * product(plan.window),
             bytes=x.type.nbytes + w.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
             scratch_bytes=plan.positions * target.vector_bytes,
             notes={"inplace": parts.inplace(2)},
@@ -103,6 +119,18 @@ def render_depthwise(params: tuple, target) -> str:
     b = KernelBuilder("depthwise", target)
     _Depthwise(b, DepthwisePlan(*params)).emit()
     return b.ir_text()
+
+
+class _Taps(NamedTuple):
+    """What one position meets along an axis: for t in [lo, hi) tap `first_tap + t * tap_step` falls on input element
+    `start + t * reach`."""
+
+    lo: Int | int
+    hi: Int | int
+    start: Int | int
+    reach: int
+    first_tap: Int | int
+    tap_step: int
 
 
 class _Depthwise:
@@ -122,8 +150,7 @@ class _Depthwise:
         with b.loop(b.begin, b.end) as unit:
             row, rest = unit % self.out_sizes[1], unit // self.out_sizes[1]
             plane, image = rest % self.out_sizes[0], rest // self.out_sizes[0]
-            self.starts = [at * s + o for at, s, o in zip((plane, row), plan.steps, self.origins)]
-            self.ranges = [self._inside(axis) for axis in (0, 1)]
+            self.taps = [self._axis_taps(axis, at) for axis, at in ((0, plane), (1, row))]
             self.image, self.first_pixel = image, unit * self.out_sizes[2]
             segments = self._segments()
             if segments is None:
@@ -132,13 +159,27 @@ class _Depthwise:
                 for first, count, size, taps in segments:
                     self._repeat(first, count, size, lambda p, k, taps=taps: taps[p][k])
 
-    def _inside(self, axis: int) -> tuple:
-        """[lo, hi): taps along `axis` that fall into the image."""
-        b, reach = self.b, self.plan.reaches[axis]
-        start, window = self.starts[axis], self.plan.window[axis]
-        lo = b.min(b.ceil_div(b.max(0 - start, 0), reach), window)
-        hi = b.min(b.ceil_div(b.max(self.sizes[axis] - start, 0), reach), window)
-        return lo, hi
+    def _axis_taps(self, axis: int, position) -> _Taps:
+        """The taps along `axis` that `position` meets inside of the image."""
+        b, plan = self.b, self.plan
+        low = None if plan.dilations[axis] == 1 else -plan.origins[axis]
+        phases = axis_phases(plan.window[axis], plan.steps[axis], low, plan.dilations[axis], plan.reaches[axis])
+        number, turn = position % len(phases), position // len(phases)
+
+        def pick(values: list):
+            chosen = values[0]
+            for n, value in enumerate(values[1:], 1):
+                if value is not chosen and value != chosen:
+                    here = b.int(number).equals(n)
+                    chosen = Int(b, b.ir.select(here, b.i64(value), b.i64(chosen)))
+            return chosen
+
+        origin = self.origins[axis] if low is None else pick([p.origin for p in phases])
+        start, reach = turn * phases[0].step + origin, phases[0].reach
+        count = pick([p.taps for p in phases])
+        lo = b.min(b.ceil_div(b.max(0 - start, 0), reach), count)
+        hi = b.min(b.ceil_div(b.max(self.sizes[axis] - start, 0), reach), count)
+        return _Taps(lo, hi, start, reach, pick([p.first_tap for p in phases]), phases[0].tap_step)
 
     def _repeat(self, first, count, size: int, present: Callable) -> None:
         """`count` tiles of one kind, the first at position `first`."""
@@ -158,12 +199,10 @@ class _Depthwise:
         position = 0
         while position < out_width:
             size = min(plan.positions, out_width - position)
+            starts = [(position + p) * plan.steps[2] + origin for p in range(size)]
             taps = tuple(
-                tuple(
-                    0 <= (position + p) * plan.steps[2] + origin + k * plan.reaches[2] < width
-                    for k in range(plan.window[2])
-                )
-                for p in range(size)
+                tuple(self._meets(start + k * plan.reaches[2], width) for k in range(plan.window[2]))
+                for start in starts
             )
             if segments and segments[-1][2:] == [size, taps]:
                 segments[-1][1] += 1
@@ -172,24 +211,33 @@ class _Depthwise:
             position += size
         return [tuple(s) for s in segments] if len(segments) <= MOST_SEGMENTS else None
 
+    def _meets(self, at: int, width: int) -> bool:
+        """Whether place `at` of a row of the dilated image is an element of the image."""
+        dilation = self.plan.dilations[2]
+        return at % dilation == 0 and 0 <= at // dilation < width
+
     def _dynamic_row(self) -> None:
         """Positions at the sides one by one, with tests; those between in whole tiles, then singly."""
         b, plan = self.b, self.plan
         step, reach, window, origin = plan.steps[2], plan.reaches[2], plan.window[2], self.origins[2]
         out_width = self.out_sizes[2]
+        dilation = plan.dilations[2]
+        period = dilation // math.gcd(dilation, step)
         # All taps are inside from `inner` on (first tap not below 0) and before `outer` (last tap below the width).
-        inner = b.min(b.ceil_div(b.max(0 - origin, 0), step), out_width)
+        inner = b.ceil_div(b.ceil_div(b.max(0 - origin, 0), step), period) * period
+        inner = b.min(inner, out_width)
         last_tap = (window - 1) * reach
-        outer = b.min(b.ceil_div(b.max(self.sizes[2] - last_tap - origin, 0), step), out_width)
+        extent = self.sizes[2] if dilation == 1 else (self.sizes[2] - 1) * dilation + 1
+        outer = b.min(b.ceil_div(b.max(extent - last_tap - origin, 0), step), out_width)
         outer = b.max(outer, inner)
         size = plan.positions
         tiles = (outer - inner) // size
         whole = inner + tiles * size
-        always = lambda p, k: True
+        always = lambda p, k: (p * step + self.origins[2] + k * reach) % dilation == 0 if dilation > 1 else True
         for first, stop, width, present in (
             (0, inner, 1, None),
             (inner, whole, size, always),
-            (whole, outer, 1, always),
+            (whole, outer, 1, always if dilation == 1 else None),
             (outer, out_width, 1, None),
         ):
             with b.loop(first, stop, width) as position:
@@ -199,18 +247,16 @@ class _Depthwise:
         """`size` positions from `position` on, all channels. present(p, k): whether position p meets tap k inside of
         the image; None tests it at run time."""
         b, plan = self.b, self.plan
-        # Offset of tap 0 of the first position, which may lie outside of the image.
-        first = position * plan.steps[2] + self.origins[2]
 
         def channels(c, mask, slot) -> None:
             zero = b.constant(0, plan.accumulate, plan.lanes)
             acc = [b.variable(zero) for _ in range(size)]
-            with b.loop(*self.ranges[0]) as kd, b.loop(*self.ranges[1]) as kh:
-                d = self.starts[0] + kd * plan.reaches[0]
-                h = self.starts[1] + kh * plan.reaches[1]
+            deep, high = self.taps
+            with b.loop(deep.lo, deep.hi) as td, b.loop(high.lo, high.hi) as th:
+                d, h = deep.start + td * deep.reach, high.start + th * high.reach
+                kd, kh = deep.first_tap + td * deep.tap_step, high.first_tap + th * high.tap_step
                 line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2]
-                taps = (kd * plan.window[1] + kh) * plan.window[2]
-                self._row(acc, line, first, taps, c, mask, present)
+                self._row(acc, line, position, (kd * plan.window[1] + kh) * plan.window[2], c, mask, present)
             buffers, sizes = b.function.args[:2]
             if self.epilogue.in_registers:
                 bound = self.epilogue.bind(b, buffers, lambda e: resolve(b, e), c, [mask], plan.lanes)
@@ -225,16 +271,27 @@ class _Depthwise:
 
         b.vector_loop(0, self.filters, plan.lanes, channels)
 
-    def _row(self, acc: list, line, first, taps, c, mask, present) -> None:
-        """Adds one row of the window: input row `line`, whose element `first` is tap 0 of the first position."""
+    def _row(self, acc: list, line, position, taps, c, mask, present) -> None:
+        """Adds one row of the window, whose tap 0 is number `taps`: input row `line` for positions from `position` on."""
         b, plan = self.b, self.plan
+        step, dilation = plan.steps[2], plan.dilations[2]
+        # Input elements are counted from `first`, which may lie outside of the image. Dilated ones have a static origin,
+        # and tiles begin with whole periods.
+        if dilation == 1:
+            first, origin = position * step + self.origins[2], 0
+        else:
+            period = dilation // math.gcd(dilation, step)
+            first, origin = position // period * (period * step // dilation), self.origins[2]
         weights: dict[int, object] = {}
         inputs: dict[int, object] = {}
 
+        def load_weight(k: int):
+            value = b.load(self.weight, (taps + k) * self.filters + c, plan.lanes, mask)
+            return widen(b, value, plan.dtype, plan.accumulate)
+
         def weight(k: int):
             if k not in weights:
-                value = b.load(self.weight, (taps + k) * self.filters + c, plan.lanes, mask)
-                weights[k] = widen(b, value, plan.dtype, plan.accumulate)
+                weights[k] = load_weight(k)
             return weights[k]
 
         def element(offset: int):
@@ -244,14 +301,16 @@ class _Depthwise:
 
         for k in range(plan.window[2]):
             for p, variable in enumerate(acc):
-                offset = p * plan.steps[2] + k * plan.reaches[2]
                 if present is None:
-                    at = b.int(first + offset)
-                    with b.if_then(b.ir.and_(at >= 0, at < self.sizes[2])):
-                        value = b.load(self.weight, (taps + k) * self.filters + c, plan.lanes, mask)
-                        value = widen(b, value, plan.dtype, plan.accumulate)
-                        variable.set(multiply_add(b, self._load(line + at, c, mask), value, variable.get()))
+                    place = b.int((position + p) * step + self.origins[2] + k * plan.reaches[2])
+                    at = place // dilation
+                    inside = b.ir.and_(place >= 0, b.int(at) < self.sizes[2])
+                    if dilation > 1:
+                        inside = b.ir.and_(inside, (place % dilation).equals(0))
+                    with b.if_then(inside):
+                        variable.set(multiply_add(b, self._load(line + at, c, mask), load_weight(k), variable.get()))
                 elif present(p, k):
+                    offset = (origin + p * step + k * plan.reaches[2]) // dilation
                     variable.set(multiply_add(b, element(offset), weight(k), variable.get()))
 
     def _load(self, pixel, c, mask):

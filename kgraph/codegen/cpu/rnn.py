@@ -232,18 +232,21 @@ class PanelProduct:
         width = Int(b, b.ir.select(last, b.i64(self.rest * lanes), b.i64(vectors * lanes)))
         return self.at + (panel * (self.k * vectors * lanes) + place * lanes), width
 
-    def multiply(self, a: Pointer, c: Pointer, rows, initial: Pointer | None = None) -> None:
-        """c = initial + a @ weights, for `rows` rows."""
+    def multiply(self, a: Pointer, c: Pointer, rows, initial: Pointer | None = None, part: range | None = None) -> None:
+        """c = initial + a @ weights, for `rows` rows; with `part`, of these columns of a and rows of the weights."""
         b, layout = self.b, self.layout
         width = layout.vectors * layout.lanes
+        part = part or range(self.k)
+        a = a + part.start
         if self.whole:
             with b.loop(0, self.whole) as p:
-                panel, start = self.at + p * (self.k * width), initial and initial + p * width
-                self.products[layout.vectors].emit(a, panel, c + p * width, rows, self.k, start)
+                panel, start = self.at + (p * (self.k * width) + part.start * width), initial and initial + p * width
+                self.products[layout.vectors].emit(a, panel, c + p * width, rows, len(part), start)
         if self.rest:
             done = self.whole * width
             start = initial and initial + done
-            self.products[self.rest].emit(a, self.at + done * self.k, c + done, rows, self.k, start)
+            panel = self.at + (done * self.k + part.start * (self.rest * layout.lanes))
+            self.products[self.rest].emit(a, panel, c + done, rows, len(part), start)
 
 
 class GateWeights(PanelProduct):

@@ -61,8 +61,6 @@ def accepts(node: Node) -> str | None:
     missing = {attrs["activation"], attrs["recurrent_activation"]} - DERIVATIVES.keys()
     if missing:
         return f"no derivative of {sorted(missing)[0]} in terms of its result"
-    if attrs["cell"] == "gru" and not attrs["reset_after"]:
-        return "no gradient kernel for a GRU that resets before the product"
     return None
 
 
@@ -83,9 +81,11 @@ def lower(node: Node, target) -> list[KernelCall]:
     to_x, to_kernel, to_recurrent, to_bias, to_recurrent_bias, *to_states = node.outputs
     width = shape.gates * units
     gates = Value(TensorType((batch, steps, width), x.dtype))
-    # The reset gate of a GRU scales the candidate's cotangent on its way to the recurrent weights.
-    recurrent_gates = Value(gates.type) if shape.cell == "gru" else gates
-    before = Value(TensorType((batch, steps, units), x.dtype))
+    # The reset gate of a GRU scales the candidate's cotangent on its way to the recurrent weights, or the state that
+    # they multiply. For the latter there are two states a step, and each has the cotangents of the gates that it feeds.
+    states = (2,) if _resets_before(shape) else ()
+    recurrent_gates = Value(TensorType((batch, steps, *states, width), x.dtype)) if shape.cell == "gru" else gates
+    before = Value(TensorType((batch, steps, *states, units), x.dtype))
     table = SizeTable()
     layout = rnn.layout_of(shape, target)
     outputs = [gates, *([recurrent_gates] if shape.cell == "gru" else []), before, *to_states]
@@ -108,13 +108,19 @@ def lower(node: Node, target) -> list[KernelCall]:
     ]
     calls += _product(to_x, gates, kernel, (2,), (1,), target)
     calls += _product(to_kernel, x, gates, (0, 1), (0, 1), target)
-    calls += _product(to_recurrent, before, recurrent_gates, (0, 1), (0, 1), target)
+    rows = tuple(range(2 + len(states)))
+    calls += _product(to_recurrent, before, recurrent_gates, rows, rows, target)
     calls += _sum(to_bias, gates, target)
-    if recurrent_gates is gates:
+    if recurrent_gates is gates or states:
         calls += data_movement.lower_view("copy", to_bias, to_recurrent_bias, 0, [(width, 1)], target)
     else:
         calls += _sum(to_recurrent_bias, recurrent_gates, target)
     return calls
+
+
+def _resets_before(shape: Shape) -> bool:
+    """Whether the reset gate scales the state before it is multiplied, not the product."""
+    return shape.cell == "gru" and not shape.reset_after
 
 
 def _product(out: Value, lhs: Value, rhs: Value, lhs_contract, rhs_contract, target) -> list[KernelCall]:
@@ -178,6 +184,7 @@ class GradientKernel(RecurrentKernel):
         shape, layout, b = self.shape, self.layout, self.b
         self.activation_derivative = DERIVATIVES[shape.activation]
         self.recurrent_derivative = DERIVATIVES[shape.recurrent_activation]
+        self.resets_before = _resets_before(shape)
         block = layout.rows * layout.padded
         at = layout.total
 
@@ -234,7 +241,13 @@ class GradientKernel(RecurrentKernel):
         return [self.b.load(self.kept, self.place(row, unit, number), lanes) for number in range(count)]
 
     def write(self, row, unit, mask, number, out: ir.Value) -> None:
-        self.b.store(self.before, number * self.shape.units + unit, self.state(row, unit), mask)
+        b, units = self.b, self.shape.units
+        if not self.resets_before:
+            b.store(self.before, number * units + unit, self.state(row, unit), mask)
+            return
+        scaled = b.load(self.kept, self.place(row, unit, 3), self.layout.lanes)
+        b.store(self.before, number * (2 * units) + unit, self.state(row, unit), mask)
+        b.store(self.before, number * (2 * units) + units + unit, scaled, mask)
 
     def simple(self, row, unit) -> list[ir.Value]:
         new = super().simple(row, unit)
@@ -256,6 +269,10 @@ class GradientKernel(RecurrentKernel):
         b, layout = self.b, self.layout
         update, reset = (self.recurrent_activation(b, self.gate(row, unit, g)) for g in range(2))
         recurrent, old = self.gate(row, unit, 2), self.state(row, unit)
+        if self.resets_before:
+            candidate = self.activation(b, recurrent)
+            self.keep(row, unit, update, reset, candidate, b.mul(reset, old), old)
+            return [b.fma(update, b.sub(old, candidate), candidate)]
         at = row * (layout.steps * layout.width) + (unit + 2 * layout.padded)
         projected = b.load(self.projected_step, at, layout.lanes)
         candidate = self.activation(b, b.fma(reset, recurrent, projected))
@@ -267,6 +284,9 @@ class GradientKernel(RecurrentKernel):
         """From the cotangents of the states behind a step to those before it."""
         b, shape, layout = self.b, self.shape, self.layout
         self.time = time
+        if self.resets_before:
+            self.step_back_with_reset_before(first, rows)
+            return
         rule = {"lstm": self.lstm_back, "gru": self.gru_back, "simple": self.simple_back}[shape.cell]
 
         def body(row, unit, mask) -> None:
@@ -299,6 +319,59 @@ class GradientKernel(RecurrentKernel):
             b.store(self.to_states[0], at, b.add(hidden, more))
 
         self.each_vector(rows, add)
+
+    def step_back_with_reset_before(self, first, rows) -> None:
+        """The same for a GRU whose candidate reads reset * state: its cotangent takes a product of its own."""
+        b, shape, layout = self.b, self.shape, self.layout
+        padded, units, inner = layout.padded, shape.units, self.recurrent_derivative
+        zero = b.constant(0, shape.dtype, layout.lanes)
+
+        def place(row, unit, gate: int):
+            return row * layout.width + (unit + gate * padded)
+
+        def enter(row, unit, mask) -> None:
+            number = (first + row) * self.steps + self.time
+            update, _, candidate, _, old = self.recall(row, unit)
+            to_out = b.load(self.cotangents[0], number * units + unit, layout.lanes, mask)
+            at = row * padded + unit
+            behind = b.load(self.to_states[0], at, layout.lanes)
+            to_new = b.add(behind, to_out)
+            to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner(b, update))
+            to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), self.activation_derivative(b, candidate))
+            passed = b.mul(to_new, update)
+            if shape.has_mask:
+                valid = b.load(self.inputs[5 + shape.states], number)
+                to_update, to_candidate = (b.ir.select(valid, g, zero) for g in (to_update, to_candidate))
+                passed = b.ir.select(valid, passed, behind if shape.zero_output_for_mask else to_new)
+            b.store(self.gates, place(row, unit, 0), to_update)
+            b.store(self.gates, place(row, unit, 2), to_candidate)
+            b.store(self.to_states[0], at, passed)
+
+        def reset(row, unit, mask) -> None:
+            number = (first + row) * self.steps + self.time
+            _, gate, _, _, old = self.recall(row, unit)
+            at = row * padded + unit
+            to_scaled = b.load(self.to_hidden, at, layout.lanes)
+            to_reset = b.mul(b.mul(to_scaled, old), inner(b, gate))
+            b.store(self.gates, place(row, unit, 1), to_reset)
+            b.store(self.to_states[0], at, b.fma(to_scaled, gate, b.load(self.to_states[0], at, layout.lanes)))
+            to_update, to_candidate = (b.load(self.gates, place(row, unit, g), layout.lanes) for g in (0, 2))
+            for g, value in enumerate((to_update, to_reset, to_candidate)):
+                b.store(self.gate_cotangents[0], number * (3 * units) + (unit + g * units), value, mask)
+            rest = [to_update, to_reset, zero, zero, zero, to_candidate]  # of the state, then of the scaled state
+            for g, value in enumerate(rest):
+                b.store(self.gate_cotangents[1], number * (6 * units) + (unit + g * units), value, mask)
+
+        def leave(row, unit, mask) -> None:
+            at = row * padded + unit
+            hidden, more = (b.load(block, at, layout.lanes) for block in (self.to_states[0], self.to_hidden))
+            b.store(self.to_states[0], at, b.add(hidden, more))
+
+        self.each_vector(rows, enter)
+        self.back.multiply(self.gates, self.to_hidden, rows, part=range(2 * padded, 3 * padded))
+        self.each_vector(rows, reset)
+        self.back.multiply(self.gates, self.to_hidden, rows, part=range(2 * padded))
+        self.each_vector(rows, leave)
 
     # Each gives the cotangents of the gates before their activations (for the projection and, last, for the recurrent
     # product), and the states' cotangents that do not pass through the recurrent product.

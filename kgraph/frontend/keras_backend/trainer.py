@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import numbers
 import warnings
 
 import numpy as np
@@ -16,11 +14,11 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.trainers import trainer as base_trainer
 from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils
-from keras.src.trainers.epoch_iterator import EpochIterator
 from keras.src.utils import traceback_utils
 from keras.src.utils.python_utils import pythonify_logs
 
 from kgraph.errors import KGraphError, UnsupportedError
+from kgraph.frontend.keras_backend.batches import Batches, batch_of, rows_of, weights_of_classes
 
 
 def _functional(model):
@@ -45,41 +43,6 @@ def _takes_one_argument(function) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _rows(x):
-    """The batch size: of the first input there is."""
-    return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
-
-
-def _batch_of(*parts) -> tuple:
-    """Arguments of the `_on_batch` methods as arrays: numbers nested in lists too, floats in Keras' float type."""
-
-    def array(x):
-        if x is None:
-            return None
-        x = backend.convert_to_tensor(x)
-        return x.astype(backend.floatx()) if x.dtype == np.float64 else x
-
-    def convert(part):
-        if isinstance(part, (list, tuple)) and all(isinstance(leaf, numbers.Number) for leaf in tree.flatten(part)):
-            return array(part)
-        return tree.map_structure(array, part)
-
-    return tuple(convert(part) for part in parts)
-
-
-class _Batches(EpochIterator):
-    """Lists of up to `steps_per_execution` batches; the last one may be shorter without a warning."""
-
-    def __next__(self):
-        begin_step, end_step, iterator = next(self._epoch_iterator)
-        batches = list(itertools.islice(iterator, self.steps_per_execution))
-        if batches:
-            return begin_step, end_step, batches
-        with self.catch_stop_iteration():
-            raise StopIteration
-        raise StopIteration
 
 
 class NumpyTrainer(base_trainer.Trainer):
@@ -117,11 +80,11 @@ class NumpyTrainer(base_trainer.Trainer):
             warnings.warn("The model does not have any trainable weights.", stacklevel=2)
             y_pred = self._forward(x, training=True)
             loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
-        self._loss_tracker.update_state(loss, sample_weight=_rows(x))
+        self._loss_tracker.update_state(loss, sample_weight=rows_of(x))
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _loss_and_gradients(self, weights: list, x, y, sample_weight) -> tuple:
-        """(loss, predictions, gradients of the loss as the optimizer scales it)."""
+        """(loss, predictions, gradients of the loss as the optimizer scales it, None for weights that it leaves out)."""
         from kgraph.gradients import value_and_grad
 
         def scaled_loss(values, x, y, sample_weight):
@@ -132,7 +95,7 @@ class NumpyTrainer(base_trainer.Trainer):
                 scaled = self.optimizer.scale_loss(loss)
             return scaled, (loss, y_pred, [get_keras_mask(leaf) for leaf in tree.flatten(y_pred)])
 
-        differentiated = value_and_grad(scaled_loss, has_aux=True)
+        differentiated = value_and_grad(scaled_loss, has_aux=True, unconnected="none")
         (_, (loss, y_pred, masks)), gradients = differentiated([w.value for w in weights], x, y, sample_weight)
         for leaf, mask in zip(tree.flatten(y_pred), masks):
             if mask is not None:
@@ -144,7 +107,7 @@ class NumpyTrainer(base_trainer.Trainer):
         x, y, sample_weight = data_adapter_utils.unpack_x_y_sample_weight(data)
         y_pred = self._forward(x, training=False)
         loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=False)
-        self._loss_tracker.update_state(loss, sample_weight=_rows(x))
+        self._loss_tracker.update_state(loss, sample_weight=rows_of(x))
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def predict_step(self, data):
@@ -252,8 +215,8 @@ class NumpyTrainer(base_trainer.Trainer):
         return predict_function
 
     # -- loops ----------------------------------------------------------------------------------------------------
-    def _batches(self, x, y=None, sample_weight=None, **options) -> _Batches:
-        return _Batches(x=x, y=y, sample_weight=sample_weight, steps_per_execution=self.steps_per_execution, **options)
+    def _batches(self, x, y=None, sample_weight=None, **options) -> Batches:
+        return Batches(x=x, y=y, sample_weight=sample_weight, steps_per_execution=self.steps_per_execution, **options)
 
     def _callbacks(self, callbacks, verbose, steps, epochs: int = 1, history: bool = False):
         if isinstance(callbacks, callbacks_module.CallbackList):
@@ -356,7 +319,7 @@ class NumpyTrainer(base_trainer.Trainer):
         callbacks.on_train_end(logs=training_logs)
         return self.history
 
-    def _train_epoch(self, batches: _Batches, callbacks) -> dict:
+    def _train_epoch(self, batches: Batches, callbacks) -> dict:
         """All batches of an epoch; gives the logs of the last one."""
         logs: dict = {}
         for begin_step, end_step, data in batches:
@@ -433,14 +396,7 @@ class NumpyTrainer(base_trainer.Trainer):
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """One update on one batch; gives loss and metrics of it."""
         self._assert_compile_called("train_on_batch")
-        if class_weight is not None:
-            if sample_weight is not None:
-                raise ValueError(
-                    "Arguments `sample_weight` and `class_weight` cannot be specified at the same time. "
-                    f"Received: sample_weight={sample_weight}, class_weight={class_weight}"
-                )
-            sample_weight = data_adapter_utils.class_weight_to_sample_weights(y, class_weight)
-        data = _batch_of(x, y, sample_weight)
+        data = batch_of(x, y, weights_of_classes(y, sample_weight, class_weight))
         self._symbolic_build(data_batch=data)
         run = self.make_train_function()
         self.reset_metrics()
@@ -451,7 +407,7 @@ class NumpyTrainer(base_trainer.Trainer):
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """Loss and metrics of one batch."""
         self._assert_compile_called("test_on_batch")
-        data = _batch_of(x, y, sample_weight)
+        data = batch_of(x, y, sample_weight)
         self._symbolic_build(data_batch=data)
         run = self.make_test_function()
         self.reset_metrics()
@@ -460,4 +416,4 @@ class NumpyTrainer(base_trainer.Trainer):
 
     def predict_on_batch(self, x):
         """Outputs for one batch."""
-        return tree.map_structure(backend.convert_to_numpy, self.make_predict_function()([_batch_of(x)]))
+        return tree.map_structure(backend.convert_to_numpy, self.make_predict_function()([batch_of(x)]))

@@ -1,0 +1,73 @@
+"""Batches on their way to a step: the data iterator of an epoch, and arguments of the `_on_batch` methods."""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+
+import numpy as np
+from keras.src import backend, tree
+from keras.src.trainers.data_adapters import data_adapter_utils
+from keras.src.trainers.epoch_iterator import EpochIterator
+
+from kgraph.errors import InputError
+
+
+class Batches(EpochIterator):
+    """Lists of up to `steps_per_execution` batches; the last one may be shorter without a warning.
+
+    Raises InputError for data of a known length of 0, or for none at all.
+    """
+
+    def __init__(self, x=None, *args, **options):
+        if x is None:
+            raise InputError("There is no data: give `x` (arrays, a PyDataset, a DataLoader, a generator).")
+        super().__init__(x, *args, **options)
+        if self.data_adapter.num_batches == 0:
+            raise InputError(f"The data is empty: {type(x).__name__} `x` has no rows.")
+
+    def __next__(self):
+        begin_step, end_step, iterator = next(self._epoch_iterator)
+        batches = list(itertools.islice(iterator, self.steps_per_execution))
+        if batches:
+            return begin_step, end_step, batches
+        with self.catch_stop_iteration():
+            raise StopIteration
+        raise StopIteration
+
+
+def rows_of(x):
+    """The batch size: of the first input there is."""
+    return next(leaf for leaf in tree.flatten(x) if leaf is not None).shape[0]
+
+
+def batch_of(*parts) -> tuple:
+    """Arguments of the `_on_batch` methods as arrays: numbers nested in lists too, floats in Keras' float type."""
+
+    def array(x):
+        if x is None:
+            return None
+        x = backend.convert_to_tensor(x)
+        return x.astype(backend.floatx()) if x.dtype == np.float64 else x
+
+    def convert(part):
+        if isinstance(part, (list, tuple)) and all(isinstance(leaf, numbers.Number) for leaf in tree.flatten(part)):
+            return array(part)
+        return tree.map_structure(array, part)
+
+    return tuple(convert(part) for part in parts)
+
+
+def weights_of_classes(y, sample_weight, class_weight: dict | None):
+    """The sample weights of a batch. Raises ValueError where both kinds of weights are given."""
+    if class_weight is None:
+        return sample_weight
+    if sample_weight is not None:
+        raise ValueError(
+            "Arguments `sample_weight` and `class_weight` cannot be specified at the same time. "
+            f"Received: sample_weight={sample_weight}, class_weight={class_weight}"
+        )
+    return data_adapter_utils.class_weight_to_sample_weights(y, class_weight)
+
+
+__all__ = ["Batches", "batch_of", "rows_of", "weights_of_classes"]
