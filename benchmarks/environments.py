@@ -15,6 +15,13 @@ PACKAGES = {
     "peers": ["keras==3.15.1", "jax", "onnxruntime", "openvino", "onnx", "scipy"],
     "export": ["keras==3.15.1", "tensorflow-cpu", "tf2onnx", "onnx"],
     "export-torch": ["keras==3.15.1", "torch==2.13.0", "onnx", "onnxscript"],
+    # Keras' own tests on kgraph and on JAX (`tests.conformance`): both with all that the tests import, and what kgraph
+    # needs.
+    "conformance": [
+        *["keras==3.15.1", "jax", "tensorflow-cpu", "torch==2.13.0", "tensorboard", "orbax-checkpoint", "grain"],
+        *["pandas", "scikit-learn", "pillow", "pydot", "requests", "scipy", "pytest"],
+        *["llvmlite", "networkx", "safetensors", "platformdirs", "filelock", "typer", "rich"],
+    ],
 }
 
 

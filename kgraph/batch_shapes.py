@@ -52,16 +52,23 @@ class BatchShapes:
         family.patterns.append(pattern)
         return pattern
 
-    def pin(self, kind: Hashable, shapes: Shapes, symbols: Iterable[str]) -> None:
-        """Let the axes that these symbols name in the latest pattern be numbers from now on, and forget the pattern."""
+    def pin(self, kind: Hashable, shapes: Shapes, symbols: Iterable[str]) -> set[Position]:
+        """Let the axes that these symbols name in the latest pattern be numbers from now on, and forget the pattern.
+
+        Gives the axes.
+        """
         family, names = self._family(kind, shapes), set(symbols)
         pattern = family.patterns.pop()
-        family.pinned |= {(i, axis) for i, shape in enumerate(pattern) for axis, s in enumerate(shape) if s in names}
+        pinned = {(i, axis) for i, shape in enumerate(pattern) for axis, s in enumerate(shape) if s in names}
+        family.pinned |= pinned
+        return pinned
 
-    def forget(self, pattern: Pattern) -> None:
-        """Drop a pattern whose program is no longer kept."""
+    def forget(self, pattern: Pattern, unpinned: set[Position] | None = None) -> None:
+        """Drop a pattern for which there is no program, and let axes be symbolic again that were pinned for it."""
         for family in self._families.values():
-            family.patterns = [p for p in family.patterns if p is not pattern]
+            if any(p is pattern for p in family.patterns):
+                family.patterns = [p for p in family.patterns if p is not pattern]
+                family.pinned -= unpinned or set()
 
     def _family(self, kind: Hashable, shapes: Shapes) -> _Family:
         together = _common_rows(shapes) is not None
@@ -131,4 +138,4 @@ def _generalised(old: Pattern, fresh: Pattern, shapes: Shapes, pinned: set[Posit
     return tuple(tuple(size(i, axis) for axis in range(len(shape))) for i, shape in enumerate(shapes))
 
 
-__all__ = ["BatchShapes", "Pattern", "symbolic", "symbols_of"]
+__all__ = ["BatchShapes", "Pattern", "Position", "symbolic", "symbols_of"]

@@ -1,4 +1,4 @@
-"""The command line: `kgraph compile|run|explain|bench`."""
+"""The command line: `kgraph compile|inspect|run|explain|bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ application = typer.Typer(no_args_is_help=True, add_completion=False, help="Comp
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="a .keras file, `module:function` giving a model, or the name of a keras.applications model"),
+    typer.Argument(
+        help="a .keras file, a saved .kgraph file, `module:function` giving a model, or the name of a "
+        "keras.applications model"
+    ),
 ]
 BatchOption = Annotated[int, typer.Option("--batch", help="rows per call")]
 
@@ -56,6 +59,18 @@ def load_model(source: str):
     return builder(weights=None)
 
 
+def compile_or_load(source: str):
+    """The model that a command names, compiled, or loaded from a `.kgraph` file; and the Keras model, or None."""
+    import kgraph
+
+    if source.endswith(".kgraph"):
+        if not Path(source).exists():
+            raise typer.BadParameter(f"no such file: {source}")
+        return kgraph.load(source), None
+    model = load_model(source)
+    return kgraph.compile(model), model
+
+
 def random_inputs(compiled, batch: int, size: int, seed: int = 0) -> list[np.ndarray]:
     """Arrays for the inputs of one call: floats in [0, 1), small integers for integer inputs; free axes get `size`."""
     rng = np.random.default_rng(seed)
@@ -77,6 +92,13 @@ def random_inputs(compiled, batch: int, size: int, seed: int = 0) -> list[np.nda
     return [one(type_) for type_ in compiled.inputs.types]
 
 
+def flatten(value) -> list:
+    """The arrays in nested tuples, lists and dicts, in the order that Keras flattens them."""
+    if isinstance(value, dict):
+        return [leaf for key in sorted(value) for leaf in flatten(value[key])]
+    return [leaf for item in value for leaf in flatten(item)] if isinstance(value, (tuple, list)) else [value]
+
+
 def read_inputs(path: Path, names: list[str]) -> list[np.ndarray]:
     """The arrays of an .npy file, or of an .npz file by the names of the inputs (else in its order)."""
     try:
@@ -89,8 +111,16 @@ def read_inputs(path: Path, names: list[str]) -> list[np.ndarray]:
 
 
 @application.command("compile")
-def compile_command(model: ModelArgument) -> None:
-    """Compile a model (fills the kernel cache) and print what it became."""
+def compile_command(
+    model: ModelArgument,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="a .kgraph file to save it to")] = None,
+    level: Annotated[
+        list[str] | None,
+        typer.Option(help="kind of machine to save code for (repeatable): native, x86-64-v4, x86-64-v3, x86-64-v2"),
+    ] = None,
+    graph: Annotated[bool, typer.Option(help="save the graph too, to compile it again on other machines")] = True,
+) -> None:
+    """Compile a model (fills the kernel cache), print what it became, and save it if asked to."""
     import kgraph
 
     start = time.perf_counter()
@@ -101,6 +131,21 @@ def compile_command(model: ModelArgument) -> None:
     )
     for key in ("native_steps", "host_steps", "kernels", "code_bytes", "kernel_cache"):
         typer.echo(f"  {key}: {stats.get(key)}")
+    if output is not None:
+        start = time.perf_counter()
+        size = compiled.save(output, levels=level or None, rebuildable=graph)
+        typer.echo(f"saved {output}: {size:,} bytes in {time.perf_counter() - start:.2f} s")
+
+
+@application.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a saved .kgraph file")],
+    check: Annotated[bool, typer.Option(help="compare all checksums")] = True,
+) -> None:
+    """Show what is in a saved model; nothing in it is executed."""
+    from kgraph.runtime.artifact_inspect import describe
+
+    typer.echo(describe(path, check=check))
 
 
 @application.command("run")
@@ -114,13 +159,8 @@ def run_command(
     size: Annotated[int, typer.Option(help="value of free axes of random inputs")] = 32,
     check: Annotated[bool, typer.Option(help="compare with Keras' own result")] = True,
 ) -> None:
-    """Compile a model, call it once, show the results against Keras' own and the time."""
-    import keras
-
-    import kgraph
-
-    loaded = load_model(model)
-    compiled = kgraph.compile(loaded)
+    """Compile a model, or load it, call it once, show the results against Keras' own and the time."""
+    compiled, original = compile_or_load(model)
     leaves = random_inputs(compiled, batch, size) if inputs is None else read_inputs(inputs, compiled.inputs.names)
     if len(leaves) != compiled.inputs.num_leaves:
         raise typer.BadParameter(f"{inputs} holds {len(leaves)} arrays, the model's inputs are {compiled.inputs.names}")
@@ -131,13 +171,13 @@ def run_command(
         start = time.perf_counter()
         compiled(*arguments, **keywords)
         times.append(time.perf_counter() - start)
-    leaves = keras.tree.flatten(result)
+    leaves = flatten(result)
     for leaf in leaves:
         typer.echo(f"output {leaf.dtype}{list(leaf.shape)}: min {leaf.min():.6g}, max {leaf.max():.6g}")
     typer.echo(f"median time of a call: {sorted(times)[len(times) // 2] * 1e3:.3f} ms")
-    if check:
+    if check and original is not None:
         start = time.perf_counter()
-        expected = keras.tree.flatten(loaded(*arguments, **keywords))
+        expected = flatten(original(*arguments, **keywords))
         seconds = time.perf_counter() - start
         for got, want in zip(leaves, expected):
             difference = np.abs(np.asarray(got, "float64") - np.asarray(want, "float64")).max() if got.size else 0.0
@@ -154,10 +194,7 @@ def explain_command(
     size: Annotated[int, typer.Option(help="value of free axes of random inputs")] = 32,
 ) -> None:
     """Show the kernels of a model, what was fused and what was not."""
-    import kgraph
-
-    loaded = load_model(model)
-    compiled = kgraph.compile(loaded)
+    compiled, _ = compile_or_load(model)
     typer.echo(str(compiled.explain()))
     if profile:
         arguments, keywords = compiled.inputs.pack_call(random_inputs(compiled, batch, size))
@@ -172,14 +209,13 @@ def bench_command(
     seconds: Annotated[float, typer.Option(help="how long to measure")] = 3.0,
 ) -> None:
     """Time calls of a compiled model."""
-    import kgraph
-
-    loaded = load_model(model)
+    compiled, _ = compile_or_load(model)
+    stats = compiled.stats()
+    prepared = stats["compile_seconds"] if "compile_seconds" in stats else sum(stats["seconds"].values())
     start = time.perf_counter()
-    compiled = kgraph.compile(loaded)
     arguments, keywords = compiled.inputs.pack_call(random_inputs(compiled, batch, size))
     compiled(*arguments, **keywords)
-    typer.echo(f"compile and first call: {time.perf_counter() - start:.2f} s")
+    typer.echo(f"compile and first call: {prepared + time.perf_counter() - start:.2f} s")
     times: list[float] = []
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times) < 5:

@@ -17,6 +17,7 @@ from kgraph.errors import InputError
 from kgraph.frontend.capture import Captured, SpecialisationError, capture_function
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.tracer import is_tracing
+from kgraph.garbage import earlier_objects_set_aside
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.runtime.model import Model, sizes_of
@@ -111,14 +112,15 @@ class CompiledModel(Model):
     # -- compiling --------------------------------------------------------------------------------------------
     def _compile(self, sizes: dict[str, int]) -> Variant:
         start = time.perf_counter()
-        try:
-            captured = self._capture(sizes)
-        finally:
-            if self._options.freeze and self._baked is None:
-                # Arrays of variables never change, so that keeping them keeps the weights of this moment.
-                self._baked = {id(v): v._value for v in self._variables()}
-        with CompileProgress(self.name, self._options.progress) as progress:
-            compiled = compile_graph(captured.graph, progress)
+        with earlier_objects_set_aside():
+            try:
+                captured = self._capture(sizes)
+            finally:
+                if self._options.freeze and self._baked is None:
+                    # Arrays of variables never change, so that keeping them keeps the weights of this moment.
+                    self._baked = {id(v): v._value for v in self._variables()}
+            with CompileProgress(self.name, self._options.progress) as progress:
+                compiled = compile_graph(captured.graph, progress)
         variant = Variant(captured, compiled, self._baked)
         variant.refresh_weights()
         self._compiles += 1
@@ -260,18 +262,37 @@ class CompiledModel(Model):
         A model that is compiled for the sizes of each call is saved for those sizes that it has been called with.
         Raises CompileError for an unknown level, InputError where no sizes have been compiled yet.
         """
-        from kgraph.artifact.models import saved_model
         from kgraph.artifact.save import save
+
+        return save(self._saved(), path, levels=levels, rebuildable=rebuildable, self_test=self_test)
+
+    def export(self, directory: str | os.PathLike, format: str = "c", **options):
+        """Write the model, with its weights as they are now, for programs without Python; gives the files' paths.
+
+        format: "c", a shared and a static library with a C header. options: `name`, `machine`, `levels`, `weights`,
+        `compiler` of `kgraph.c_export.export`. A model that is compiled for the sizes of each call is exported for
+        those sizes that it has been called with.
+        Raises ValueError for another format, UnsupportedError for a model with steps that run on NumPy, CompileError
+        where no C compiler is found, InputError where no sizes have been compiled yet.
+        """
+        if format != "c":
+            raise ValueError(f"format={format!r}: expected 'c'")
+        from kgraph.c_export import export
+
+        return export(self._saved(), directory, **options)
+
+    def _saved(self):
+        """The model as what is written of it."""
+        from kgraph.artifact.models import saved_model
 
         self._some_variant()
         with self._lock:
             for variant in self._variants.values():
                 variant.refresh_weights()
             forms = [(dict(zip(self._fixed, key)), variant) for key, variant in self._variants.items()]
-            model = saved_model(
+            return saved_model(
                 self.name, self._inputs, forms, self._adapts_rank, self._fixed, self._specialised_because
             )
-        return save(model, path, levels=levels, rebuildable=rebuildable, self_test=self_test)
 
     def __repr__(self):
         return f"<kgraph.CompiledModel {self.name!r}>"

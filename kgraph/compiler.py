@@ -18,7 +18,7 @@ from kgraph.decisions import Decision
 from kgraph.ir import Graph, Node, Value, live_nodes
 from kgraph.ir.interpreter import evaluate
 from kgraph.passes.manager import Pass, PassContext, run_passes
-from kgraph.passes.pipeline import INFERENCE
+from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.passes.prologue import split_prologue
 from kgraph.runtime.plan import Program
 
@@ -139,20 +139,15 @@ def compile_graph(
     optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
-    lowered = lower(split.main, target, context.decisions)
+    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, TRAINING)[0])
     arrange_updates(lowered, donations, target)
     lowering_done = time.perf_counter()
-    objects = compile_specs(lowered.specs.values(), progress=progress, target=target)
+    objects = compile_specs(lowered.all_specs().values(), progress=progress, target=target)
     kernels_done = time.perf_counter()
-    program = Program(
+    program = lowered.program(
         graph.name,
-        lowered.buffers,
-        lowered.steps,
-        lowered.inputs,
-        lowered.outputs,
-        lowered.params,
-        kernels=objects,
-        executor=executor_object(target),
+        objects,
+        executor_object(target),
         input_names=tuple(v.name for v in graph.inputs),
         donations=donations,
     )

@@ -24,7 +24,7 @@ def load(
         check_weights: compare the checksums of the weights, for which they are read now; else they are read from the
             disk when a call first uses them. Everything else is always checked.
         self_test: repeat the call that was recorded when the model was saved, and compare the results.
-        level: which of the stored object code to use (see `kgraph inspect`); by default the best that this machine runs.
+        level: which of the stored object code to use (see `kgraph inspect`); by default the best that runs here.
 
     Gives a `LoadedModel`, called like the compiled model that was saved. Where the machine runs none of the stored
     code, the model is compiled again from the graph in the file, if the compiler is installed.

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from keras.src.random.seed_generator import global_seed_generator
 
-from kgraph.batch_shapes import BatchShapes, Pattern, symbolic, symbols_of
+from kgraph.batch_shapes import BatchShapes, Pattern, Position, symbolic, symbols_of
 from kgraph.compiler import compile_graph
 from kgraph.frontend.capture import Captured, SpecialisationError, capture_function
 from kgraph.frontend.keras_backend import core
+from kgraph.garbage import earlier_objects_set_aside
 from kgraph.ir import Graph
 from kgraph.passes.manager import Pass
 from kgraph.passes.pipeline import INFERENCE, TRAINING
@@ -71,6 +72,7 @@ class CompiledStep:
         """The program for a batch, compiled if there is none; moved to the end of those that are kept."""
         structure, described = key
         shapes, kind = [shape for shape, _ in described], (structure, tuple([dtype for _, dtype in described]))
+        guessed: set[Position] = set()
         while True:
             pattern = self._shapes.pattern_for(kind, shapes)
             variant = self._variants.pop((kind, pattern), None)
@@ -81,7 +83,7 @@ class CompiledStep:
                 break
             except SpecialisationError as error:
                 if not error.symbols:
-                    self._shapes.forget(pattern)
+                    self._shapes.forget(pattern, guessed)
                     raise
                 self._shapes.pin(kind, shapes, error.symbols)
                 self._specialised_because = str(error)
@@ -89,9 +91,9 @@ class CompiledStep:
                 # Is it wrong for this batch too, or for sizes that are not known only?
                 free = symbols_of(pattern)
                 if not free:
-                    self._shapes.forget(pattern)
+                    self._shapes.forget(pattern, guessed)
                     raise
-                self._shapes.pin(kind, shapes, free)
+                guessed |= self._shapes.pin(kind, shapes, free)
         self._variants[kind, pattern] = variant
         if len(self._variants) > MOST_PROGRAMS:
             oldest = next(iter(self._variants))
@@ -107,9 +109,10 @@ class CompiledStep:
         start = time.perf_counter()
         # Made outside of the trace: a variable that is made inside of one has no value yet.
         global_seed_generator()
-        captured = capture_function(self._function, batch, shapes=symbolic(pattern))
-        with CompileProgress(self.name) as progress:
-            variant = _Variant(captured, self._passes, progress)
+        with earlier_objects_set_aside():
+            captured = capture_function(self._function, batch, shapes=symbolic(pattern))
+            with CompileProgress(self.name) as progress:
+                variant = _Variant(captured, self._passes, progress)
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
         if self._compiles == MANY_COMPILES:

@@ -6,20 +6,27 @@ from collections.abc import Callable
 
 from kgraph import ops  # noqa: F401  (registers the primitives)
 from kgraph.errors import ArtifactError
-from kgraph.ir import Graph, Node, Value
+from kgraph.ir import Graph, Node, TensorType, Value
 from kgraph.ir.parser import parse_graph
 from kgraph.ir.printer import print_graph
 from kgraph.ops.host import HostFunction
+from kgraph.runtime.plan import Program
+from kgraph.runtime.steps import HostStep
 
 
-def text_of(node: Node) -> str:
-    """The text of a node, for `function_of`. Raises TypeError for attributes without a text form."""
-    inputs = [Value(v.type) for v in node.inputs]
-    copy = Node(node.primitive, inputs, node.attrs, [o.type for o in node.outputs])
+def text_of(program: Program, step: HostStep) -> str:
+    """The text of a step, for `function_of`. Raises TypeError for attributes without a text form."""
+    function = step.function
+    if not isinstance(function, HostFunction):
+        raise TypeError(f"the step {step.label} cannot be saved")
+    types = [TensorType(program.buffers[b].shape, program.buffers[b].dtype) for b in step.operands]
+    split = len(types) - step.outputs
+    inputs = [Value(t) for t in types[:split]]
+    node = Node(function.primitive, inputs, function.attrs, types[split:])
     blobs: dict = {}
-    text = print_graph(Graph(inputs, nodes=[copy], outputs=copy.outputs, name="host step"), blobs)
+    text = print_graph(Graph(inputs, nodes=[node], outputs=list(node.outputs), name="host step"), blobs)
     if blobs:
-        raise TypeError(f"the step {node.name} holds large constants, which have no text form")
+        raise TypeError(f"the step {step.label} holds large constants, which have no text form")
     return text
 
 

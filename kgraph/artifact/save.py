@@ -27,9 +27,11 @@ from kgraph.passes.manager import Pass
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.report import explain
 from kgraph.runtime import artifact_plan
+from kgraph.runtime.artifact_control import CONTROL, named_objects, programs_of
 from kgraph.runtime.artifact_file import write_file
 from kgraph.runtime.artifact_level import requirement
 from kgraph.runtime.artifact_tensors import to_pieces
+from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import HostStep
 from kgraph.structure import Structure
 
@@ -63,7 +65,7 @@ class SavedForm:
     sizes: dict[str, int]
     compiled: CompiledGraph | None = None
     state: Sequence[StateVariable] = ()
-    passes: Sequence[Pass] = INFERENCE
+    passes: Sequence[Pass] = tuple(INFERENCE)
     donations: Sequence[tuple[int, int]] = ()
 
 
@@ -148,15 +150,17 @@ class _Writer:
             "host_steps": list(self.host_steps),
         }
         if self.host_steps:
+            steps = "; ".join(self.host_steps)
             warnings.warn(
-                f"{model.name}: the saved model has steps that run on NumPy ({'; '.join(self.host_steps)}), so it loads "
-                "only where the whole package kgraph is installed, not with the runtime alone",
+                f"{model.name}: the saved model has steps that run on NumPy ({steps}), so it loads only "
+                " where the whole package kgraph is installed, not with the runtime alone",
                 stacklevel=4,
             )
         return write_file(path, [("manifest", [_json(manifest)]), *self.sections, *weights])
 
     def form(self, number: int, form: SavedForm, targets: dict[str, Target]) -> dict[str, Any]:
         programs: dict[str, dict] = {}
+        text = ""  # of the best level
         for level, target in targets.items():
             compiled = form.compiled if target == host_target() else None
             if compiled is None:
@@ -167,7 +171,8 @@ class _Writer:
             programs[level] = entry = self.program(f"{number}/{level}", compiled)
             runs_here = not requirement(_features(target)).missing()
             entry["self_test"] = self.record(entry, form, compiled) if self.self_test and runs_here else None
-        self.sections.append((f"text/{number}", [str(compiled.optimised).encode()]))
+            text = text or str(compiled.optimised)
+        self.sections.append((f"text/{number}", [text.encode()]))
         return {
             "sizes": form.sizes,
             "outputs": form.outputs.to_json(),
@@ -179,20 +184,21 @@ class _Writer:
 
     def add_for_all(self, state: StateVariable, number: int, targets: dict[str, Target]) -> str:
         """Put the value of state where every program of the form finds it."""
-        users = [f"{number}/{level}" for level in targets] + ([f"graph/{number}"] if self.rebuildable else [])
-        return [self.store.add(state.value, user, state.name) for user in users][0]
+        name = ""
+        for user in [f"{number}/{level}" for level in targets] + [f"graph/{number}"] * self.rebuildable:
+            name = self.store.add(state.value, user, state.name)
+        return name
 
     def program(self, user: str, compiled: CompiledGraph) -> dict[str, Any]:
         """Write a program's plan, code and report; gives its entry in the manifest."""
         program = compiled.program
-        texts = {}
-        for index, (step, node) in enumerate(zip(program.steps, compiled.nodes, strict=True)):
-            if isinstance(step, HostStep):
-                texts[index] = text_of(node)
-                self.host_steps[f"{step.label}: {step.reason}"] = None
-        plan = artifact_plan.encode(program, lambda array: self.store.add(array, user), texts)
-        objects = {**program.kernels, "executor": program.executor_object}
-        code = {key: np.frombuffer(payload, np.uint8) for key, payload in objects.items()}
+
+        def host_text(owner: Program, step: HostStep) -> str:
+            self.host_steps[f"{step.label}: {step.reason}"] = None
+            return text_of(owner, step)
+
+        plan = artifact_plan.encode(program, lambda array: self.store.add(array, user), host_text)
+        code = {key: np.frombuffer(payload, np.uint8) for key, payload in named_objects(program).items()}
         explanation = explain(self.model.name, compiled)
         report = {
             "kernels": [
@@ -219,7 +225,8 @@ class _Writer:
         names = [f"input.{i}" for i in range(len(inputs))], [f"output.{i}" for i in range(len(outputs))]
         section = program["plan"].replace("plan/", "test/", 1)
         self.sections.append((section, to_pieces(dict(zip(names[0] + names[1], inputs + outputs)))))
-        exact = not any(isinstance(step, HostStep) for step in compiled.program.steps)
+        steps = [step for each in programs_of(compiled.program) for step in each.steps]
+        exact = not any(isinstance(s, HostStep) and not isinstance(s.function, CONTROL) for s in steps)
         return {"section": section, "inputs": names[0], "outputs": names[1], "exact": exact}
 
     def graph(self, section: str, form: SavedForm) -> dict[str, Any]:

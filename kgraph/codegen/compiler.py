@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import os
 import select
@@ -264,6 +265,7 @@ def _start_child(queue: int, specs: list[KernelSpec], target: Target) -> _Child 
 def _child_main(queue: int, write: int, specs: list[KernelSpec], target: Target) -> None:
     """Never returns. Leaves by `_exit`, so that nothing of the parent's clean-up runs twice."""
     status = 1
+    gc.freeze()  # a collection would visit, and so copy, all that the parent holds
     try:
         while token := os.read(queue, 4):
             index = struct.unpack("<I", token)[0]

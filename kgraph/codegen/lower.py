@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from kgraph.codegen import families
+from kgraph.codegen import control, families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.decisions import Decision
-from kgraph.ir import Graph, Node, Value
+from kgraph.ir import Dim, Graph, Node, Value
 from kgraph.ops.host import HostFunction
-from kgraph.runtime.plan import Buffer, HostStep, NativeStep
+from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
 
 
 @dataclass
@@ -28,15 +29,56 @@ class Lowered:
     outputs: tuple[int, ...] = ()
     step_nodes: list[Node] = field(default_factory=list)
 
+    def all_specs(self) -> dict[str, KernelSpec]:
+        """The kernels of this program and of the bodies of its control flow."""
+        out = dict(self.specs)
+        for body in self._bodies():
+            out |= body.lowered.all_specs()
+        return out
 
-def lower(graph: Graph, target, decisions: list[Decision]) -> Lowered:
-    """Lower `graph` (after all passes) for `target`; host steps are added to `decisions` with their reason."""
-    return _Lowering(graph, target, decisions).run()
+    def _bodies(self) -> list[control.LoweredBody]:
+        pending = [step.function for step in self.steps if isinstance(step, HostStep)]
+        return [body for function in pending if isinstance(function, control.ControlStep) for body in function.bodies]
+
+    def program(self, name: str, objects: dict[str, bytes], executor: bytes, **fields) -> Program:
+        """The program of these steps, once their kernels are compiled (`objects`, by cache key)."""
+
+        def build(body_name: str, lowered: Lowered, input_names: tuple[str, ...]) -> Program:
+            return lowered.program(f"{name}/{body_name}", objects, executor, input_names=input_names)
+
+        steps = [
+            replace(step, function=step.function.link(build))
+            if isinstance(step, HostStep) and isinstance(step.function, control.ControlStep)
+            else step
+            for step in self.steps
+        ]
+        kernels = {key: objects[key] for key in self.specs}
+        return Program(
+            name,
+            self.buffers,
+            steps,
+            self.inputs,
+            self.outputs,
+            self.params,
+            kernels=kernels,
+            executor=executor,
+            **fields,
+        )
+
+
+def lower(
+    graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None = None
+) -> Lowered:
+    """Lower `graph` (after all passes) for `target`; host steps are added to `decisions` with their reason.
+
+    optimise: the passes for bodies of control flow; without it these run through their references.
+    """
+    return _Lowering(graph, target, decisions, optimise).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, target, decisions: list[Decision]):
-        self.graph, self.target, self.decisions = graph, target, decisions
+    def __init__(self, graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None):
+        self.graph, self.target, self.decisions, self.optimise = graph, target, decisions, optimise
         self.out = Lowered()
         self.ids: dict[Value | Temporary, int] = {}
 
@@ -115,11 +157,18 @@ class _Lowering:
             self.ids[outer] = self.ids[inner]
 
     def _host(self, node: Node, reason: str) -> None:
+        function: Callable = HostFunction(node.primitive, node.attrs)
+        if node.name in control.PRIMITIVES and self.optimise is not None:
+            step = control.lower_control(node, self._symbols(), self.optimise, self._lower_body)
+            if isinstance(step, str):
+                reason = step
+            else:
+                function, reason = step, step.reason
         operands = [self.ids[v] for v in node.inputs]
         operands += [self._buffer("temporary", v) for v in node.outputs]
         self.out.steps.append(
             HostStep(
-                function=HostFunction(node.primitive, node.attrs),
+                function=function,
                 operands=tuple(operands),
                 outputs=len(node.outputs),
                 reason=reason,
@@ -129,3 +178,11 @@ class _Lowering:
         )
         self.out.step_nodes.append(node)
         self.decisions.append(Decision(node.name, "host step", reason, node.provenance))
+
+    def _lower_body(self, body: Graph) -> Lowered:
+        return lower(body, self.target, [], self.optimise)
+
+    def _symbols(self) -> set[str]:
+        """Symbols of which every call of the program knows the value."""
+        shapes = [v.shape for v in self.graph.inputs]
+        return {symbol for shape in shapes for size in shape if isinstance(size, Dim) for symbol in size.symbols()}

@@ -72,8 +72,11 @@ def host_target() -> Target:
 def make_target(name: str, *, foreign: bool = False) -> Target:
     """The target called `native`, `x86-64-v2`, `x86-64-v3` or `x86-64-v4`, on this machine's caches.
 
-    foreign: also a level whose code this machine cannot run.
+    foreign: also a level whose code this machine cannot run; there is `aarch64` too then (Linux on 64-bit ARM, with
+        what every such processor has, and the caches of a small core).
     """
+    if foreign and name == "aarch64":
+        return _aarch64_target()
     host = _host_features()
     if name == "native":
         cpu, enabled, features = llvm.get_host_cpu_name(), _enabled(host), host
@@ -107,6 +110,16 @@ def make_target(name: str, *, foreign: bool = False) -> Target:
         l2_bytes=caches[2],
         l3_bytes=caches[3],
     )
+
+
+@functools.cache
+def _aarch64_target() -> Target:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    triple, features = "aarch64-unknown-linux-gnu", "+fp-armv8,+neon"
+    machine = llvm.Target.from_triple(triple).create_target_machine(cpu="generic", features=features)
+    caches = _DEFAULT_CACHES
+    return Target(triple, "generic", features, str(machine.target_data), 16, 32, caches[1], caches[2], caches[3])
 
 
 @functools.cache

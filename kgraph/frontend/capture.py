@@ -154,7 +154,9 @@ def _capture_once(call, inputs: Structure, symbols: dict, sizes: dict, name: str
     tracer = GraphTracer(name)
     collector = Collector(tracer)
     try:
-        with _unfiltered_tracebacks(), core.TraceScope() as scope, tracer.active(), collector:
+        # Variables that the call makes, such as an optimizer's slots at its first use, get their values when it ends.
+        scope = core.TraceScope(initialize_variables=True)
+        with _unfiltered_tracebacks(), scope, tracer.active(), collector:
             leaves = [tracer.add_input(t, n) for n, t in zip(inputs.names, inputs.types)]
             args, kwargs = inputs.pack_call(leaves)
             result = call(*args, **kwargs)

@@ -5,13 +5,13 @@ front of `sys.meta_path`; when Keras asks for `keras.src.backend.numpy` (which i
 kgraph's modules, and Keras' configuration module, which reads `KERAS_BACKEND` once, sees `numpy` while it runs.
 `os.environ` itself keeps `KERAS_BACKEND=kgraph`, so that child processes start the same way.
 
-This module is imported at interpreter start-up by `kgraph_hook.pth`, so it imports nothing but the standard library.
+This module is imported at interpreter start-up by `kgraph_hook.pth`, so it imports nothing but the
+standard library, and of that not `importlib.abc`, whose base classes cost more time than all of kgraph's runtime.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import os
 import sys
@@ -34,7 +34,7 @@ COARSE = frozenset(
 )
 
 
-class _AliasLoader(importlib.abc.Loader):
+class _AliasLoader:
     """Serves a kgraph module under one of Keras' names: one module object, two entries in `sys.modules`."""
 
     def __init__(self, target: str):
@@ -50,7 +50,7 @@ class _AliasLoader(importlib.abc.Loader):
         module.__spec__ = self.own_spec
 
 
-class _WrappingLoader(importlib.abc.Loader):
+class _WrappingLoader:
     """Another loader with something done around the execution of the module."""
 
     def __init__(self, loader):
@@ -86,7 +86,7 @@ class _ConfigLoader(_WrappingLoader):
                 os.environ["KERAS_BACKEND"] = before
 
 
-class KerasBackendFinder(importlib.abc.MetaPathFinder):
+class KerasBackendFinder:
     """Answers for `keras.src.backend.numpy`, its submodules, Keras' configuration module, and those of `COARSE`."""
 
     def find_spec(self, fullname, path=None, target=None):

@@ -31,6 +31,9 @@ class TracedArray(Traced):
     # Keras attaches masks to tensors as attributes.
     __slots__ = ("__dict__", "__weakref__", "tracer", "value")
     __array_priority__ = 1000
+    # Keras' shape inference asks both of KerasTensors, and where it decides by size what to rematerialise, of tensors.
+    sparse = False
+    ragged = False
 
     def __init__(self, tracer: GraphTracer, value: Value):
         self.tracer = tracer

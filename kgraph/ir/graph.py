@@ -148,6 +148,22 @@ class Rewriter:
         return self.target
 
 
+def append_graph(
+    target: Graph, source: Graph, operands: Sequence[Value], provenance: frozenset = frozenset()
+) -> list[Value]:
+    """Append copies of the nodes of `source` to `target`; gives what its outputs are for these operands.
+
+    operands: values of `target`, one per input of `source`, of the same types. provenance: joins that of each node.
+    """
+    mapping = dict(zip(source.inputs, operands, strict=True))
+    for node in source.nodes:
+        types = [o.type for o in node.outputs]
+        copy = Node(node.primitive, [mapping[v] for v in node.inputs], node.attrs, types, node.provenance | provenance)
+        target.nodes.append(copy)
+        mapping.update(zip(node.outputs, copy.outputs))
+    return [mapping[v] for v in source.outputs]
+
+
 def live_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
     """Those of `nodes`, in their order, that `values` are computed from."""
     live = set(values)

@@ -122,7 +122,7 @@ def _gelu_gradient(c, x, y, approximate):
         t = ops.tanh(inner)
         bell = ops.mul(ops.mul(half, slope), ops.sub(one, ops.mul(t, t)))
         return ops.mul(c, ops.add(ops.mul(half, ops.add(one, t)), ops.mul(x, bell)))
-    distribution = ops.mul(half, ops.erfc(ops.mul(x, like(x, -math.sqrt(0.5)))))
+    distribution = ops.add(half, ops.mul(half, ops.erf(ops.mul(x, like(x, math.sqrt(0.5))))))
     density = ops.mul(like(x, 1 / math.sqrt(2 * math.pi)), ops.exp(ops.mul(like(x, -0.5), square)))
     return ops.mul(c, ops.add(distribution, ops.mul(x, density)))
 

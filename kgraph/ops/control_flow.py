@@ -177,11 +177,15 @@ def _reference_scan(*arrays, body, num_carry, num_xs, length, reverse):
     attrs = {"body": body, "num_carry": num_carry, "num_xs": num_xs, "length": length, "reverse": reverse}
     inferred = _infer_scan(*types, **attrs)
     carries, xs, constants = _split(arrays, num_carry, num_xs)
-    stacks = [np.empty(t.shape, t.np_dtype) for t in inferred[num_carry:]]
+    if not length:
+        return (*carries, *(np.empty(t.shape, t.np_dtype) for t in inferred[num_carry:]))
+    stacks: list[np.ndarray] = []
     for t in range(length)[:: -1 if reverse else 1]:
         results = run("scan", body, (*carries, *(x[t] for x in xs), *constants))
-        carries = results[:num_carry]
-        for stack, y in zip(stacks, results[num_carry:]):
+        carries, ys = results[:num_carry], results[num_carry:]
+        # Sizes of the results may be those of no operand, so that only an evaluation tells them.
+        stacks = stacks or [np.empty((length, *np.shape(y)), y.dtype) for y in ys]
+        for stack, y in zip(stacks, ys):
             stack[t] = y
     return (*carries, *stacks)
 

@@ -38,7 +38,9 @@ def _infer(x, cotangent, *, window, strides, padding, rhs_dilation, feature_grou
     if cotangent.rank != x.rank or any(map(sizes_differ, cotangent.shape[:-1], (x.shape[0], *spatial))):
         raise shape_error("conv_filter_gradient", types, f"a cotangent of shape {(x.shape[0], *spatial, 'filters')}")
     if any(isinstance(n, int) and n % feature_groups for n in (x.shape[-1], cotangent.shape[-1])):
-        raise shape_error("conv_filter_gradient", types, f"channels and filters that divide into {feature_groups} groups")
+        raise shape_error(
+            "conv_filter_gradient", types, f"channels and filters that divide into {feature_groups} groups"
+        )
     return x.with_shape((*window, x.shape[-1] // feature_groups, cotangent.shape[-1]))
 
 
@@ -129,7 +131,7 @@ CONV_FILTER_GRADIENT = register(
 
 
 def conv_filter_gradient(x, cotangent, *, window, strides, padding, rhs_dilation, feature_groups: int = 1):
-    """The cotangent [*window, C / groups, F] of the weight of a convolution of x[N, *spatial, C] without input dilation.
+    """The cotangent [*window, C / groups, F] of the weight of a convolution of x[N, *spatial, C], not dilated.
 
     cotangent: [N, *out, F], of the convolution's result. window, strides, rhs_dilation: one entry per spatial axis;
     padding: a (low, high) pair per axis. feature_groups: C of them, with F == C, make a depthwise convolution.

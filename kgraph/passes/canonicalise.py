@@ -8,7 +8,7 @@ import numpy as np
 from kgraph.ir import Graph, Node, Rewriter, TensorType, Value, np_dtype
 from kgraph.ir.types import FLOATS, INTS
 from kgraph.passes.manager import PassContext
-from kgraph.passes.patterns import is_elementwise, made_by, primitive, scalar_constant
+from kgraph.passes.patterns import made_by, primitive, scalar_constant
 
 RULES: dict[str, list] = {}
 
@@ -102,9 +102,14 @@ def merge_revs(node, inputs, rewriter):
 
 
 @rule("rev")
-def drop_empty_rev(node, inputs, rewriter):
-    """`rev(x; axes=()) -> x`."""
-    return inputs[0] if not node.attrs["axes"] else None
+def drop_axes_of_rev(node, inputs, rewriter):
+    """`rev(x; axes) -> rev(x; those longer than 1) -> x` where none is left."""
+    axes = node.attrs["axes"]
+    shape = inputs[0].shape
+    kept = tuple(a for a in axes if not (isinstance(shape[a], int) and shape[a] <= 1))
+    if not kept:
+        return inputs[0]
+    return rewriter.emit(node.primitive, inputs[0], axes=kept) if len(kept) < len(axes) else None
 
 
 # -- chains --------------------------------------------------------------------------------------------------------
@@ -253,16 +258,20 @@ def logic_with_constant(node, inputs, rewriter):
 
 
 # -- broadcasts and constants ---------------------------------------------------------------------------------------
+_MAY_SHRINK = {"broadcast_to", "constant", "full", "reshape"}
+
+
 def _elementwise_operand_rule(node: Node, inputs: tuple, rewriter: Rewriter):
     """Elementwise nodes broadcast by themselves: explicit broadcasts of an operand are dropped, constants with equal
     elements shrink to scalars, where another operand still has the full shape."""
-    if not is_elementwise(node):
+    candidates = [i for i, v in enumerate(inputs) if v.node is not None and v.node.primitive.name in _MAY_SHRINK]
+    if not candidates:
         return None
     shape = node.output.shape
     new = list(inputs)
-    for i, value in enumerate(inputs):
-        others_full = any(v.shape == shape for j, v in enumerate(new) if j != i)
-        if not others_full or len(inputs) == 1:
+    for i in candidates:
+        value = inputs[i]
+        if not any(v.shape == shape for j, v in enumerate(new) if j != i):
             continue
         if made_by(value, "broadcast_to"):
             new[i] = value.node.inputs[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kgraph.decisions import Decision
-from kgraph.ir import Graph, Node, Value
+from kgraph.ir import Graph, Node, Value, constant_value
 from kgraph.passes.manager import PassContext
 from kgraph.passes.patterns import is_elementwise, is_positional
 from kgraph.passes.regions import Contraction, Region, fused_node, is_inline_constant, replace_regions
@@ -19,6 +19,7 @@ ANCHOR_KINDS = {
     "layer_norm": "norm",
     "rms_norm": "norm",
     "group_norm": "norm",
+    "moments": "moments",
     "reduce_sum": "reduce",
     "reduce_max": "reduce",
     "reduce_min": "reduce",
@@ -26,9 +27,16 @@ ANCHOR_KINDS = {
     "reduce_and": "reduce",
     "reduce_or": "reduce",
 }
-WITH_PROLOGUE = {"softmax", "norm", "reduce"}
+WITH_PROLOGUE = {"softmax", "norm", "reduce", "moments"}
 LARGEST_REGION = 64  # nodes; beyond it registers spill and compile time grows without a gain
 MOST_LOOP_OUTPUTS = 4
+
+CHEAP = frozenset(
+    "abs add bitwise_and convert eq ge gt le logical_and logical_not logical_or lt maximum minimum mul ne neg relu "
+    "relu6 select sub".split()
+)
+FEWEST_ELEMENTS = 4096  # below, a value stays in the nearest cache
+LONGEST_EPILOGUE = 6
 
 
 def anchor_kind(node: Node) -> str | None:
@@ -36,6 +44,46 @@ def anchor_kind(node: Node) -> str | None:
     if node.name == "conv" and node.attrs["feature_groups"] > 1:
         return "depthwise" if node.attrs["feature_groups"] == node.inputs[0].shape[-1] else "conv"
     return ANCHOR_KINDS.get(node.name)
+
+
+def source_of(node: Node) -> Value | None:
+    """The one operand of a cheap elementwise node that has its result's shape, if it is not wider in memory: to compute
+    the node again costs no more than to read its result."""
+    if node.name not in CHEAP or len(node.outputs) != 1:
+        return None
+    out = node.output.type
+    if out.is_static and out.size < FEWEST_ELEMENTS:
+        return None
+    full = {v for v in node.inputs if v.shape == out.shape and constant_value(v) is None}
+    if len(full) != 1:
+        return None
+    (source,) = full
+    return source if source.type.itemsize <= out.itemsize else None
+
+
+def computes_operands(contraction: Contraction, reader: Node, value: Value) -> bool:
+    """Whether a kernel led by the reader may compute `value` on the fly."""
+    if is_elementwise(reader):
+        if len(reader.outputs) != 1 or reader.output.shape != value.shape:
+            return False
+        others = {v for v in reader.inputs if v is not value and v.shape == value.shape}
+        return not any(_ends_a_product(contraction, v) for v in others)
+    return anchor_kind(reader) in WITH_PROLOGUE and reader.inputs[0] is value and value not in reader.inputs[1:]
+
+
+def _ends_a_product(contraction: Contraction, value: Value) -> bool:
+    """Whether what reads the value may be in the epilogue of a product or convolution, whose operands lie in memory."""
+    for _ in range(LONGEST_EPILOGUE):
+        node = value.node
+        if node is None or len(set(contraction.users.get(value, ()))) > 1:
+            return False
+        if not is_elementwise(node):
+            return anchor_kind(node) not in {None, *WITH_PROLOGUE}
+        full = [v for v in node.inputs if v.shape == value.shape and constant_value(v) is None]
+        if not full:
+            return False
+        value = full[0]
+    return False
 
 
 def fuse(graph: Graph, context: PassContext) -> Graph:
@@ -59,14 +107,25 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
             context.decisions.append(Decision(subject, "not fused", reason, node.provenance))
         return False
 
+    siblings: dict[tuple, list[Node]] = {}
+    for node in graph.nodes:
+        if anchor_kind(node) == "reduce":
+            siblings.setdefault(_reduction(node), []).append(node)
     for node in graph.nodes:
         kind = anchor_kind(node)
-        if kind is None or node in contraction.region_of or len(node.outputs) != 1:
+        if kind is None or node in contraction.region_of:
             continue
         nodes = [node]
         if kind in WITH_PROLOGUE:
             _grow_backward(contraction, nodes, node)
-        checkpoints = _grow_forward(contraction, nodes, node, context)
+        if kind == "reduce":
+            joint = _with_siblings(contraction, nodes, node, siblings[_reduction(node)])
+            if len(joint) > len(nodes) and settle(kind, _grow_forward(contraction, joint, node, context)[::-1], node):
+                continue
+        if len(node.outputs) == 1:
+            checkpoints = _grow_forward(contraction, nodes, node, context)
+        else:
+            checkpoints = [contraction.sorted(nodes)]
         settle(kind, checkpoints[::-1], node)
     for node in graph.nodes:
         if node in contraction.region_of or not is_elementwise(node) or len(node.outputs) != 1:
@@ -76,6 +135,28 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
         checkpoints = _grow_loop(contraction, node)
         settle("loop", [c for c in checkpoints[::-1] if len(c) > 1], None)
     return replace_regions(graph, contraction, fused)
+
+
+def _reduction(node: Node) -> tuple:
+    """What reductions of one kernel have in common."""
+    return node.inputs[0].shape, tuple(node.attrs["axes"]), node.attrs["keepdims"]
+
+
+def _with_siblings(contraction: Contraction, nodes: list[Node], anchor: Node, siblings: list[Node]) -> list[Node]:
+    """The nodes and further reductions over the same axes that read the same memory, with what leads to them."""
+    shape = anchor.inputs[0].shape
+    nodes = list(nodes)
+    for other in siblings:
+        if other in nodes or other in contraction.region_of or len(nodes) >= LARGEST_REGION:
+            continue
+        joint = [*nodes, other]
+        for member in [n for n in joint if anchor_kind(n) == "reduce"]:
+            _grow_backward(contraction, joint, member)
+        own = [n for n in joint if n not in nodes]
+        read = {v for v in contraction.external_inputs(nodes) if v.shape == shape}
+        if not read.isdisjoint(v for n in own for v in n.inputs) and contraction.can_absorb(other, joint):
+            nodes = joint
+    return nodes
 
 
 def _joins(contraction: Contraction, node: Node, shape: tuple, positional: bool = False) -> bool:
@@ -89,11 +170,14 @@ def _joins(contraction: Contraction, node: Node, shape: tuple, positional: bool 
 
 
 def _grow_forward(contraction: Contraction, nodes: list[Node], anchor: Node, context: PassContext) -> list[list[Node]]:
-    """Regions of growing size, each with one live result, ending in elementwise readers of the anchor's result."""
+    """Regions of growing size, ending in elementwise readers of the anchors' results; each has one live result, or a
+    few where these are reduced."""
     shape = anchor.output.shape
     checkpoints = [contraction.sorted(nodes)]
     current = list(nodes)
-    values = [anchor.output]
+    anchors = [n for n in nodes if n is anchor or (anchor_kind(n) == "reduce" and n.output.shape == shape)]
+    values = [n.output for n in anchors]
+    most = MOST_LOOP_OUTPUTS if anchor_kind(anchor) == "reduce" else 1
     while values and len(current) < LARGEST_REGION:
         value = values.pop(0)
         if value in contraction.outputs:
@@ -105,7 +189,7 @@ def _grow_forward(contraction: Contraction, nodes: list[Node], anchor: Node, con
                 continue
             current.append(user)
             values.append(user.output)
-            if len(contraction.live_outputs(current)) == 1:
+            if len(contraction.live_outputs(current)) <= most:
                 checkpoints.append(contraction.sorted(current))
     if len(checkpoints) == 1:
         _explain_no_epilogue(contraction, anchor, context)
@@ -169,7 +253,7 @@ def _grow_loop(contraction: Contraction, seed: Node) -> list[list[Node]]:
                 continue
             if any(is_inline_constant(o) for o in other.outputs):
                 continue
-            if not contraction.can_absorb(other, current):
+            if _belongs_to_readers(contraction, other, current) or not contraction.can_absorb(other, current):
                 continue
             current.append(other)
             if len(contraction.live_outputs(current)) > MOST_LOOP_OUTPUTS:
@@ -178,3 +262,18 @@ def _grow_loop(contraction: Contraction, seed: Node) -> list[list[Node]]:
             frontier.append(other)
             checkpoints.append(contraction.sorted(current))
     return checkpoints
+
+
+def _belongs_to_readers(contraction: Contraction, node: Node, region: list[Node]) -> bool:
+    """Whether a reader of the region's results is better computed where it is read itself: what it is computed from is
+    written anyway, and its readers can do so, but not in this region."""
+    source = source_of(node)
+    if source is None or source.node not in region or node.output in contraction.outputs:
+        return False
+    if source not in contraction.live_outputs([*region, node]):
+        return False
+    readers = contraction.users.get(node.output, ())
+    return all(
+        computes_operands(contraction, r, node.output) and not contraction.can_absorb(r, [*region, node])
+        for r in readers
+    )

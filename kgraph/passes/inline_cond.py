@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kgraph import ops
-from kgraph.ir import Graph, Node, Rewriter, Value, np_dtype
+from kgraph.ir import Graph, Node, Rewriter, Value, append_graph, np_dtype
 from kgraph.ir.dims import evaluate, product
 from kgraph.ir.recorder import Recorder, inheriting
 from kgraph.passes.manager import Decision, PassContext
@@ -40,7 +40,7 @@ def inline_cond(graph: Graph, context: PassContext) -> Graph:
             context.decisions.append(Decision("cond", "kept as a branch", reason, node.provenance))
             return rewriter.emit(node.primitive, *inputs, **dict(node.attrs, branches=tuple(branches)))
         index, *operands = inputs
-        results = [_copied(branch, operands, rewriter, node.provenance) for branch in branches]
+        results = [append_graph(rewriter.target, branch, operands, node.provenance) for branch in branches]
         return tuple(_selected(index, list(values), rewriter, node.provenance) for values in zip(*results))
 
     return Rewriter(graph).run(visit)
@@ -70,17 +70,6 @@ def _refuses(node: Node, branches: list[Graph], context: PassContext) -> str | N
 def _elements(value: Value) -> int:
     size = product(value.shape)
     return size if isinstance(size, int) else evaluate(size, dict.fromkeys(size.symbols(), ASSUMED_SIZE))
-
-
-def _copied(branch: Graph, operands: list[Value], rewriter: Rewriter, provenance: frozenset) -> list[Value]:
-    """The branch's results on `operands`, its nodes appended to the graph."""
-    mapping = dict(zip(branch.inputs, operands, strict=True))
-    for inner in branch.nodes:
-        types = [o.type for o in inner.outputs]
-        copy = Node(inner.primitive, [mapping[v] for v in inner.inputs], inner.attrs, types, inner.provenance | provenance)
-        rewriter.target.nodes.append(copy)
-        mapping.update(zip(inner.outputs, copy.outputs))
-    return [mapping[v] for v in branch.outputs]
 
 
 def _selected(index: Value, values: list[Value], rewriter: Rewriter, provenance: frozenset) -> Value:

@@ -6,6 +6,7 @@ from kgraph.passes.canonicalise import canonicalise
 from kgraph.passes.collapse_dot import collapse_dot
 from kgraph.passes.common_subexpressions import common_subexpressions
 from kgraph.passes.dead_code import dead_code
+from kgraph.passes.duplicate_producers import duplicate_producers
 from kgraph.passes.expand_random import expand_random
 from kgraph.passes.fold_batch_norm import fold_batch_norm
 from kgraph.passes.fold_constants import fold_constants
@@ -36,6 +37,7 @@ INFERENCE: list[Pass] = [
     fold_batch_norm,
     dead_code,
     group_recurrent,
+    duplicate_producers,
     fuse,
     layout,
     common_subexpressions,

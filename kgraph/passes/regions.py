@@ -11,10 +11,11 @@ from kgraph.passes.patterns import primitive
 class Region:
     """Nodes to be fused, in topological order, around an optional anchor (`conv`, `dot_general`, `softmax` ...)."""
 
-    __slots__ = ("anchor", "kind", "nodes")
+    __slots__ = ("anchor", "kind", "last", "nodes")
 
     def __init__(self, kind: str, nodes: Iterable[Node], anchor: Node | None = None):
         self.kind, self.nodes, self.anchor = kind, list(nodes), anchor
+        self.last = 0  # place in the graph of the last node, once the region is claimed
 
 
 class Contraction:
@@ -29,6 +30,7 @@ class Contraction:
 
     def claim(self, region: Region) -> None:
         """Contract the nodes of `region`: no other region may take them."""
+        region.last = max(self.index[node] for node in region.nodes)
         for node in region.nodes:
             self.region_of[node] = region
 
@@ -52,35 +54,32 @@ class Contraction:
                     out.append(value)
         return out
 
-    def depends_on(self, value: Value, nodes: set[Node]) -> bool:
-        """Whether `value` is computed, through contracted regions, from a result of `nodes`."""
-        first = min(self.index[n] for n in nodes)
-        stack = [value.node] if value.node is not None else []
+    def can_absorb(self, node: Node, nodes: list[Node]) -> bool:
+        """Whether joining `node` to `nodes` leaves the contracted graph acyclic.
+
+        It does if nothing that they read from outside is computed, through contracted regions, from a result of them.
+        """
+        inside = {node, *nodes}
+        index, region_of = self.index, self.region_of
+        first = min([index[n] for n in inside])
+        stack = [v.node for member in inside for v in member.inputs if v.node is not None and v.node not in inside]
         seen: set[Node] = set()
         while stack:
-            node = stack.pop()
-            if node in nodes:
-                return True
-            if node in seen:
+            current = stack.pop()
+            if current in inside:
+                return False
+            if current in seen:
                 continue
-            region = self.region_of.get(node)
-            members = region.nodes if region is not None else (node,)
-            seen.update(members)
-            if max(self.index[m] for m in members) < first:
+            region = region_of.get(current)
+            if region is None:
+                seen.add(current)
+                if index[current] > first:
+                    stack += [v.node for v in current.inputs if v.node is not None]
                 continue
-            for member in members:
-                stack.extend(v.node for v in member.inputs if v.node is not None)
-        return False
-
-    def can_absorb(self, node: Node, nodes: list[Node]) -> bool:
-        """Whether joining `node` to `nodes` leaves the contracted graph acyclic."""
-        inside = set(nodes) | {node}
-        for member in (node, *nodes):
-            for value in member.inputs:
-                if value.node is None or value.node in inside or is_inline_constant(value):
-                    continue
-                if self.depends_on(value, inside):
-                    return False
+            seen.update(region.nodes)
+            if region.last > first:
+                for member in region.nodes:
+                    stack += [v.node for v in member.inputs if v.node is not None]
         return True
 
     def sorted(self, nodes: Iterable[Node]) -> list[Node]:

@@ -1,6 +1,6 @@
 """Saved models: opened, checked, and made callable without Keras or the compiler.
 
-The section `manifest` says what the file holds: the structure of the inputs, the levels (kinds of machine) that there is
+The section `manifest` says what the file holds: the structure of the inputs, the levels (kinds of machine) that it has
 object code for, and the forms of the model, one for all sizes or one per set of fixed sizes. Each form has a program
 for each level: its plan, its code and its weights, prepared for that level.
 """
@@ -221,6 +221,9 @@ def open_model(
     """
     clock = Clock()
     level = manifest.choose(file, level)
+    for name in file.sections:
+        if not name.startswith("weights/"):
+            file.check(name)
     checking = Checking(file, weight_sections(file, manifest, level) if check_weights else ())
     try:
         forms = [_read_form(file, manifest, form, level, host_functions) for form in manifest.forms]

@@ -17,6 +17,7 @@ import numpy as np
 
 from kgraph import dims
 from kgraph.errors import ArtifactError
+from kgraph.runtime.artifact_control import CONTROL, decode_control, encode_control
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import Buffer, HostStep, NativeStep
 from kgraph.types import SHORT_NAMES, np_dtype
@@ -25,33 +26,44 @@ _MAX_RANK = 32
 _MAX_COUNT = 1 << 20
 _MAX_BYTES = 1 << 46
 _MAX_THREADS = 1 << 16
+_MAX_DEPTH = 16
 
 # From the text of a host step (a graph of one node) to its function.
 HostFunctions = Callable[[str], Callable]
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
-def encode(program: Program, tensor_name: Callable[[np.ndarray], str], host_texts: Mapping[int, str]) -> dict[str, Any]:
+def encode(
+    program: Program, tensor_name: Callable[[np.ndarray], str], host_text: Callable[[Program, HostStep], str]
+) -> dict[str, Any]:
     """The JSON value of a program with parameters.
 
-    tensor_name: puts an array into the file and gives its name there. host_texts: the text of each host step, by the
-    step's index.
+    tensor_name: puts an array into the file and gives its name there. host_text: gives the text of a primitive that
+    runs on NumPy.
     """
+
+    def encode_body(body: Program) -> dict[str, Any]:
+        return encode(body, tensor_name, host_text)
+
     kernels = {key: number for number, key in enumerate(program.kernels)}
     buffers = []
     for number, b in enumerate(program.buffers):
         value: Any = None
         if b.kind == "constant":
-            value = tensor_name(program.constants[number])
+            value = tensor_name(program.constants[number].reshape(b.shape))
         elif b.kind == "dim":
             value = dims.to_json(b.value)
         shape = [dims.to_json(s) for s in b.shape]
         buffers.append([b.kind, shape, b.dtype, value, b.alias, dims.to_json(b.offset), b.name])
     steps = []
-    for index, step in enumerate(program.steps):
+    for step in program.steps:
         common = [list(step.operands), step.outputs, step.label, list(step.layers)]
         if isinstance(step, HostStep):
-            steps.append([*common, host_texts[index], step.reason])
+            if isinstance(step.function, CONTROL):
+                function = encode_control(step.function, encode_body, tensor_name)
+            else:
+                function = ["reference", host_text(program, step)]
+            steps.append([*common, function, step.reason])
             continue
         sizes = [dims.to_json(s) for s in (step.extent, step.scratch_bytes, step.flops, step.bytes)]
         more = [[dims.to_json(s) for s in step.sizes], [list(pair) for pair in step.inplace], step.max_threads]
@@ -92,8 +104,11 @@ def decode(
 
 
 class _Decoder:
-    def __init__(self, data, tensors, objects, host_functions: HostFunctions):
+    def __init__(self, data, tensors, objects, host_functions: HostFunctions, depth: int = 0):
         self.data, self.tensors, self.objects, self.host_functions = data, tensors, objects, host_functions
+        self.depth = depth
+        if depth > _MAX_DEPTH:
+            raise ValueError("programs are nested too deeply")
         if type(data) is not dict:
             raise ValueError("it is no dictionary")
 
@@ -175,8 +190,8 @@ class _Decoder:
         outputs = _integer(outputs, 0, len(operands))
         label, layers = _text(label), tuple([_text(layer) for layer in _list(layers)])
         if len(rest) == 2:
-            text, reason = map(_text, rest)
-            return HostStep(self.host_functions(text), operands, outputs, reason, label, layers)
+            function = self.function(_list(rest[0]), len(operands) - outputs, outputs)
+            return HostStep(function, operands, outputs, _text(rest[1]), label, layers)
         kernel, extent, scratch, flops, nbytes, sizes, inplace, max_threads = rest
         split = len(operands) - outputs
         last = len(operands) - 1
@@ -195,6 +210,16 @@ class _Decoder:
             layers=layers,
             max_threads=_integer(max_threads, 0, _MAX_THREADS),
         )
+
+    def function(self, data: list, inputs: int, outputs: int) -> Callable:
+        """The function of a step that Python runs."""
+        if len(data) == 2 and data[0] == "reference":
+            return self.host_functions(_text(data[1]))
+
+        def body(plan) -> Program:
+            return _Decoder(plan, self.tensors, self.objects, self.host_functions, self.depth + 1).program()
+
+        return decode_control(data, inputs, outputs, body, self.tensor)
 
 
 def _list(value, most: int = _MAX_COUNT) -> list:

@@ -67,7 +67,7 @@ class Program:
             if b.kind == "constant"
         }
         self._validate()
-        self._solvers = _symbol_solvers([self.buffers[b].shape for b in self.inputs], self.name)
+        self.solvers = _symbol_solvers([self.buffers[b].shape for b in self.inputs], self.name)
         self.executor = threads.install(executor) if executor else None
         self.library = Library(self.kernels)
         self.functions = {key: self.library.address(key) for key in self.kernels}
@@ -177,7 +177,7 @@ class Program:
             if len(shape) != len(self.buffers[b].shape):
                 raise self._shape_error(i, shape, "the rank differs")
         sizes: dict[str, int] = {}
-        for symbol, i, axis, factor, shift in self._solvers:
+        for symbol, i, axis, factor, shift in self.solvers:
             quotient, remainder = divmod(shapes[i][axis] - shift, factor)
             if remainder or quotient < 0:
                 expected = self.buffers[self.inputs[i]].shape[axis]

@@ -120,6 +120,29 @@ def test_depthwise(name, dynamic, dtype):
     convolution(x, w, attrs, dtype=dtype, dynamic=range(len(x) - 1) if dynamic else ())
 
 
+DILATED = {
+    "input of a 3x3 stride 2": ((2, 7, 8, 40), (3, 3, 1, 40), {"lhs_dilation": 2, "padding": 2}),
+    "of one that was padded": ((2, 7, 8, 20), (3, 3, 1, 20), {"lhs_dilation": 2, "padding": ((2, 1), (2, 1))}),
+    "cropped": ((2, 7, 8, 20), (3, 3, 1, 20), {"lhs_dilation": 2, "padding": ((-1, 1), (1, -2))}),
+    "5x5 stride 3": ((2, 5, 30, 20), (5, 5, 1, 20), {"lhs_dilation": 3, "padding": ((4, 3), (3, 5))}),
+    "window smaller than the stride": ((2, 5, 6, 20), (2, 1, 1, 20), {"lhs_dilation": (3, 2), "padding": 1}),
+    "strides too": ((2, 9, 30, 5), (3, 4, 1, 5), {"lhs_dilation": (4, 3), "strides": (2, 2), "padding": 3}),
+    "1D, dilated window": ((2, 40, 5), (4, 1, 10), {"lhs_dilation": 2, "rhs_dilation": 3, "padding": 4}),
+    "3D": ((2, 3, 4, 9, 5), (3, 3, 3, 1, 5), {"lhs_dilation": (2, 1, 2), "padding": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DILATED)
+@pytest.mark.parametrize("dynamic", ["none", "images", "all"])
+def test_depthwise_with_input_dilation(name, dynamic):
+    """The cotangent of the input of a strided depthwise convolution."""
+    x, w, options = DILATED[name]
+    attrs = attributes(len(x) - 2, feature_groups=x[-1], **options)
+    node = make_node(CONV, [Value(TensorType(s, "float32")) for s in (x, w)], attrs)
+    assert conv.choose(node)[0] == "depthwise"
+    convolution(x, w, attrs, dynamic=range({"none": 0, "images": 1, "all": len(x) - 1}[dynamic]))
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "int32"])
 def test_dtypes(dtype):
     attrs = attributes(2, padding=1)

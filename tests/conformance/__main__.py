@@ -1,17 +1,55 @@
+"""Runs Keras' own tests on kgraph: `python -m tests.conformance [folder or file below keras/src ...]`.
+
+Prints what passed, failed and was skipped per folder, and fails where that and `gaps.toml` disagree. A run that was
+interrupted goes on with the files that it has no results of. Results are kept by file in `.bench/conformance-results`.
+"""
+
+from __future__ import annotations
+
+import argparse
 import sys
-from pathlib import Path
+from collections import Counter
 
-from tests.conformance.runner import Suite
-
-backend, n, *folders = sys.argv[1:]
-s = Suite(backend, Path("/work/main/.bench/conformance/bin/python"), Path("/work/conf/results"))
-files = s.files(folders)
+from benchmarks.environments import python
+from tests.conformance import gaps, report
+from tests.conformance.runner import FileResult, Suite
 
 
-def rep(r):
-    from collections import Counter
+def announce(result: FileResult) -> None:
+    tally = Counter(outcome for outcome, _ in result.tests.values())
+    print(f"{result.file}: {', '.join(f'{n} {o}' for o, n in tally.items())} ({result.seconds:.0f} s)", flush=True)
 
-    print(r.file, dict(Counter(o for o, _ in r.tests.values())), r.seconds, flush=True)
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("folders", nargs="*", help="folders or files below keras/src; all by default")
+    parser.add_argument("--backend", default="kgraph", choices=["kgraph", "jax"], help="what to run them on")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="run what has results too")
+    parser.add_argument("--show", action="store_true", help="run nothing: counts from the stored results of both")
+    parser.add_argument("--readme", action="store_true", help="as --show, and write the README's section")
+    options = parser.parse_args()
+    suites = {name: Suite(name, python("conformance")) for name in ("kgraph", "jax")}
+    files = suites["kgraph"].files(options.folders)
+    if options.show or options.readme:
+        ours, peer = ([suites[name].result(file) for file in files] for name in ("kgraph", "jax"))
+        print(report.table({"kgraph": report.counts(ours), "JAX": report.counts(peer)}))
+        print("\nPassed on JAX only, by the reason on kgraph:")
+        for reason, number in report.only_on(peer, ours).most_common():
+            print(f"{number:6d}  {reason}")
+        if options.readme:
+            report.write_readme(report.readme_section(ours, peer))
+        return 0
+    results = suites[options.backend].run(files, options.processes, options.again, announce)
+    print(report.table({options.backend: report.counts(results)}))
+    if options.backend != "kgraph":
+        return 0
+    entries = gaps.load()
+    print("failing, by category:", dict(report.by_category(results, entries)))
+    wrong = gaps.complaints(results, entries)
+    print(*wrong, sep="\n")
+    return 1 if wrong else 0
 
 
-s.run(files, int(n), report=rep, again="--again" in sys.argv)
+if __name__ == "__main__":
+    sys.exit(main())

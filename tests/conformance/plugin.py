@@ -4,7 +4,7 @@ It does what the `conftest.py` of that repository does (the wheel leaves it out)
 test's outcome to a file as soon as it is known, and, on kgraph, changes two things for the tests alone:
 
 - They see the backend's name "kgraph", where Keras itself sees "numpy": many tests skip themselves on a backend called
-  "numpy" because Keras' own one cannot train. `NAMED_NUMPY` lists the exceptions.
+  "numpy" because Keras' own one cannot train. `NAMES` lists the exceptions.
 - Each layer that a test hands to `TestCase.run_layer_test` also goes through `kgraph.compile` (`compiled_layers`).
 
 Settings come from the environment, so that the plugin works in the peers' environments too:
@@ -21,7 +21,6 @@ import os
 import signal
 import sys
 import time
-import tomllib
 import types
 from pathlib import Path
 
@@ -30,10 +29,18 @@ import pytest
 ON_KGRAPH = os.environ.get("KERAS_BACKEND") == "kgraph"
 TIMEOUT = float(os.environ.get("CONFORMANCE_TIMEOUT", "120"))
 RESULTS = os.environ.get("CONFORMANCE_RESULTS")
-# Modules that choose among the backends' classes by name when they are imported, and know no "kgraph".
-NAMED_NUMPY = frozenset({"keras.src.trainers.trainer_test"})
-# Tests that Keras skips on every backend but a list, and that are in reach of kgraph: by the reason of the skip.
-RUN_ANYWAY = tomllib.loads((Path(__file__).parent / "gaps.toml").read_text())["run_anyway"] if ON_KGRAPH else ()
+# Places in the tests (module, function or class) that ask for the backend's name for what kgraph shares with another
+# one, and know no "kgraph": the name that fits there.
+NAMES = {
+    ("keras.src.trainers.trainer_test", "<module>"): "numpy",  # the trainer's class
+    ("keras.src.trainers.trainer_test", "__getitem__"): "jax",  # the CPU's name, for a device scope
+    ("keras.src.trainers.data_adapters.tf_dataset_adapter_test", "TestTFDatasetAdapter"): "numpy",  # makes NumPy arrays
+    ("keras.src.trainers.data_adapters.tf_dataset_adapter_test", "test_tf_sparse_tensors"): "numpy",
+    ("keras.src.ops.core_test", "test_is_tensor"): "numpy",  # tensors are NumPy arrays
+    ("keras.src.ops.math_test", "test_istft"): "jax",  # the ends of the inverse, where windows do not overlap
+    ("keras.src.ops.image_test", "test_gaussian_blur_even_kernel_size"): "numpy",  # a test of the NumPy backend alone
+    ("keras.src.utils.backend_utils_test", "test_dynamic_backend"): "numpy",  # which stands for the running backend
+}
 
 
 # -- what Keras' conftest does -----------------------------------------------------------------------------------------
@@ -69,10 +76,6 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     known = {test for file in {_file(item.nodeid) for item in items} for test in _known(file)}
     items[:] = [item for item in items if item.nodeid not in known]
-    for item in items:
-        # Skips on all backends but a list that cannot name this one; every other skip stays.
-        for node in item.listchain():
-            node.own_markers = [m for m in node.own_markers if m.kwargs.get("reason") not in RUN_ANYWAY]
 
 
 # -- the backend's name ------------------------------------------------------------------------------------------------
@@ -86,8 +89,8 @@ def _name_the_backend() -> None:
     def backend():
         frame = sys._getframe(1)
         caller = frame.f_globals.get("__name__", "")
-        if caller in NAMED_NUMPY and frame.f_code.co_name == "<module>":
-            return inner()
+        if (caller, frame.f_code.co_name) in NAMES:
+            return NAMES[caller, frame.f_code.co_name]
         of_a_test = caller.endswith("_test") or caller.startswith("keras.src.testing.")
         return "kgraph" if of_a_test else inner()
 

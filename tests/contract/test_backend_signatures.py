@@ -104,6 +104,14 @@ def test_signature_is_keras_own(module, name):
     assert own == expected or expected == STUB
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_signatures_show_no_annotations(module):
+    """Keras compares the signatures of its operations, which have none, with those of its backend."""
+    for name in public_functions(module):
+        if name not in vars(ours("rnn")):
+            assert not getattr(getattr(ours(module), name), "__annotations__", {}), name
+
+
 def test_gaps_name_functions_of_the_interface_and_give_reasons():
     for function, reason in gaps().items():
         module, name = function.split(".", 1)

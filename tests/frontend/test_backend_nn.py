@@ -232,6 +232,10 @@ def test_one_hot(axis):
     np.testing.assert_array_equal(y, expected)
 
 
+def test_one_hot_finds_the_number_of_classes_of_concrete_indices():
+    np.testing.assert_array_equal(nn.one_hot(np.array([2, 0, -1]), None), [[0, 0, 1], [1, 0, 0], [0, 0, 0]])
+
+
 def test_multi_hot():
     x = np.array([[0, 2, 2], [3, 1, 7]], "int32")
     y = both(lambda t: nn.multi_hot(t, 4, dtype="int32"), x)

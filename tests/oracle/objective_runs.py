@@ -15,14 +15,15 @@ BATCH, BATCHES, CLASSES = 6, 4, 4
 ROWS = BATCH * BATCHES
 
 # What the targets and predictions of a loss or metric are.
-REAL, POSITIVE, UNIT, SIGNED, BINARY, SPARSE, ONE_HOT, MULTI_HOT, VECTOR, RANKS, CTC = (
-    "real positive unit signed binary sparse one_hot multi_hot vector ranks ctc".split()
+REAL, POSITIVE, UNIT, SIGNED, BINARY, COLUMN, SPARSE, ONE_HOT, MULTI_HOT, RANKS, CTC = (
+    "real positive unit signed binary column sparse one_hot multi_hot ranks ctc".split()
 )
 ACTIVATION = {
     POSITIVE: "softplus",
     UNIT: "softmax",
     SIGNED: "tanh",
     BINARY: "sigmoid",
+    COLUMN: "sigmoid",
     SPARSE: "softmax",
     ONE_HOT: "softmax",
     MULTI_HOT: "sigmoid",
@@ -38,7 +39,7 @@ LOSSES: dict[str, tuple] = {
     "CategoricalGeneralizedCrossEntropy": (SPARSE, {}, {"q": 0.3}),
     "CategoricalHinge": (ONE_HOT, {}),
     "Circle": (SPARSE, {}, {"gamma": 3.0, "margin": 0.2}),
-    "CosineSimilarity": (REAL, {}, {"axis": 0}),
+    "CosineSimilarity": (REAL, {}),
     "Dice": (MULTI_HOT, {}, {"axis": (1,)}),
     "Hinge": (SIGNED, {}),
     "Huber": (REAL, {}, {"delta": 0.3}),
@@ -65,11 +66,11 @@ METRICS: dict[str, tuple] = {
     "Accuracy": (RANKS, {}),
     "BinaryAccuracy": (BINARY, {}, {"threshold": 0.6}),
     "BinaryCrossentropy": (BINARY, {}, {"label_smoothing": 0.2}),
-    "BinaryIoU": (BINARY, {}, {"target_class_ids": [1], "threshold": 0.4}),
+    "BinaryIoU": (COLUMN, {}, {"target_class_ids": [1], "threshold": 0.4}),
     "CategoricalAccuracy": (ONE_HOT, {}),
     "CategoricalCrossentropy": (ONE_HOT, {}),
     "CategoricalHinge": (ONE_HOT, {}),
-    "ConcordanceCorrelation": (REAL, {}, {"axis": 0}),
+    "ConcordanceCorrelation": (REAL, {}),
     "CosineSimilarity": (REAL, {}),
     "F1Score": (MULTI_HOT, {}, {"average": "macro", "threshold": 0.5}, {"average": "micro", "threshold": 0.4}),
     "FBetaScore": (MULTI_HOT, {"beta": 2.0}, {"average": "weighted", "threshold": 0.5}),
@@ -156,6 +157,7 @@ def targets(kind: str) -> np.ndarray:
         UNIT: np.exp(values) / np.exp(values).sum(-1, keepdims=True),
         SIGNED: np.sign(values),
         BINARY: (values > 0).astype("float32"),
+        COLUMN: (values[:, :1] > 0).astype("float32"),
         MULTI_HOT: (values > 0).astype("float32"),
         SPARSE: values.argmax(-1).astype("int32"),
         RANKS: values.argmax(-1).astype("int32"),
@@ -170,7 +172,7 @@ def run(case: str, prepare: Callable = lambda x: x) -> dict[str, np.ndarray]:
     logits = options.get("from_logits") or kind == CTC
     inputs = keras.Input((7, 5) if kind == CTC else (5,))
     x = layers.Dense(6, "tanh")(inputs)
-    outputs = layers.Dense(CLASSES, None if logits else ACTIVATION.get(kind))(x)
+    outputs = layers.Dense(1 if kind == COLUMN else CLASSES, None if logits else ACTIVATION.get(kind))(x)
     model = keras.Model(inputs, ClassIds()(outputs) if kind == RANKS else outputs)
     model.set_weights(initial_weights(model))
     rng = np.random.default_rng(6)

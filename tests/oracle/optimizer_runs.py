@@ -85,15 +85,15 @@ def _cases() -> dict[str, Callable]:
         optimizers.Adam(0.01), initial_scale=8.0, dynamic_growth_steps=2
     )
     found["LossScaleOptimizer(Adam,overflow)"] = lambda: scaled(optimizers.Adam(0.01, clipnorm=0.1), initial_scale=8.0)
+    by_rank = lambda v: optimizers.Adam(0.01) if len(v.shape) == 2 else optimizers.SGD(0.05, momentum=0.5)
+    found["MultiOptimizer(by_rank)"] = lambda: optimizers.MultiOptimizer(by_rank)
     return found
 
 
 CASES = _cases()
 # One of every kind; every option on the optimizers of most use.
 SHORT_CASES = [
-    case
-    for case in CASES
-    if case.startswith(("Adam(", "SGD(", "LossScale")) or not any(f"{option}=" in case for option in OPTIONS)
+    case for case in CASES if case.startswith(("Adam(", "SGD(")) or not any(f"{option}=" in case for option in OPTIONS)
 ]
 
 
@@ -125,8 +125,7 @@ def run(case: str, prepare: Callable = lambda x: x) -> dict[str, np.ndarray]:
     model.compile(CASES[case](), "mse", run_eagerly=keras.backend.backend() == "jax")
     model.fit(prepare(x), prepare(y), batch_size=BATCH, shuffle=False, callbacks=[callback], verbose=0)
     out = {f"weight.{i}": np.asarray(w) for i, w in enumerate(model.get_weights())}
-    for variable in model.optimizer.variables:
-        out[f"slot.{len(out)}.{variable.path}"] = np.asarray(variable.value)
+    out.update({f"slot.{i}": np.asarray(v.value) for i, v in enumerate(model.optimizer.variables)})
     if not overflow:
         out["losses"] = np.array(losses, "float64")
     return out

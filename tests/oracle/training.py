@@ -11,15 +11,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import kgraph  # noqa: F401  (before Keras)
 import keras
 import numpy as np
 
 from tests.oracle import comparison, training_runs
+from tests.oracle.training_models import ROWS
 
 # How often JAX's own rounding error kgraph's may be, and what counts as rounding where JAX happens to be closer.
 FACTOR = 4
-FLOOR = 2e-6
+FLOOR = 1e-6
+# A run in which the criterion would allow more shows nothing. Only bfloat16 comes near it.
+MOST_ALLOWED = 0.06
+# Metrics that count rows: one row more or less is all that rounding can do.
+COUNTING = ("accuracy", "top_2", "auc")
+ONE_ROW = 1.01 / ROWS
 
 
 @dataclass
@@ -49,15 +54,19 @@ def judge(name: str, ours: Mapping, wide: Mapping, narrow: Mapping) -> list[Find
     """
     if set(ours) != set(wide) or set(wide) != set(narrow):
         raise AssertionError(f"{name}: kgraph gives {sorted(ours)}, JAX {sorted(wide)}")
-    return [*_curves(ours, wide, narrow), _weights(name.split("-")[-1], ours, wide, narrow)]
+    findings = [*_curves(ours, wide, narrow), _weights(name.split("-")[-1], ours, wide, narrow)]
+    loosest = max(findings, key=lambda f: f.allowed)
+    if loosest.allowed > MOST_ALLOWED:
+        raise AssertionError(f"{name}: JAX's own deviation is too large to compare with: {loosest}")
+    return findings
 
 
 def _curves(ours, wide, narrow) -> list[Finding]:
     findings = []
     for key in (k for k in wide if k.startswith("log.")):
         reference, jax, own = wide[key], narrow[key], ours[key]
-        if not np.isfinite(reference).all() or not np.ptp(reference):
-            raise AssertionError(f"the reference of {key} is constant or not finite; it shows nothing")
+        if not np.isfinite(reference).all() or (key == "log.loss" and reference[-1] >= reference[0]):
+            raise AssertionError(f"the reference of {key} is not finite or does not fall; it shows nothing")
         if key.endswith(COUNTING):
             difference = float(np.max(np.abs(own - reference)))
             findings.append(Finding(key, difference, float(np.max(np.abs(jax - reference))), ONE_ROW))
@@ -65,10 +74,6 @@ def _curves(ours, wide, narrow) -> list[Finding]:
         error, jax_error = (float(np.linalg.norm(v - reference) / np.linalg.norm(reference)) for v in (own, jax))
         findings.append(Finding(key, error, jax_error, max(FACTOR * jax_error, FLOOR)))
     return findings
-
-
-COUNTING = ("accuracy", "top_2", "auc")
-ONE_ROW = 1.01 / 24
 
 
 def _weights(optimizer: str, ours, wide, narrow) -> Finding:

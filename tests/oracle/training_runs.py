@@ -23,9 +23,7 @@ OPTIMIZERS: dict[str, Callable] = {
 LION_STEP = 2 * 0.0002
 RUNS = [f"{model}-{optimizer}" for model in training_models.MODELS for optimizer in OPTIMIZERS]
 # Every model once, every optimizer three times or more.
-SHORT_RUNS = [
-    f"{model}-{list(OPTIMIZERS)[i % len(OPTIMIZERS)]}" for i, model in enumerate(training_models.MODELS)
-]
+SHORT_RUNS = [f"{model}-{list(OPTIMIZERS)[i % len(OPTIMIZERS)]}" for i, model in enumerate(training_models.MODELS)]
 
 
 def digest(*files: str) -> str:
@@ -44,7 +42,8 @@ def initial_weights(model: keras.Model) -> list[np.ndarray]:
     for variable in model.weights:
         value = np.asarray(variable)
         if value.ndim >= 2 and value.dtype.kind == "f":
-            value = rng.normal(size=value.shape) * min(0.5, float(np.prod(value.shape[:-1])) ** -0.5)
+            fan_in = np.prod(value.shape[: -2 if "depthwise" in variable.path else -1])
+            value = rng.normal(size=value.shape) * min(0.5, float(fan_in) ** -0.5)
         # Rounded once to float32, so that runs of any precision begin at the same numbers.
         values.append(value.astype("float32") if value.dtype.kind == "f" else value)
     return values

@@ -116,15 +116,16 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
     if isinstance(chunks, int):
         chunks = max(chunks, 1)
     single = isinstance(chunks, int) and chunks == 1 and node.output.dtype == accumulate
-    partial = node.output if single else Temporary(TensorType((chunks, *node.output.shape), accumulate))
-    parts = window[0] * window[1] // (plan.joined * plan.copies) * (channels // (plan.channel_block * plan.channel_blocks))
-    panels = -(-filters // (vectors * lanes))
+    partial = Temporary(TensorType((chunks, *node.output.shape), accumulate))
+    tap_groups = window[0] * window[1] // (plan.joined * plan.copies)
+    channel_groups = channels // (plan.channel_block * plan.channel_blocks)
+    panel_groups = -(-filters // (vectors * lanes * plan.panels))
     sums = KernelCall(
         spec=KernelSpec("conv_filter_gradient", "kgraph.codegen.cpu.conv_filter_kernel:render_filter", tuple(plan)),
-        operands=[x, cotangent, partial],
+        operands=[x, cotangent, node.output if single else partial],
         outputs=1,
         sizes=list(table.values),
-        extent=chunks * (plan.groups * parts * -(-panels // plan.panels)),
+        extent=chunks * (plan.groups * tap_groups * channel_groups * panel_groups),
         flops=2 * product(cotangent.shape) * channels * product(window),
         bytes=x.type.nbytes + cotangent.type.nbytes + partial.type.nbytes,
         scratch_bytes=plan.copy_bytes + plan.panel_bytes,

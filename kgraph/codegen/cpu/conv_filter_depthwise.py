@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
+from llvmlite import ir
+from kgraph.codegen.cpu.builder import I32, PTR, VOID, KernelBuilder, itemsize
 from kgraph.codegen.cpu.conv_filter_kernel import narrow, total_call
 from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
@@ -19,6 +20,7 @@ from kgraph.ir import Dim, Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
 CHUNK_POSITIONS = 1024  # of a chunk, about
+AHEAD=32
 MOST_TAPS = 24  # along a row of the window, whose sums are kept in registers
 LEAST_SUMS = 9  # in registers, so that multiply-adds do not wait for each other
 
@@ -72,12 +74,12 @@ def lower(node: Node, target) -> list[KernelCall]:
     if isinstance(chunks, int):
         chunks = max(chunks, 1)
     single = isinstance(chunks, int) and chunks == 1
-    partial = node.output if single else Temporary(TensorType((chunks, *node.output.shape), accumulate))
+    partial = Temporary(TensorType((chunks, *node.output.shape), accumulate))
     table = SizeTable()
     plan = GradientPlan(
         accumulate=accumulate,
         dtype=x.dtype,
-        out_dtype=partial.type.dtype,
+        out_dtype=node.output.dtype if single else accumulate,
         images=table(x.shape[0]),
         sizes=table.all(three(x.shape[1:-1], 1)),
         out_sizes=table.all(out_sizes),
@@ -90,8 +92,10 @@ def lower(node: Node, target) -> list[KernelCall]:
         lanes=lanes,
     )
     sums = KernelCall(
-        spec=KernelSpec("depthwise_filter_gradient", "kgraph.codegen.cpu.conv_filter_depthwise:render_sums", tuple(plan)),
-        operands=[x, cotangent, partial],
+        spec=KernelSpec(
+            "depthwise_filter_gradient", "kgraph.codegen.cpu.conv_filter_depthwise:render_sums", tuple(plan)
+        ),
+        operands=[x, cotangent, node.output if single else partial],
         outputs=1,
         sizes=list(table.values),
         extent=chunks * (window[0] * window[1] * -(-channels // lanes)),
@@ -131,8 +135,8 @@ class _Sums:
         inner, outer = self._inside()
         zero = b.constant(0, plan.accumulate, plan.lanes)
         with b.loop(b.begin, b.end) as unit:
-            block, rest = unit % blocks, unit // blocks
-            tap_row, chunk = rest % tap_rows, rest // tap_rows
+            tap_row, rest = unit % tap_rows, unit // tap_rows
+            block, chunk = rest % blocks, rest // blocks
             self.channel = b.int(b.i64(block)) * plan.lanes
             self.mask = None if plan.channels % plan.lanes == 0 else self._mask()
             acc = [[b.variable(zero) for _ in range(taps)] for _ in range(self.copies)]
@@ -188,7 +192,14 @@ class _Sums:
         b, plan = self.b, self.plan
         first = b.int(b.i64(position * plan.steps[2] + self.origins[2]))
         loaded: dict[int, object] = {}
+        fetch = b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
+        hints = [ir.Constant(I32, v) for v in (0, 3, 1)]
         for p in range(count):
+            at = self.cotangent + ((pixel + (p + AHEAD)) * plan.channels + self.channel)
+            b.ir.call(fetch, [at.value, *hints])
+            for q in range(plan.steps[2]):
+                at = self.x + ((line + first + (self.taps - 1) * plan.reaches[2] + ((p + AHEAD) * plan.steps[2] + q)) * plan.channels + self.channel)
+                b.ir.call(fetch, [at.value, *hints])
             value = self._load(self.cotangent, pixel + p)
             for k in range(self.taps):
                 offset = p * plan.steps[2] + k * plan.reaches[2]

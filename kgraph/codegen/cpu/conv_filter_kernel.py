@@ -29,9 +29,10 @@ class FilterPlan(NamedTuple):
     accumulate: dtype of the sums; dtype: of the operands. origins: minus the padding below, per axis. window: taps;
     steps, reaches: strides and window dilations. channels, filters: per group. piece: positions of a line, at most;
     whole: whether every line has as many. lines: of a block; chunk: of a unit. joined: rows of taps that one copy of
-    the input holds (more than one only where `dense`); copies: how many such copies a unit makes. channel_block: channels that lie side by side in
-    a copy; channel_blocks: how many such blocks a unit takes. panels: panels of filters of a unit. tile: segments, and rows of each, of a tile. packed: whether the
-    cotangents are copied. lanes, vectors: of a vector, of a full panel.
+    the input holds (more than one only where `dense`); copies: how many such copies a unit makes. channel_block:
+    channels that lie side by side in a copy; channel_blocks: how many such blocks a unit takes. panels: panels of
+    filters of a unit. tile: segments, and rows of each, of a tile. packed: whether the cotangents are copied. lanes,
+    vectors: of a vector, of a full panel.
     """
 
     accumulate: str
@@ -220,7 +221,9 @@ class _Filter:
                 sizes = (count, self.columns_here, self.panels.columns - filter)
                 with b.loop(0, plan.channel_blocks) as block:
                     rows = to + block * (plan.channel_block * self.all_filters)
-                    self.tiles.walk(rows, self.copy + block * plan.block_elements, source, sizes, vectors, masked, first)
+                    self.tiles.walk(
+                        rows, self.copy + block * plan.block_elements, source, sizes, vectors, masked, first
+                    )
 
             self._each_panel(first_panel, last_panel, panel)
 
@@ -340,18 +343,21 @@ class _Tiles:
     def _build(self, segments: int, rows: int, vectors: int, masked: bool) -> ir.Function:
         b, plan, lanes = self.b, self.plan, self.plan.lanes
         name = f"tile_{segments}x{rows}x{vectors}{'_masked' if masked else ''}"
-        displacements = [(s * plan.out_pitch + r, s * plan.copy_pitch + r) for s in range(segments) for r in range(rows)]
+        displacements = [
+            (s * plan.out_pitch + r, s * plan.copy_pitch + r) for s in range(segments) for r in range(rows)
+        ]
         with subfunction(b, name, [PTR] * 3 + [I64] * 3 + [I1]) as function:
             out, copy, source, *integers, first = function.args
-            lines, positions, remaining = (Int(b, n) for n in integers)
+            lines, columns, remaining = (Int(b, n) for n in integers)
+            positions = plan.piece if plan.whole else columns
             out, copy = Pointer(b, out, plan.accumulate, "operand2"), Pointer(b, copy, plan.accumulate, "scratch")
             kind = ("scratch", plan.accumulate) if plan.packed else ("operand1", plan.dtype)
             source = Pointer(b, source, kind[1], kind[0])
             masks = vector_masks(b, vectors, masked, remaining, lanes)
-            places = [(out + d * self.all_filters + j * lanes, mask) for d, _ in displacements for j, mask in enumerate(masks)]
+            places = [
+                (out + d * self.all_filters + j * lanes, mask) for d, _ in displacements for j, mask in enumerate(masks)
+            ]
             sums = self._sums_so_far(places, first)
-            if plan.whole:
-                positions = plan.piece
             pitch = vectors * lanes if plan.packed else self.all_filters
             unroll = self._unroll(len(sums))
 

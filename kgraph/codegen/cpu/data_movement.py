@@ -28,6 +28,7 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.ir import Dim, Node, Value
 from kgraph.ir.dims import ceil_div, product
 
+LONG_ROW_BYTES = 256
 STRIDED = frozenset({"transpose", "slice", "rev", "broadcast_to", "dynamic_slice"})
 PRIMITIVES = STRIDED | assemble.LOWERINGS.keys()
 
@@ -115,6 +116,9 @@ def lower_view(name: str, source: Value, out: Value, base, axes, target, starts=
         tiled = [(n, s, d) for (n, s), d in zip(axes, strides, strict=True)]
         return lower_transpose(name, [source, out], dtype, item_bytes, tiled, target)
     table = SizeTable()
+    # What a long row's copy takes is decided by its length, which therefore need not be part of the code.
+    long = isinstance(size, int) and size * item_bytes >= LONG_ROW_BYTES
+    number = table.run_time if long else table
     chunk = split_rows(size, item_bytes)
     outer = list(axes[:-1])
     row = [(n, d * size) for (n, _), d in zip(outer, dense_strides([n for n, _ in outer]), strict=True)]
@@ -123,12 +127,12 @@ def lower_view(name: str, source: Value, out: Value, base, axes, target, starts=
         row.append((outer[-1][0], chunk))
     params = (
         dtype,
-        (0, *table.all(n for n, _ in outer[1:])) if outer else (),
-        table.all(t for _, t in outer),
-        table.all(t for _, t in row),
-        (table(size), table(stride)),
+        (0, *(number(n) for n, _ in outer[1:])) if outer else (),
+        tuple(number(t) for _, t in outer),
+        tuple(number(t) for _, t in row),
+        (number(size), table(stride)),
         chunk,
-        table(base),
+        number(base),
         tuple((v.dtype, table(limit), table(t)) for v, limit, t in starts),
     )
     read = out.type.nbytes if not _is_zero(stride) else 0

@@ -15,7 +15,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
+from llvmlite import ir
+
+from kgraph.codegen.cpu.builder import I32, PTR, VOID, Int, KernelBuilder, itemsize
 from kgraph.codegen.cpu.conv_geometry import axis_phases
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, Parts
 from kgraph.codegen.cpu.microkernel import multiply_add
@@ -28,6 +30,7 @@ from kgraph.ir.dims import product
 MOST_SEGMENTS = 8  # kinds of tiles along a row, beyond which sides test their taps at run time
 MOST_UNROLLED = 49  # taps along a row whose code is written out
 MOST_PHASES = 4  # per axis
+LARGE_IMAGE = 1 << 20  # bytes, from which on the next tile's input is asked for ahead of its use
 
 
 def takes(node: Node) -> bool:
@@ -43,7 +46,7 @@ class DepthwisePlan(NamedTuple):
     """Params of `render_depthwise`: three spatial axes. Sizes are `int` or ("size", slot).
 
     origins: minus the padding below, per axis. window: taps; steps, reaches, dilations: strides, window dilations and
-    input dilations. multiplier: filters per channel. positions: of a tile.
+    input dilations. multiplier: filters per channel. positions: of a tile. prefetch: whether input is asked for ahead.
     """
 
     accumulate: str
@@ -58,6 +61,7 @@ class DepthwisePlan(NamedTuple):
     reaches: tuple
     dilations: tuple
     positions: int
+    prefetch: bool
     lanes: int
     epilogue: tuple
 
@@ -78,6 +82,8 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     dilations = three(attrs["lhs_dilation"], 1)
     period = dilations[2] // math.gcd(dilations[2], attrs["strides"][-1])
     positions = 7 if target.num_vector_registers >= 32 else 4
+    known = [n for n in x.shape[1:] if not isinstance(n, Dim)]
+    image_bytes = product(known) * itemsize(x.dtype) if len(known) == x.type.rank - 1 else 0
     if period > 1:
         positions = -(-positions // period) * period
     out_sizes = three(parts.result.shape[1:-1], 1)
@@ -94,6 +100,7 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
         reaches=three(attrs["rhs_dilation"], 1),
         dilations=dilations,
         positions=positions,
+        prefetch=product(dilations) == 1 and image_bytes >= LARGE_IMAGE,
         lanes=target.vector_bytes // itemsize(accumulate),
         epilogue=tuple(parts.epilogue(accumulate, filters, 2)),
     )
@@ -146,7 +153,7 @@ class _Depthwise:
         self.finisher = Finisher(b, self.epilogue, plan.accumulate, plan.lanes, (0, 1))
 
     def emit(self) -> None:
-        b, plan = self.b, self.plan
+        b = self.b
         with b.loop(b.begin, b.end) as unit:
             row, rest = unit % self.out_sizes[1], unit // self.out_sizes[1]
             plane, image = rest % self.out_sizes[0], rest // self.out_sizes[0]
@@ -193,7 +200,7 @@ class _Depthwise:
         """(first position, tiles, positions of a tile, which taps are inside): a row of static width in tiles."""
         plan = self.plan
         width, out_width, origin = self.sizes[2], self.out_sizes[2], self.origins[2]
-        if not all(isinstance(s, int) for s in (width, out_width, origin)):
+        if not (isinstance(width, int) and isinstance(out_width, int) and isinstance(origin, int)):
             return None
         segments: list[list] = []
         position = 0
@@ -233,7 +240,7 @@ class _Depthwise:
         size = plan.positions
         tiles = (outer - inner) // size
         whole = inner + tiles * size
-        always = lambda p, k: (p * step + self.origins[2] + k * reach) % dilation == 0 if dilation > 1 else True
+        always = lambda p, k: dilation == 1 or (p * step + plan.origins[2] + k * reach) % dilation == 0
         for first, stop, width, present in (
             (0, inner, 1, None),
             (inner, whole, size, always),
@@ -252,6 +259,8 @@ class _Depthwise:
             zero = b.constant(0, plan.accumulate, plan.lanes)
             acc = [b.variable(zero) for _ in range(size)]
             deep, high = self.taps
+            if plan.prefetch:
+                self._prefetch(position, size, c)
             with b.loop(deep.lo, deep.hi) as td, b.loop(high.lo, high.hi) as th:
                 d, h = deep.start + td * deep.reach, high.start + th * high.reach
                 kd, kh = deep.first_tap + td * deep.tap_step, high.first_tap + th * high.tap_step
@@ -271,17 +280,32 @@ class _Depthwise:
 
         b.vector_loop(0, self.filters, plan.lanes, channels)
 
+    def _prefetch(self, position, size: int, c) -> None:
+        """Asks for the input of the next tile on those rows that no earlier row of positions has met."""
+        b, plan = self.b, self.plan
+        fetch = b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
+        reading, keeping, data = (ir.Constant(I32, hint) for hint in (0, 3, 1))
+        (deep, high), step = self.taps, plan.steps
+        d = deep.start + (deep.hi - 1) * deep.reach
+        ahead = (plan.window[2] - 1) * plan.reaches[2] + self.origins[2]  # of the last element that this tile meets
+        for back in range(min(step[1], plan.window[1])):
+            h = high.start + (high.hi - 1 - back) * high.reach
+            line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2] + position * step[2]
+            for element in range(size * step[2]):
+                pixel = line + (size * step[2] + element + ahead)
+                at = self.x + (pixel * plan.channels + c // plan.multiplier)
+                b.ir.call(fetch, [at.value, reading, keeping, data])
+
     def _row(self, acc: list, line, position, taps, c, mask, present) -> None:
-        """Adds one row of the window, whose tap 0 is number `taps`: input row `line` for positions from `position` on."""
+        """Adds one row of the window, with tap number `taps` first and on input row `line`, to positions of a tile."""
         b, plan = self.b, self.plan
         step, dilation = plan.steps[2], plan.dilations[2]
-        # Input elements are counted from `first`, which may lie outside of the image. Dilated ones have a static origin,
-        # and tiles begin with whole periods.
-        if dilation == 1:
-            first, origin = position * step + self.origins[2], 0
-        else:
+        # Input elements are counted from `first`, which may lie outside of the image. With dilation the origin is
+        # static, and tiles begin with whole periods.
+        first, origin = position * step + self.origins[2], 0
+        if dilation != 1:
             period = dilation // math.gcd(dilation, step)
-            first, origin = position // period * (period * step // dilation), self.origins[2]
+            first, origin = position // period * (period * step // dilation), plan.origins[2]
         weights: dict[int, object] = {}
         inputs: dict[int, object] = {}
 

@@ -260,19 +260,24 @@ def pack_call(b: MatrixView, batch, depth, columns, accumulate: str, lanes: int,
     """The call that packs B into a Temporary."""
     table = SizeTable()
     width = vectors * lanes
+    padded = ceil_div(columns, width) * width if isinstance(columns, Dim) else ceil_div(columns, lanes) * lanes
+    rest = width if isinstance(columns, Dim) else columns % width
+    stride = lambda step: 1 if isinstance(step, int) and step == 1 else table.run_time(step)
     plan = PackPlan(
-        batch=table.all(batch),
-        batch_strides=table.all(b.batch),
-        depth=table(depth),
-        columns=table(columns),
-        k_stride=table(b.outer),
-        n_stride=table(b.inner),
+        batch=tuple(map(table.run_time, batch)),
+        batch_strides=tuple(map(table.run_time, b.batch)),
+        depth=table.run_time(depth),
+        columns=table.run_time(columns),
+        padded=table.run_time(padded),
+        k_stride=stride(b.outer),
+        n_stride=stride(b.inner),
         dtype=b.value.dtype,
         accumulate=accumulate,
         width=width,
         lanes=lanes,
+        whole=isinstance(columns, Dim) or columns >= width,
+        tail_vectors=-(-rest // lanes),
     )
-    padded = ceil_div(columns, width) * width if isinstance(columns, Dim) else ceil_div(columns, lanes) * lanes
     out = Temporary(TensorType((*batch, depth, padded), accumulate))
     return KernelCall(
         spec=KernelSpec("pack_panels", "kgraph.codegen.cpu.pack:render_pack", tuple(plan)),

@@ -157,7 +157,7 @@ def _chunk_moments(k: reduce.Kernel, chunk_number, totals: Callable) -> list[tup
         return [difference, b.mul(difference, difference)]
 
     parts = _corrected(k, number, rough, totals(differences))
-    return parts if k.chunk else _moments(k, number, parts)
+    return parts if k.chunked else _moments(k, number, parts)
 
 
 def _corrected(k: reduce.Kernel, number, rough: list, sums: list) -> list[tuple]:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import F64, MEMORY_TYPES, Int, KernelBuilder, Pointer, compute_dtype, is_float
-from kgraph.codegen.cpu.microkernel import Panels
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.transpose import transpose_vectors
 
@@ -59,22 +58,27 @@ def copy_run(b: KernelBuilder, destination: Pointer, source: Pointer, count, str
 
 
 class PackPlan(NamedTuple):
-    """Params of `render_pack`. Strides in elements; every size is an `int` or ("size", slot).
+    """Params of `render_pack`. Strides in elements. Sizes are those of run time, so that one kernel packs many shapes.
 
-    batch: sizes of the batch axes; batch_strides: theirs in the source. depth, columns: K and N. k_stride, n_stride: in
-    the source. dtype: of the source; accumulate: of the panels. width, lanes: of a panel and of a vector.
+    batch: sizes of the batch axes; batch_strides: theirs in the source. depth, columns: K and N. padded: N with the
+    columns that fill up the last panel. k_stride, n_stride: in the source, an `int` where it is 1. dtype, accumulate:
+    of the source, of the panels. width, lanes: of a panel and of a vector. whole: whether there may be panels without
+    padding. tail_vectors: of the last panel, where it may be another one; else 0.
     """
 
     batch: tuple
     batch_strides: tuple
-    depth: int | tuple
-    columns: int | tuple
+    depth: tuple
+    columns: tuple
+    padded: tuple
     k_stride: int | tuple
     n_stride: int | tuple
     dtype: str
     accumulate: str
     width: int
     lanes: int
+    whole: bool
+    tail_vectors: int
 
 
 def batch_offset(b: KernelBuilder, index, sizes: list, strides: list):
@@ -95,15 +99,14 @@ def render_pack(params: tuple, target) -> str:
     depth, columns = resolve(b, plan.depth), resolve(b, plan.columns)
     k_stride, n_stride = resolve(b, plan.k_stride), resolve(b, plan.n_stride)
     batch, strides = resolve_all(b, plan.batch), resolve_all(b, plan.batch_strides)
-    panels = Panels(columns, plan.width, plan.lanes)
-    count, lanes = panels.count(), plan.lanes
+    padded, count, lanes = resolve(b, plan.padded), b.ceil_div(columns, plan.width), plan.lanes
     transposed = plan.k_stride == 1 and plan.n_stride != 1
 
     with b.loop(b.begin, b.end) as unit:
         panel, entry = unit % count, unit // count
         first = panel * plan.width
         at = source + (batch_offset(b, entry, batch, strides) + first * n_stride)
-        to = out + (entry * (depth * panels.packed_columns()) + panel * (depth * plan.width))
+        to = out + (entry * (depth * padded) + panel * (depth * plan.width))
         remaining = columns - first
 
         def rows(vectors: int, masked: bool, at=at, to=to, remaining=remaining):
@@ -116,21 +119,16 @@ def render_pack(params: tuple, target) -> str:
                     value = _column_vector(b, at + (k * k_stride + (j * lanes) * n_stride), n_stride, lanes, masks[j])
                     b.store(to, k * (vectors * lanes) + j * lanes, widen(b, value, plan.dtype, plan.accumulate))
 
-        whole = columns // plan.width
-        if not isinstance(whole, int):
-            with b.if_else(panel < whole) as (full, tail):
-                with full:
-                    rows(panels.vectors, False)
-                with tail:
-                    rows(panels.vectors, True)
-        elif columns % plan.width == 0:
-            rows(panels.vectors, False)
+        if not plan.tail_vectors:
+            rows(plan.width // lanes, False)
+        elif not plan.whole:
+            rows(plan.tail_vectors, True)
         else:
-            with b.if_else(b.int(panel) < whole) as (full, tail):
+            with b.if_else(panel < columns // plan.width) as (full, tail):
                 with full:
-                    rows(panels.vectors, False)
+                    rows(plan.width // lanes, False)
                 with tail:
-                    rows(panels.tail_vectors, True)
+                    rows(plan.tail_vectors, True)
     return b.ir_text()
 
 
@@ -153,9 +151,8 @@ def _transposed_panel(b: KernelBuilder, plan: PackPlan, to: Pointer, at: Pointer
             value = b.load(at + column * n_stride, k, lanes, mask)
             columns.append(widen(b, value, plan.dtype, plan.accumulate))
         for row, value in enumerate(transpose_vectors(b, columns)):
-            if isinstance(rows, int):
-                if row < rows:
-                    b.store(to, (k + row) * width + j * lanes, value)
+            if mask is None:
+                b.store(to, (k + row) * width + j * lanes, value)
             else:
                 with b.if_then(rows > row):
                     b.store(to, (k + row) * width + j * lanes, value)
@@ -164,12 +161,8 @@ def _transposed_panel(b: KernelBuilder, plan: PackPlan, to: Pointer, at: Pointer
         with b.loop(0, whole, lanes) as k:
             square(j, k, lanes, None)
         rest = depth - whole
-        if isinstance(rest, int):
-            if rest:
-                square(j, whole, rest, b.tail_mask(rest, lanes))
-        else:
-            with b.if_then(rest > 0):
-                square(j, whole, rest, b.tail_mask(rest, lanes))
+        with b.if_then(rest > 0):
+            square(j, whole, rest, b.tail_mask(rest, lanes))
 
 
 def _column_vector(b: KernelBuilder, at: Pointer, n_stride, lanes: int, mask) -> ir.Value:

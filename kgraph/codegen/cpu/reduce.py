@@ -223,10 +223,10 @@ def call(
     name = label or regions.kernel_name("", prologue, *dict.fromkeys(names), epilogue)
     name += "_partial" if chunk else ""
     single = plan.inner and not chunk and plan.roles.count("r") == 1
-    layout = (plan.roles, plan.lanes, plan.strip, chunk, regions.bound_of(plan.sizes[-1]) if single else 0)
+    layout = (plan.roles, plan.lanes, plan.strip, bool(chunk), regions.bound_of(plan.sizes[-1]) if single else 0)
     params = (name, prologue, describe(leaves), reductions, describe(extras), epilogue, layout)
     operands = [x.value for x in (*leaves, *extras) if not x.is_coordinate] + list(outputs)
-    sizes = list(plan.sizes)
+    sizes = [*plan.sizes, chunk] if chunk else list(plan.sizes)
     # A last axis of known size decides about masks, so it is part of the code.
     static = plan.sizes[-1] if isinstance(plan.sizes[-1], int) and not plan.inner else None
     extent = plan.units * ceil_div(plan.sizes[plan.first_reduced], chunk) if chunk else plan.units
@@ -252,7 +252,7 @@ class Kernel:
 
     def __init__(self, params: tuple, target):
         name, self.prologue, self.leaves, self.reductions, self.extras, self.epilogue, layout, self.whole = params
-        self.roles, self.lanes, self.strip, self.chunk, self.bound = layout
+        self.roles, self.lanes, self.strip, self.chunked, self.bound = layout
         self.b = b = KernelBuilder(name, target)
         number = 0
         self.pointers: list[Pointer | None] = []
@@ -263,6 +263,8 @@ class Kernel:
         self.outputs = [b.operand(number + i, d) for i, d in enumerate(expressions.output_dtypes(self.epilogue))]
         rank = len(self.roles)
         self.sizes = [b.size(a) for a in range(rank)]
+        # A number of run time, since it differs with the size of every operand.
+        self.chunk = b.size(rank) if self.chunked else None
         self.strides = [regions.row_strides(b, self.sizes, spans) for _, spans, _ in (*self.leaves, *self.extras)]
         self.kept = [a for a in range(rank) if self.roles[a] == "k"]
         self.reduced = [a for a in range(rank) if self.roles[a] == "r"]
@@ -273,11 +275,11 @@ class Kernel:
         positions: dict[int, Int | int] = {}
         for place, axis in enumerate(reversed(kept)):
             size = self.kept_size(axis)
-            if place == len(kept) - 1 and not self.chunk:
+            if place == len(kept) - 1 and not self.chunked:
                 positions[axis] = rest
             else:
                 positions[axis], rest = rest % size, rest // size
-        return positions, rest if self.chunk else 0
+        return positions, rest if self.chunked else 0
 
     def kept_size(self, axis: int):
         """Units along a kept axis: strips along the innermost one of an outer kernel."""
@@ -287,7 +289,7 @@ class Kernel:
 
     def reduced_range(self, axis: int, chunk_number):
         """Where the loop over a reduced axis starts and stops."""
-        if self.chunk and axis == self.reduced[0]:
+        if self.chunk is not None and axis == self.reduced[0]:
             start = chunk_number * self.chunk
             return start, self.b.min(start + self.chunk, self.sizes[axis])
         return 0, self.sizes[axis]

@@ -22,7 +22,7 @@ class SizeTable:
     """The run-time sizes of a kernel under construction: static integers stay in the params, Dims get a slot."""
 
     def __init__(self):
-        self.values: list[Dim] = []
+        self.values: list[int | Dim] = []
         self._slots: dict[tuple, int] = {}  # by canonical form: `==` between Dims may be undecidable
 
     def __call__(self, size: int | Dim):
@@ -34,6 +34,11 @@ class SizeTable:
             slot = self._slots[size.terms] = len(self.values)
             self.values.append(size)
         return ("size", slot)
+
+    def run_time(self, size: int | Dim) -> tuple:
+        """A slot of its own, also for a static integer: it is no part of the code then, one kernel serves them all."""
+        self.values.append(size)
+        return ("size", len(self.values) - 1)
 
     def all(self, sizes: Iterable) -> tuple:
         """The entries of several sizes."""

@@ -51,8 +51,8 @@ def lower_transpose(name, operands, dtype: str, item_bytes: int, axes, target) -
         (0, *table.all(sizes[1:])),
         table.all(a[1] for a in outer),
         table.all(a[2] for a in outer),
-        (table(i_size), table(i_out)),
-        (table(j_size), table(j_in)),
+        *_axis_params(schedule, table, i_size, i_out, j_size, j_in),
+        all(isinstance(size, int) and size >= tile for size in (i_size, j_size)),
     )
     elements = product(a[0] for a in axes)
     spec = KernelSpec(name, "transpose:render_transpose", params)
@@ -67,6 +67,12 @@ def lower_transpose(name, operands, dtype: str, item_bytes: int, axes, target) -
             bytes=elements * (2 * item_bytes),
         )
     ]
+
+
+def _axis_params(schedule: str, table: SizeTable, i_size, i_out, j_size, j_in) -> tuple[tuple, tuple]:
+    """(size, distance of its elements on the other side) of I and J. The code of tiles holds none of these numbers."""
+    entry = table.run_time if schedule.startswith("tiles") else table
+    return (entry(i_size), entry(i_out)), (entry(j_size), entry(j_in))
 
 
 def _schedule(i_size, i_out, j_size, j_in, lanes: int) -> tuple[str, int]:
@@ -87,7 +93,7 @@ def _schedule(i_size, i_out, j_size, j_in, lanes: int) -> tuple[str, int]:
 
 
 def render_transpose(params, target) -> str:
-    dtype, schedule, tile, sizes, source_strides, destination_strides, i_axis, j_axis = params
+    dtype, schedule, tile, sizes, source_strides, destination_strides, i_axis, j_axis, roomy = params
     b = KernelBuilder("transpose", target)
     source, destination = b.operand(0, dtype), b.operand(1, dtype)
     i_size, i_out = (resolve(b, e) for e in i_axis)
@@ -102,7 +108,7 @@ def render_transpose(params, target) -> str:
         src, dst = source + walk.offset(0), destination + walk.offset(1)
         block = walk.index(len(sizes) - 1)
         if schedule.startswith("tiles"):
-            _tile_row(b, src, dst, schedule, tile, block, i_size, i_out, j_size, j_in)
+            _tile_row(b, src, dst, schedule, tile, roomy, block, i_size, i_out, j_size, j_in)
         elif schedule == "deinterleave":
             _interleaving_block(
                 b, tile, block, j_size, lambda at: _deinterleave(b, src, dst, tile, at, i_axis[0], i_out)
@@ -123,20 +129,26 @@ def _move(b: KernelBuilder, source, at, destination, to) -> None:
     b.store(destination, to, b.load(source, at, raw=True), raw=True)
 
 
-def _tile_row(b, src, dst, schedule, tile, block, i_size, i_out, j_size, j_in) -> None:
-    """All tiles of `tile` values of I (destination rows in full), or of J."""
+def _tile_row(b, src, dst, schedule, tile, roomy, block, i_size, i_out, j_size, j_in) -> None:
+    """All tiles of `tile` values of I (destination rows in full), or of J. roomy: both are known to fill a tile."""
     along_i = schedule == "tiles_along_i"
     fixed, walked = (j_size, i_size) if along_i else (i_size, j_size)
-    roomy = b.ir.and_(_at_least(b, i_size, tile), _at_least(b, j_size, tile))
-    with b.if_else(roomy) as (tiled, scalar):
+
+    def tiles() -> None:
+        first = b.min(block * tile, fixed - tile)
+        with b.loop(0, walked, tile) as step:
+            second = b.min(step, walked - tile)
+            i, j = (second, first) if along_i else (first, second)
+            rows = [b.load(src, (j + k) * j_in + i, tile, raw=True) for k in range(tile)]
+            for k, column in enumerate(transpose_vectors(b, rows)):
+                b.store(dst, (i + k) * i_out + j, column, raw=True)
+
+    if roomy:
+        tiles()
+        return
+    with b.if_else(b.ir.and_(i_size >= tile, j_size >= tile)) as (tiled, scalar):
         with tiled:
-            first = b.min(block * tile, fixed - tile)
-            with b.loop(0, walked, tile) as step:
-                second = b.min(step, walked - tile)
-                i, j = (second, first) if along_i else (first, second)
-                rows = [b.load(src, (j + k) * j_in + i, tile, raw=True) for k in range(tile)]
-                for k, column in enumerate(transpose_vectors(b, rows)):
-                    b.store(dst, (i + k) * i_out + j, column, raw=True)
+            tiles()
         with scalar, b.loop(block * tile, b.min((block + 1) * tile, fixed)) as first, b.loop(0, walked) as second:
             i, j = (second, first) if along_i else (first, second)
             _move(b, src, j * j_in + i, dst, i * i_out + j)

@@ -326,12 +326,12 @@ class custom_gradient:
     Under a trace the gradient function is traced too, and kept in the graph beside the output.
     """
 
-    def __init__(self, fun):
-        self.fun = fun
+    def __init__(self, f):
+        self.f = f
 
     def __call__(self, *args, **kwargs):
         args, kwargs = tree.map_structure(lambda x: x.value if isinstance(x, Variable) else x, (args, kwargs))
-        output, gradient = self.fun(*args, **kwargs)
+        output, gradient = self.f(*args, **kwargs)
         tracer = running_trace()
         inputs = [x for x in tree.flatten(args) if isinstance(x, TracedArray)]
         if tracer is None or not inputs:

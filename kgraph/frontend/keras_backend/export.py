@@ -5,8 +5,9 @@ from __future__ import annotations
 from kgraph.errors import UnsupportedError
 
 _NO_EXPORT = (
-    "model.export: a SavedModel needs TensorFlow, which kgraph does without. Save the model with model.save(...) and "
-    "export it in a process that runs Keras on TensorFlow."
+    "`export_saved_model` only currently supports the tensorflow, jax and torch backends. A SavedModel needs TensorFlow, "
+    "which kgraph does without: save the model with model.save(...) and export it in a process that runs Keras on one "
+    "of these."
 )
 
 
@@ -18,5 +19,9 @@ class NumpyExportArchive:
         raise UnsupportedError(_NO_EXPORT)
 
     def add_endpoint(self, name, fn, input_signature=None, **kwargs):
+        """Raises UnsupportedError."""
+        raise UnsupportedError(_NO_EXPORT)
+
+    def track_and_add_endpoint(self, name, resource, input_signature, **kwargs):
         """Raises UnsupportedError."""
         raise UnsupportedError(_NO_EXPORT)

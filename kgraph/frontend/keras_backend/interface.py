@@ -1,5 +1,7 @@
 """The names that Keras expects of a backend package; served to it as `keras.src.backend.numpy`."""
 
+import types
+
 from keras.src.backend.common.name_scope import name_scope
 
 from kgraph.frontend.keras_backend import core, image, linalg, math, nn, numpy, random
@@ -57,3 +59,11 @@ __all__ = [
     "standardize_shape",
     "vectorized_map",
 ]
+
+
+# Keras' operations are not annotated, and it takes their signatures and its backend's for equal. The annotations in the
+# sources are for type checkers alone.
+for _module in (core, image, linalg, math, nn, numpy, random):
+    for _function in vars(_module).values():
+        if isinstance(_function, types.FunctionType) and _function.__module__.startswith("kgraph."):
+            _function.__annotations__ = {}

@@ -13,13 +13,17 @@ from kgraph.frontend.keras_backend.numpy.common import Tensor, insert_axes, scal
 from kgraph.ir.types import FLOATS
 
 
-def one_hot(x: Tensor, num_classes: int, axis: int = -1, dtype=None, sparse: bool = False) -> Tensor:
-    """1 at the class of each element along a new axis; zeros where the class is outside [0, num_classes)."""
+def one_hot(x: Tensor, num_classes: int | None, axis: int = -1, dtype=None, sparse: bool = False) -> Tensor:
+    """1 at the class of each element along a new axis; zeros where the class is outside [0, num_classes).
+
+    num_classes: None for those up to the largest class in `x`, which has to be concrete.
+    """
     if sparse:
         raise ValueError("Unsupported value `sparse=True` with the kgraph backend")
     x = convert_to_tensor(x)
     dtype = backend.standardize_dtype(dtype)
     x = x if x.dtype.kind in "iu" else ops.convert(x, dtype="int32")
+    num_classes = int(knp.max(x)) + 1 if num_classes is None else num_classes
     rank = len(x.shape)
     axis = axis + rank + 1 if axis < 0 else axis
     shape = tuple(num_classes if a == axis else 1 for a in range(rank + 1))

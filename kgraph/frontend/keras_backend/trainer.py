@@ -18,6 +18,7 @@ from keras.src.utils import traceback_utils
 from keras.src.utils.python_utils import pythonify_logs
 
 from kgraph.errors import KGraphError, UnsupportedError
+from kgraph.frontend.tracer import is_tracing
 from kgraph.frontend.keras_backend.batches import Batches, batch_of, rows_of, weights_of_classes
 
 
@@ -49,8 +50,8 @@ class NumpyTrainer(base_trainer.Trainer):
     """`fit`, `evaluate` and `predict` of Keras models (the name is the one Keras imports).
 
     `train_step` and `test_step` are traced once per structure of the data (`kgraph.train_step.CompiledStep`), and so
-    are overrides of them, of `compute_loss` and of `compute_metrics`, which are written in `keras.ops`; the gradient
-    is part of the graph. With `run_eagerly=True` or `jit_compile=False` the same steps run on the reference
+    are overrides of them, of `predict_step`, `compute_loss` and `compute_metrics`, which are written in `keras.ops`;
+    the gradient is part of the graph. With `run_eagerly=True` or `jit_compile=False` the same steps run on the reference
     implementations. A test step or a forward pass that cannot be captured runs so too, after a warning that says why.
     """
 
@@ -61,7 +62,8 @@ class NumpyTrainer(base_trainer.Trainer):
         self.predict_function = None
         self._compiled_train_step = None
         self._compiled_test_step = None
-        self._compiled_forward = None
+        self._compiled_predict_step = None
+        self._compiled_forward: dict = {}
 
     # -- steps ----------------------------------------------------------------------------------------------------
     def _forward(self, x, training: bool):
@@ -111,14 +113,16 @@ class NumpyTrainer(base_trainer.Trainer):
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def predict_step(self, data):
+        """Outputs for one batch. Works on arrays and under a trace."""
         x, _, _ = data_adapter_utils.unpack_x_y_sample_weight(data)
-        return self._fast_forward(x)
+        return self._forward(x, training=False) if is_tracing() else self._fast_forward(x)
 
     def _fast_forward(self, x):
-        """The model's outputs, by its compiled form where there is one."""
-        if self._compiled_forward is None:
-            self._compiled_forward = (self._compile_forward(x),)
-        (compiled,) = self._compiled_forward
+        """The model's outputs, by its compiled form where there is one, for the optional inputs that are given."""
+        given = tuple(leaf is not None for leaf in tree.flatten(x))
+        if given not in self._compiled_forward:
+            self._compiled_forward[given] = self._compile_forward(x)
+        compiled = self._compiled_forward[given]
         if compiled is None:
             return self._forward(x, training=False)
         if hasattr(self, "_inputs_struct"):
@@ -131,8 +135,9 @@ class NumpyTrainer(base_trainer.Trainer):
             return None
         from kgraph.api import compile
 
+        declared = self.built and not _is_bare(self) and all(leaf is not None for leaf in tree.flatten(x))
         try:
-            return compile(self, example=None if self.built and not _is_bare(self) else x)
+            return compile(self, example=None if declared else x)
         except KGraphError as error:
             self._warn_eager("the forward pass", error)
             return None
@@ -182,6 +187,17 @@ class NumpyTrainer(base_trainer.Trainer):
         self.train_function = train_function
         return train_function
 
+    def _run_step(self, name: str, batch):
+        """A step on one batch: compiled, or eagerly from the first batch on that shows that it cannot be."""
+        compiled = getattr(self, f"_compiled_{name}")
+        if compiled is not None:
+            try:
+                return compiled(batch)
+            except KGraphError as error:
+                self._warn_eager(f"the {name.replace('_', ' ')}", error)
+                setattr(self, f"_compiled_{name}", None)
+        return getattr(self, name)(batch)
+
     def make_test_function(self, force=False):
         if self.test_function is not None and not force:
             return self.test_function
@@ -189,14 +205,7 @@ class NumpyTrainer(base_trainer.Trainer):
 
         def test_function(batches):
             for batch in batches:
-                try:
-                    logs = (self._compiled_test_step or self.test_step)(batch)
-                except KGraphError as error:
-                    if self._compiled_test_step is None:
-                        raise
-                    self._warn_eager("the test step", error)
-                    self._compiled_test_step = None
-                    logs = self.test_step(batch)
+                logs = self._run_step("test_step", batch)
             return logs
 
         self.test_function = test_function
@@ -205,10 +214,13 @@ class NumpyTrainer(base_trainer.Trainer):
     def make_predict_function(self, force=False):
         if self.predict_function is not None and not force:
             return self.predict_function
-        self._compiled_forward = None
+        self._compiled_forward = {}
+        # An override is traced once, as the other steps are. Keras' own step is the model and nothing else.
+        overridden = getattr(self.predict_step, "__func__", None) is not NumpyTrainer.predict_step
+        self._compiled_predict_step = self._compiled_step("predict_step") if overridden else None
 
         def predict_function(batches):
-            outputs = [self.predict_step(batch) for batch in batches]
+            outputs = [self._run_step("predict_step", batch) for batch in batches]
             return outputs[0] if len(outputs) == 1 else tree.map_structure(lambda *o: np.concatenate(o), *outputs)
 
         self.predict_function = predict_function

@@ -1,0 +1,187 @@
+"""Bodies of control flow, lowered to programs of their own, which the steps of `kgraph.runtime.control` run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kgraph.ir import Dim, Graph, Node, TensorType, Value, append_graph, constant_value, live_nodes
+from kgraph.runtime.control import Body, Branches, Scan, While
+from kgraph.runtime.plan import Program
+from kgraph.runtime.steps import HostStep
+
+if TYPE_CHECKING:
+    from kgraph.codegen.lower import Lowered
+
+PRIMITIVES = frozenset({"cond", "while_loop", "scan"})
+# Nodes whose result has the bytes of their operand.
+_VIEWS = frozenset({"reshape", "stop_gradient", "optimization_barrier"})
+
+
+@dataclass
+class LoweredBody:
+    """A body before its kernels are compiled; the fields are those of `runtime.control.Body`."""
+
+    name: str
+    lowered: Lowered
+    input_names: tuple[str, ...]
+    results: tuple[tuple[str, int], ...]
+    types: tuple[tuple[tuple, str], ...]
+    constants: tuple[np.ndarray, ...]
+    symbols: tuple[str, ...]
+
+    def link(self, build: Callable[..., Program]) -> Body:
+        """The body with its program, made by `build(name, lowered, input names)`."""
+        program = build(self.name, self.lowered, self.input_names)
+        return Body(program, self.results, self.types, self.constants, self.symbols)
+
+
+@dataclass
+class ControlStep:
+    """Stands for the function of a host step until the kernels of its bodies are compiled."""
+
+    node: Node
+    bodies: list[LoweredBody] = field(default_factory=list)
+
+    def __call__(self, arrays, sizes):
+        raise RuntimeError(f"the step {self.node.name} was never linked")
+
+    @property
+    def reason(self) -> str:
+        """What the step is, for `explain`."""
+        steps = [step for body in self.bodies for step in body.lowered.steps]
+        hosts = [step.label for step in steps if isinstance(step, HostStep)]
+        kernels = f"{len(steps) - len(hosts)} kernel calls"
+        if self.node.name == "cond":
+            text = f"its branches are compiled ({kernels}); Python calls the one that is chosen"
+        else:
+            text = f"its body is compiled ({kernels}); Python counts the iterations"
+        return text + (f"; host steps in there: {', '.join(hosts)}" if hosts else "")
+
+    def link(self, build: Callable[..., Program]) -> Any:
+        """The step's function."""
+        attrs = self.node.attrs
+        bodies = [body.link(build) for body in self.bodies]
+        if self.node.name == "cond":
+            return Branches(tuple(bodies))
+        if self.node.name == "while_loop":
+            return While(*bodies)
+        return Scan(bodies[0], attrs["num_carry"], attrs["num_xs"], attrs["length"], attrs["reverse"])
+
+
+def lower_control(
+    node: Node, known: set[str], optimise: Callable[[Graph], Graph], lower: Callable[[Graph], Lowered]
+) -> ControlStep | str:
+    """The step for a node of control flow, or the reason why its bodies cannot be compiled.
+
+    known: symbols whose values the program around it has. optimise, lower: what turns a body into a program.
+    """
+    attrs = node.attrs
+    if node.name == "cond":
+        graphs = list(attrs["branches"])
+    elif node.name == "while_loop":
+        graphs = [attrs["cond"], _followed_by(attrs["body"], attrs["cond"])]
+    else:
+        graphs = [attrs["body"]]
+    step = ControlStep(node)
+    for graph in graphs:
+        body = _lower_body(graph, known, optimise, lower)
+        if isinstance(body, str):
+            return body
+        step.bodies.append(body)
+    return step
+
+
+def _followed_by(body: Graph, test: Graph) -> Graph:
+    """The graph that gives the results of `body`, then what `test` says of them."""
+    joined = Graph([Value(v.type, name=v.name) for v in body.inputs], name=body.name)
+    results = append_graph(joined, body, joined.inputs)
+    joined.outputs = [*results, *append_graph(joined, test, results)]
+    return joined
+
+
+def _lower_body(graph: Graph, known: set[str], optimise: Callable, lower: Callable) -> LoweredBody | str:
+    own = Graph([Value(v.type, name=v.name) for v in graph.inputs], name=graph.name)
+    own.outputs = append_graph(own, graph, own.inputs)
+    own = optimise(own)
+    inputs = list(own.inputs)
+    constants: list[np.ndarray] = []
+    outputs: list[Value] = []
+    results: list[tuple[str, int]] = []
+    for value in own.outputs:
+        root = _root(value)
+        literal = constant_value(root)
+        if literal is not None:
+            constants.append(np.ascontiguousarray(literal))
+            inputs.append(Value(root.type))
+            results.append(("input", len(inputs) - 1))
+        elif root in own.inputs:
+            results.append(("input", own.inputs.index(root)))
+        else:
+            if root not in outputs:
+                outputs.append(root)
+            results.append(("output", outputs.index(root)))
+    symbols = sorted(_symbols(own) - _given_symbols(inputs))
+    unknown = [s for s in symbols if s not in known]
+    if unknown:
+        return f"the sizes {unknown} in its body do not follow from its operands"
+    inputs += [Value(TensorType((Dim.symbol(s),), "bool"), name=s) for s in symbols]
+    final = Graph(inputs, (), live_nodes(own.nodes, outputs), outputs, own.name)
+    return LoweredBody(
+        name=own.name,
+        lowered=lower(final),
+        input_names=tuple(v.name or f"operand {i}" for i, v in enumerate(inputs)),
+        results=tuple(results),
+        types=tuple((v.shape, v.dtype) for v in own.outputs),
+        constants=tuple(constants),
+        symbols=tuple(symbols),
+    )
+
+
+def _root(value: Value) -> Value:
+    """The value whose bytes a value has."""
+    while value.node is not None and value.node.name in _VIEWS:
+        value = value.node.inputs[0]
+    return value
+
+
+def _given_symbols(inputs: list[Value]) -> set[str]:
+    """Symbols that the shapes of inputs determine: those of an axis `a * symbol + b`."""
+    found: set[str] = set()
+    for value in inputs:
+        for size in value.shape:
+            if not isinstance(size, Dim):
+                continue
+            terms = dict(size.terms)
+            terms.pop((), 0)
+            ((monomial, factor),) = terms.items() if len(terms) == 1 else [((), 0)]
+            if len(monomial) == 1 and isinstance(monomial[0], str) and factor > 0:
+                found.add(monomial[0])
+    return found
+
+
+def _symbols(graph: Graph) -> set[str]:
+    """All symbols in the types and attributes of a graph and of the graphs within it."""
+    found: set[str] = set()
+    for value in (*graph.inputs, *graph.outputs):
+        found.update(*(s.symbols() for s in value.shape if isinstance(s, Dim)))
+    for node in graph.nodes:
+        for value in node.outputs:
+            found.update(*(s.symbols() for s in value.shape if isinstance(s, Dim)))
+        for attr in _flat(node.attrs.values()):
+            if isinstance(attr, Dim):
+                found |= attr.symbols()
+            elif isinstance(attr, Graph):
+                found |= _symbols(attr)
+    return found
+
+
+def _flat(values) -> Iterator:
+    for value in values:
+        if isinstance(value, tuple):
+            yield from _flat(value)
+        else:
+            yield value

@@ -1,0 +1,100 @@
+"""Computes cheap elementwise values again where they are read, rather than storing them for several kernels."""
+
+from __future__ import annotations
+
+from kgraph.ir import Graph, Node, Rewriter, Value
+from kgraph.passes.fuse import anchor_kind, computes_operands, source_of
+from kgraph.passes.manager import PassContext
+from kgraph.passes.patterns import is_elementwise
+from kgraph.passes.regions import Contraction
+
+MOST_READERS = 6
+LONGEST_CHAIN = 4
+
+
+def duplicate_producers(graph: Graph, context: PassContext | None = None) -> Graph:
+    """`c = x - m; v = reduce_sum(c * c); y = c * f(v)  ->  c = x - m; v = reduce_sum(c * c); d = x - m; y = d * f(v)`.
+
+    For values that would be written because kernels that cannot be one read them, and whose only operand of their size
+    is in memory anyway: then each of the kernels reads that operand instead.
+    """
+    contraction = Contraction(graph)
+    doubles: dict[Node, set[Node]] = {}  # per reader, the producers that it gets copies of
+    for node in graph.nodes:
+        if source_of(node) is not None and _root_is_stored(contraction, node):
+            for reader in _apart(contraction, node):
+                doubles.setdefault(reader, set()).add(node)
+    if not doubles:
+        return graph
+
+    def visit(node: Node, inputs: tuple, rewriter: Rewriter):
+        producers = doubles.get(node)
+        if producers is None:
+            return None
+        new = [
+            _copy(contraction, doubles, old.node, rewriter) if old.node in producers else value
+            for old, value in zip(node.inputs, inputs)
+        ]
+        copy = Node(node.primitive, new, node.attrs, [o.type for o in node.outputs], node.provenance)
+        rewriter.target.nodes.append(copy)
+        return copy.outputs
+
+    return Rewriter(graph).run(visit)
+
+
+def _below(contraction: Contraction, node: Node) -> Node | None:
+    """The producer that is copied along with `node`: a cheap one which nobody else reads."""
+    source = source_of(node)
+    producer = None if source is None else source.node
+    if producer is None or source in contraction.outputs or set(contraction.users[source]) != {node}:
+        return None
+    return producer if is_elementwise(producer) and source_of(producer) is not None else None
+
+
+def _root_is_stored(contraction: Contraction, node: Node) -> bool:
+    """Whether what the chain of cheap producers starts from is in memory anyway."""
+    for _ in range(LONGEST_CHAIN):
+        below = _below(contraction, node)
+        if below is None:
+            break
+        node = below
+    else:
+        return False
+    root = source_of(node)
+    assert root is not None
+    if root.node is None or root in contraction.outputs or len(set(contraction.users[root])) > 1:
+        return True
+    return not is_elementwise(root.node) and anchor_kind(root.node) is None
+
+
+def _apart(contraction: Contraction, node: Node) -> list[Node]:
+    """The readers that cannot be in one kernel with `node` and its first readers; none if one of them needs the value
+    in memory."""
+    value = node.output
+    readers = sorted(set(contraction.users.get(value, ())), key=contraction.index.__getitem__)
+    if not 2 <= len(readers) <= MOST_READERS or value in contraction.outputs:
+        return []
+    if not all(computes_operands(contraction, reader, value) for reader in readers):
+        return []
+    together = [node]
+    apart = []
+    for reader in readers:
+        if is_elementwise(reader) and contraction.can_absorb(reader, together):
+            together.append(reader)
+        else:
+            apart.append(reader)
+    if len(together) == 1:  # the first of them keeps the original
+        apart.pop(0)
+    return apart
+
+
+def _copy(contraction: Contraction, doubles: dict, node: Node, rewriter: Rewriter) -> Value:
+    """A copy of a producer, and of the producers that it is computed from where these are copied too."""
+    inputs = []
+    for value in node.inputs:
+        producer = value.node
+        along = producer is not None and (producer in doubles.get(node, ()) or producer is _below(contraction, node))
+        inputs.append(_copy(contraction, doubles, value.node, rewriter) if along else rewriter.map(value))
+    copy = Node(node.primitive, inputs, node.attrs, [node.output.type], node.provenance)
+    rewriter.target.nodes.append(copy)
+    return copy.output
