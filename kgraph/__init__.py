@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from kgraph.frontend.install import install as _install
+try:
+    from kgraph.frontend.install import install as _install
+except ModuleNotFoundError:  # the runtime alone, which has no part in Keras
+    _install = None
 
 __version__ = "0.1.0"
 
@@ -17,7 +20,10 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CompiledModel": "kgraph.compiled",
     "LoadedModel": "kgraph.runtime.artifact",
+    "LoadedStep": "kgraph.runtime.artifact_step",
+    "TrainingStep": "kgraph.training",
     "compile": "kgraph.api",
+    "compile_step": "kgraph.training",
     "errors": "kgraph.errors",
     "get_num_threads": "kgraph.runtime.threads",
     "grad": "kgraph.gradients",
@@ -29,14 +35,22 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-_install(force=False)
+if _install is not None:
+    _install(force=False)
 
 
 def __getattr__(name: str) -> Any:
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module 'kgraph' has no attribute {name!r}")
-    loaded = importlib.import_module(module)
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ImportError(
+            f"kgraph.{name} needs the package kgraph; this is kgraph-runtime, which runs saved models"
+        ) from None
     value = loaded if module == f"kgraph.{name}" else getattr(loaded, name)
     globals()[name] = value
     return value

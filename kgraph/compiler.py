@@ -150,6 +150,7 @@ def compile_graph(
         executor_object(target),
         input_names=tuple(v.name for v in graph.inputs),
         donations=donations,
+        foreign=target.machine != host_target().machine,
     )
     seconds = {
         **{f"pass {name}": t for name, t in context.seconds.items()},

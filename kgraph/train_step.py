@@ -31,7 +31,7 @@ class CompiledStep:
 
     The variables that the step assigns (weights, optimizer slots, counters, statistics, metrics, seeds) are inputs of
     the program, and their new values are outputs, written over the old ones wherever nobody else holds the old array
-    and the order of the steps allows it. Those that it only reads are parameters, prepared again when they have changed.
+    and the order of the steps allows it. Those that it only reads are parameters, prepared again when they change.
     The first axis of the batch is symbolic if all of its arrays have the same one, so that a smaller last batch runs
     in the same program; further axes become symbolic when batches differ in them (`kgraph.batch_shapes`). Where the
     code of the step needs such a number, a program is made for each of its values, and `stats()["specialised"]` says
@@ -45,12 +45,12 @@ class CompiledStep:
         """
         self.name = name
         self._function = _named(function, name)
-        self._passes = TRAINING if training else INFERENCE
+        self._passes = tuple(TRAINING if training else INFERENCE)
         self._specialised_because = None if symbolic_batch else "the model is declared for a fixed batch size"
         self._shapes = BatchShapes(symbolic_batch)
-        self._by_key: dict[tuple, _Variant] = {}  # a shortcut: the variant for every key seen
-        self._variants: dict[Hashable, _Variant] = {}  # by kind and pattern; the one that ran last is at the end
-        self._last: _Variant | None = None
+        self._by_key: dict[tuple, Variant] = {}  # a shortcut: the variant for every key seen
+        self._variants: dict[Hashable, Variant] = {}  # by kind and pattern; the one that ran last is at the end
+        self._last: Variant | None = None
         self._compiles = 0
         self._compile_seconds = 0.0
 
@@ -63,12 +63,20 @@ class CompiledStep:
             variant = self._last = self._variant_for(batch, leaves, key)
         return variant(leaves)
 
+    def prepare(self, batch) -> Variant:
+        """The program for batches like this one, compiled if there is none; nothing is run or assigned."""
+        leaves: list[np.ndarray] = []
+        key = self._key(_flatten(batch, leaves), leaves)
+        self._last = self._variant_for(batch, leaves, key)
+        self._last.refresh()
+        return self._last
+
     @staticmethod
     def _key(structure: tuple, leaves: list[np.ndarray]) -> tuple:
         """What decides which program runs."""
         return structure, tuple([(a.shape, a.dtype) for a in leaves])
 
-    def _variant_for(self, batch, leaves: list[np.ndarray], key: tuple) -> _Variant:
+    def _variant_for(self, batch, leaves: list[np.ndarray], key: tuple) -> Variant:
         """The program for a batch, compiled if there is none; moved to the end of those that are kept."""
         structure, described = key
         shapes, kind = [shape for shape, _ in described], (structure, tuple([dtype for _, dtype in described]))
@@ -105,23 +113,23 @@ class CompiledStep:
         self._by_key[key] = variant
         return variant
 
-    def _compile(self, batch, pattern: Pattern) -> _Variant:
+    def _compile(self, batch, pattern: Pattern) -> Variant:
         start = time.perf_counter()
         # Made outside of the trace: a variable that is made inside of one has no value yet.
         global_seed_generator()
         with earlier_objects_set_aside():
             captured = capture_function(self._function, batch, shapes=symbolic(pattern))
             with CompileProgress(self.name) as progress:
-                variant = _Variant(captured, self._passes, progress)
+                variant = Variant(captured, self._passes, progress)
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
         if self._compiles == MANY_COMPILES:
             reason = f" ({self._specialised_because})" if self._specialised_because else ""
             warnings.warn(
                 f"{self.name} was compiled {self._compiles} times, for batches of different structure, dtypes or "
-                f"sizes{reason}; the last was {' '.join(map(_text, pattern))}. Every compile takes time and memory, and "
-                f"the last {MOST_PROGRAMS} programs are kept. Pad the batches to a few sizes, and pass arrays of the "
-                "same dtypes.",
+                f"sizes{reason}; the last was {' '.join(map(_text, pattern))}. Every compile takes time and memory, "
+                f"and the last {MOST_PROGRAMS} programs are kept. Pad the batches to a few sizes, and pass arrays of "
+                "the same dtypes.",
                 RuntimeWarning,
                 stacklevel=6,
             )
@@ -134,7 +142,7 @@ class CompiledStep:
         return next(reversed(self._variants.values())).compiled.optimised
 
     def stats(self) -> dict:
-        """Counts: compiles, programs kept, compile seconds, why a size was fixed, steps of the program that ran last."""
+        """Counts: compiles, programs kept, compile seconds, why a size is fixed, and those of the last program."""
         out = {
             "compiles": self._compiles,
             "programs": len(self._variants),
@@ -165,7 +173,7 @@ def _own_references() -> int:
 _OWN_REFERENCES = _own_references()
 
 
-class _Variant:
+class Variant:
     """The program for one structure of the batch."""
 
     def __init__(self, captured: Captured, passes: Sequence[Pass], progress):
@@ -176,20 +184,21 @@ class _Variant:
         inputs = [*graph.inputs, *(p for v, p in own if id(v) in updated)]
         params = [p for v, p in own if id(v) not in updated]
         self.updates = captured.updates
-        self.outputs = captured.outputs
+        self.inputs, self.outputs, self.passes = captured.inputs, captured.outputs, passes
         self.num_results = captured.num_outputs
         # Every variable's new value may overwrite its old one.
         numbers = {id(v): len(graph.inputs) + i for i, v in enumerate(self.state)}
-        donations = [(numbers[id(v)], self.num_results + i) for i, v in enumerate(self.updates) if id(v) in numbers]
+        places = enumerate(self.updates, self.num_results)
+        self.donations = [(numbers[id(v)], place) for place, v in places if id(v) in numbers]
         step = Graph(inputs, params, graph.nodes, graph.outputs, graph.name)
-        self.compiled = compile_graph(step, progress, passes, donations)
+        self.compiled = compile_graph(step, progress, passes, self.donations)
         self.program = self.compiled.program
         self.versions: list[int] = []
         self.seen_version = -1
 
     def __call__(self, leaves: list[np.ndarray]):
         if self.seen_version != core.weights_version:
-            self._refresh()
+            self.refresh()
         before = core.weights_version
         state = [v._value for v in self.state]
         for i, count in enumerate(_references(state)):
@@ -207,7 +216,7 @@ class _Variant:
             self.seen_version = core.weights_version
         return self.outputs.pack(list(results[: self.num_results]))
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Prepare the parameters that have changed since the last call."""
         seen = core.weights_version
         versions = [v.version for v in self.read]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from kgraph import ops  # noqa: F401  (registers the primitives)
 from kgraph.compiler import CompiledGraph, compile_graph
@@ -26,16 +23,15 @@ from kgraph.runtime.artifact import (
     read_tensors,
 )
 from kgraph.runtime.artifact_file import ArtifactFile
+from kgraph.runtime.artifact_plan import restored
 from kgraph.structure import Structure
-from kgraph.types import np_dtype
 
 
-def rebuild(file: ArtifactFile, manifest: Manifest) -> LoadedModel:
-    """The model in a file, compiled for this machine.
+def rebuild(file: ArtifactFile, manifest: Manifest, clock: Clock) -> LoadedModel:
+    """The model in a file, compiled for this machine. clock: started when the file was opened.
 
     Raises ArtifactError where the file has no graph, or one that is damaged.
     """
-    clock = Clock()
     try:
         forms = [_form(file, manifest, form) for form in manifest.forms]
         clock.lap("compiling")
@@ -53,27 +49,19 @@ def _form(file: ArtifactFile, manifest: Manifest, data: dict[str, Any]) -> Loade
     checking = Checking(file, entry["weights"])
     checking.finish()
     tensors = read_tensors(file, entry["weights"])
-    constants = {name: _constant(tensors, *fields) for name, fields in entry["constants"].items()}
+    constants = {
+        name: restored(tensors[tensor], shape, dtype) for name, (tensor, dtype, shape) in entry["constants"].items()
+    }
     graph = parse_graph(file.read(entry["text"]).decode(), constants)
     verify(graph, after="loading")
     passes = TRAINING if manifest.kind == "step" else INFERENCE
     compiled = compile_graph(graph, passes=passes, donations=[tuple(pair) for pair in entry["donations"]])
-    values = [
-        tensors[name].view(p.type.np_dtype).reshape(p.type.shape)
-        for name, p in zip(entry["params"], graph.params, strict=True)
-    ]
-    compiled.set_params(values)
+    params = zip(entry["params"], graph.params, strict=True)
+    compiled.set_params([restored(tensors[name], p.type.shape, p.type.dtype) for name, p in params])
     outputs = Structure.from_json(data["outputs"])
-    state = read_state(data["state"], tensors, len(graph.inputs), len(graph.outputs))
+    state = read_state(file, data["state"], len(graph.inputs), len(graph.outputs))
     report, text = _readers(manifest.name, compiled)
     return make_form(manifest.inputs, outputs, compiled.program, data["sizes"], state, report, text)
-
-
-def _constant(tensors: Mapping[str, np.ndarray], name: str, dtype: str, shape: list[int]) -> np.ndarray:
-    array = tensors[name].reshape(-1).view(np_dtype(dtype))
-    if array.size != math.prod(shape):
-        raise ValueError(f"the constant {name!r} has another size")
-    return array.reshape(tuple(shape))
 
 
 def _readers(name: str, compiled: CompiledGraph) -> tuple[Callable, Callable]:

@@ -29,6 +29,8 @@ from kgraph.report import explain
 from kgraph.runtime import artifact_plan
 from kgraph.runtime.artifact_control import CONTROL, named_objects, programs_of
 from kgraph.runtime.artifact_file import write_file
+from kgraph.runtime.artifact_forms import State as StateVariable
+from kgraph.runtime.artifact_forms import state_section, state_tensors
 from kgraph.runtime.artifact_level import requirement
 from kgraph.runtime.artifact_tensors import to_pieces
 from kgraph.runtime.plan import Program
@@ -40,20 +42,11 @@ _X86_LEVELS = ("x86-64-v4", "x86-64-v3")
 
 
 @dataclass
-class StateVariable:
-    """A variable that calls read and change. input, output: numbers of the graph's, -1 where it has none there."""
-
-    name: str
-    value: np.ndarray
-    input: int
-    output: int
-
-
-@dataclass
 class SavedForm:
     """What is written of a model for all sizes, or for some fixed ones.
 
-    graph: before passes. values: of its params, in order; names: theirs. compiled: the graph compiled for this process,
+    graph: before passes; what calls read and change is among its inputs and outputs. values: of its params, in order;
+    names: theirs. compiled: the graph compiled for this process,
     with its params set; None where it is to be compiled.
     """
 
@@ -176,18 +169,21 @@ class _Writer:
         return {
             "sizes": form.sizes,
             "outputs": form.outputs.to_json(),
-            "state": [[s.name, self.add_for_all(s, number, targets), s.input, s.output] for s in form.state],
+            "state": self.state(number, form.state),
             "programs": programs,
             "text": f"text/{number}",
             "graph": self.graph(f"graph/{number}", form) if self.rebuildable else None,
         }
 
-    def add_for_all(self, state: StateVariable, number: int, targets: dict[str, Target]) -> str:
-        """Put the value of state where every program of the form finds it."""
-        name = ""
-        for user in [f"{number}/{level}" for level in targets] + [f"graph/{number}"] * self.rebuildable:
-            name = self.store.add(state.value, user, state.name)
-        return name
+    def state(self, number: int, state: Sequence[StateVariable]) -> dict[str, Any]:
+        """Write the values of what calls change, in a section of their own, which a later save can replace."""
+        section = state_section(number)
+        self.sections.append((section, to_pieces(state_tensors(state, {s.name: s.value for s in state}))))
+        rows = [
+            [s.name, s.kind, s.value.dtype.name, list(s.value.shape), s.input, s.output, s.reset is not None]
+            for s in state
+        ]
+        return {"section": section, "variables": rows}
 
     def program(self, user: str, compiled: CompiledGraph) -> dict[str, Any]:
         """Write a program's plan, code and report; gives its entry in the manifest."""

@@ -7,8 +7,7 @@ import hashlib
 import numpy as np
 
 from kgraph.runtime import artifact_plan
-from kgraph.runtime.artifact_tensors import is_writable, to_pieces
-from kgraph.types import dtype_name
+from kgraph.runtime.artifact_tensors import to_pieces
 
 # Sections of about this size are checked by several threads at once.
 _SECTION_BYTES = 16 << 20
@@ -24,8 +23,7 @@ class TensorStore:
 
     def add(self, array: np.ndarray, user: str, name: str = "") -> str:
         """Put an array into the file and give its name there. name: what to call it if nobody has called it yet."""
-        if not is_writable(dtype_name(array.dtype)):
-            array = artifact_plan.store(array)
+        array = artifact_plan.stored(array)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         key = (array.dtype.name, array.shape, hashlib.sha256(flat).digest())
         if key not in self._names:

@@ -53,6 +53,7 @@ def export(
     levels: Sequence[str] | None = None,
     weights: str = "inside",
     compiler: str | Sequence[str] | None = None,
+    keep_objects: bool = False,
 ) -> ExportedLibrary:
     """Write the C library of a model into a directory.
 
@@ -61,6 +62,8 @@ def export(
         "x86-64-v2"; by default the first two); the library takes the first that the processor has, when it runs.
     weights: "inside" of the library, or in a "file" of their own.
     compiler: see `toolchain.find_toolchain`.
+    keep_objects: leave the kernels' objects and the weights in the directory, so that the source can be compiled again
+        with other options.
     Raises UnsupportedError for a model with steps that run on NumPy, CompileError where no C compiler is found or it
     fails, ValueError for other values of the arguments.
     """
@@ -81,10 +84,12 @@ def export(
         toolchain.link_shared([main, *objects], library.files.shared)
         toolchain.archive([main, *objects], library.files.static)
     finally:
-        for path in [main, *objects]:
-            path.unlink(missing_ok=True)
-        if weights == "inside":
-            library.weights_path.unlink(missing_ok=True)
+        main.unlink(missing_ok=True)
+        if not keep_objects:
+            for path in objects:
+                path.unlink(missing_ok=True)
+            if weights == "inside":
+                library.weights_path.unlink(missing_ok=True)
     return library.files
 
 

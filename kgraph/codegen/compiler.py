@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib
 import os
+import re
 import select
 import signal
 import struct
@@ -34,6 +35,7 @@ _MIN_KERNELS_PER_PROCESS = 3
 _MAX_PROCESSES = 16
 # A child that says nothing for this long is given up; its kernels are compiled here.
 _CHILD_TIMEOUT_SECONDS = 120.0
+_VECTORS = re.compile(r"<\d+ x (?:float|double|half|bfloat|i\d+)>")
 
 
 @dataclass
@@ -106,7 +108,7 @@ def compile_ir(text: str, *, name: str = "kernel", target: Target | None = None,
     """
     target = target or host_target()
     initialize_llvm()
-    machine, builder = _pipeline(target, vectorize)
+    machine, whole_module, one_function = _pipeline(target, vectorize)
     context = llvm.create_context()
     try:
         module = llvm.parse_assembly(text, context)
@@ -115,12 +117,21 @@ def compile_ir(text: str, *, name: str = "kernel", target: Target | None = None,
         module.verify()
     except RuntimeError as error:
         raise CompileError(f"kernel {name}: LLVM refuses its IR: {error}") from error
-    builder.getModulePassManager().run(module, builder)
+    functions = [f for f in module.functions if not f.is_declaration]
+    if len(functions) == 1 and _VECTORS.search(text):
+        one_function.getFunctionPassManager().run(functions[0], one_function)
+    else:
+        whole_module.getModulePassManager().run(module, whole_module)
     return machine.emit_object(module)
 
 
 @functools.cache
 def _pipeline(target: Target, vectorize: bool):
+    """(target machine, passes over a module, passes over a function).
+
+    In a kernel that is one function and works on vectors there is nothing to inline and no loop for the vectoriser: the
+    passes that simplify a function take half the time of those for a module and leave code that is as fast.
+    """
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=2, reloc="pic", codemodel="small"
     )
@@ -128,7 +139,8 @@ def _pipeline(target: Target, vectorize: bool):
     options.loop_vectorization = vectorize
     options.slp_vectorization = False
     options.loop_interleaving = vectorize
-    return machine, llvm.create_pass_builder(machine, options)
+    simple = llvm.create_pipeline_tuning_options(speed_level=1)
+    return machine, llvm.create_pass_builder(machine, options), llvm.create_pass_builder(machine, simple)
 
 
 def render(spec: KernelSpec, target: Target) -> str:

@@ -66,9 +66,7 @@ class Lowered:
         )
 
 
-def lower(
-    graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None = None
-) -> Lowered:
+def lower(graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None = None) -> Lowered:
     """Lower `graph` (after all passes) for `target`; host steps are added to `decisions` with their reason.
 
     optimise: the passes for bodies of control flow; without it these run through their references.

@@ -45,6 +45,11 @@ class Target:
     l2_bytes: int
     l3_bytes: int
 
+    @property
+    def machine(self) -> str:
+        """The processor family, as triples name it (`x86_64`)."""
+        return self.triple.partition("-")[0]
+
     def lanes(self, dtype: str) -> int:
         """Elements of `dtype` in one vector register."""
         return self.vector_bytes // np_dtype(dtype).itemsize

@@ -179,7 +179,7 @@ def _reference_scan(*arrays, body, num_carry, num_xs, length, reverse):
     carries, xs, constants = _split(arrays, num_carry, num_xs)
     if not length:
         return (*carries, *(np.empty(t.shape, t.np_dtype) for t in inferred[num_carry:]))
-    stacks: list[np.ndarray] = []
+    stacks = []
     for t in range(length)[:: -1 if reverse else 1]:
         results = run("scan", body, (*carries, *(x[t] for x in xs), *constants))
         carries, ys = results[:num_carry], results[num_carry:]

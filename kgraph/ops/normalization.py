@@ -223,9 +223,14 @@ def _gradient_layer(cotangents, inputs, outputs, *, axes, epsilon):
 
 def _gradient_normal(scaled, x, axes, epsilon: float, *, centre: bool):
     """Cotangent of x through the normalised values, and these; `scaled` is the normalised values' cotangent."""
-    centred = ops.sub(x, mean(x, axes)) if centre else x
-    inverse = _inverse_deviation(mean(ops.mul(centred, centred), axes), epsilon)
-    normal = ops.mul(centred, inverse)
+    if centre:
+        shape = tuple(1 if a in axes else s for a, s in enumerate(x.shape))
+        middle, variance = (ops.reshape(m, shape=shape) for m in ops.moments(x, axes=axes))
+        inverse = _inverse_deviation(variance, epsilon)
+        normal = ops.mul(ops.sub(x, middle), inverse)
+    else:
+        inverse = _inverse_deviation(mean(ops.mul(x, x), axes), epsilon)
+        normal = ops.mul(x, inverse)
     inner = ops.sub(scaled, ops.mul(normal, mean(ops.mul(scaled, normal), axes)))
     if centre:
         inner = ops.sub(inner, mean(scaled, axes))

@@ -123,9 +123,14 @@ def _seeded(name: str, sample, allowed: frozenset, dtypes: tuple, **extra) -> Pr
     return _random_record(name, infer, reference, samples)
 
 
+def _words_infer(seed, *, shape, stream):
+    _require_seed("random_words", seed)
+    return TensorType(shape, "uint32")
+
+
 RANDOM_WORDS = _random_record(
     "random_words",
-    lambda seed, *, shape, stream: (_require_seed("random_words", seed), TensorType(shape, "uint32"))[1],
+    _words_infer,
     lambda seed, *, shape, stream: words(seed, int(np.prod(shape, dtype=np.int64)), stream).reshape(shape),
     lambda: [
         Sample((SEED,), {"shape": (3, 5), "stream": 0}),

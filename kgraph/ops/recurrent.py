@@ -136,6 +136,7 @@ def _samples():
         sample(
             "simple, softplus, masked with zeros", "simple", mask=True, activation="softplus", zero_output_for_mask=True
         ),
+        *(sample(f"simple, {name}", "simple", (2, 3, 3, 4), activation=name) for name in ACTIVATIONS),
         sample("odd sizes", "lstm", (3, 7, 5, 17)),
         sample("one step, one unit", "gru", (1, 1, 2, 1)),
         sample("empty batch", "lstm", (0, 3, 2, 4)),

@@ -57,6 +57,7 @@ def pull_back(
 
     for value, cotangent in cotangents.items():
         add(value, cotangent)
+
     def visit(start: int, stop: int, operand: Callable[[Value], Array], ranges: Sequence[tuple[int, int]]) -> None:
         """Run the rules of nodes[start:stop], on the values that `operand` gives."""
         ends = {hi: (lo, hi) for lo, hi in _outermost(ranges)}

@@ -1,17 +1,16 @@
 """Nodes applied to all elements of a sequence at once: how each primitive takes operands with one more leading axis.
 
-`batched(node, operands, flags, length)` gives the results with the leading axis, from operands of which `flags` says
-that they have it. `summed` gives the sum of a batched value over that axis, and moves the sum into the products that
-make the value, whose contraction it then is.
+`batched(node, operands, flags, length)` gives the result with the leading axis, from operands of which `flags` says
+that they have it. The other functions are about sums over that axis, which move into the products that make the terms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kgraph import ops
 from kgraph.ir import Node, Value
-from kgraph.ir.dims import product
 from kgraph.passes.patterns import is_elementwise, scalar_constant
 
 RULES: dict[str, Callable] = {}
@@ -30,9 +29,7 @@ def can_batch(node: Node, flags: Sequence[bool]) -> bool:
     """Whether `batched` takes the node with these operands having the axis (one of them at least)."""
     if len(node.outputs) != 1 or node.primitive.traits & {"random", "control", "host"}:
         return False
-    if node.name == "conv":
-        return flags[0] and not flags[1]
-    if node.name == "pad":
+    if node.name in ("conv", "pad"):
         return flags[0] and not flags[1]
     return node.name in RULES or is_elementwise(node)
 
@@ -134,87 +131,59 @@ def _conv(node, operands, flags, length):
     return ops.reshape(out, shape=(length, x.shape[1], *out.shape[1:]))
 
 
-# -- sums over the leading axis -----------------------------------------------------------------------------------------
-def summed(value: Value, at: Callable[[Value], tuple], length):
-    """The sum over the leading axis of what `value` is for each element of the sequence.
+# -- sums over the leading axis ---------------------------------------------------------------------------------------
+_LINEAR = frozenset({"reshape", "transpose", "slice", "rev", "neg"})
 
-    at: gives (operand, whether it has the axis) for a value that the sum's maker reads.
+
+def sum_operands(node: Node, varies: Callable[[Value], bool]) -> list[Value] | None:
+    """The values of which `summed_node` wants the sums, where it passes the sum on to the node's operands; else None.
+
+    varies: whether a value is another one for each element of the sequence.
     """
-    node = value.node
-    x, is_batched = at(value) if node is None or node.name not in _SUMS else (None, False)
-    if node is not None and node.name in _SUMS:
-        found = _SUMS[node.name](node, at, length)
-        if found is not None:
-            return found
-        x, is_batched = at(value)
-    if not is_batched:
-        raise ValueError(f"{value!r} is the same for all elements")
-    return ops.reduce_sum(x, axes=(0,))
-
-
-def _sum_of_view(node, at, length):
-    inner = summed(node.inputs[0], at, length)
-    return getattr(ops, node.name)(inner, **node.attrs)
-
-
-def _sum_of_sum(node, at, length):
-    parts = [summed(v, at, length) for v in node.inputs]
-    return ops.add(*parts) if all(p.shape == node.output.shape for p in parts) else None
-
-
-def _sum_of_pad(node, at, length):
-    if scalar_constant(node.inputs[1]) != 0:
+    if node.name in _LINEAR or (node.name == "add" and all(v.shape == node.output.shape for v in node.inputs)):
+        wanted = list(node.inputs)
+    elif node.name == "pad" and scalar_constant(node.inputs[1]) == 0:
+        wanted = [node.inputs[0]]
+    else:
         return None
-    inner = summed(node.inputs[0], at, length)
-    return ops.pad(inner, at(node.inputs[1])[0], **node.attrs)
+    return wanted if all(map(varies, wanted)) else None
 
 
-def _sum_of_reduce_sum(node, at, length):
-    x, is_batched = at(node.inputs[0])
-    if not is_batched:
-        return None
-    total = ops.reduce_sum(x, axes=(0, *_shifted(node.attrs["axes"])))
-    return ops.reshape(total, shape=node.output.shape)
+def contracts(node: Node, varies: Callable[[Value], bool]) -> bool:
+    """Whether the node is a sum over axes of its operands, which `contracted` extends to the leading axis."""
+    if not all(map(varies, node.inputs)):
+        return False
+    if node.name in ("conv", "conv_filter_gradient"):
+        return node.attrs["feature_groups"] == 1 or node.name == "conv_filter_gradient"
+    return node.name == "reduce_sum" or (node.name == "dot_general" and not node.attrs["lhs_batch"])
 
 
-def _sum_of_dot(node, at, length):
-    """`sum_t a[t] b[t]` contracts t too."""
-    (lhs, one), (rhs, other) = (at(v) for v in node.inputs)
+def summed_node(node: Node, sums: Sequence, other: Callable[[Value], Any]):
+    """The sum of a node's result from the sums of its `sum_operands`. other: what stands for further operands."""
+    if node.name == "pad":
+        return ops.pad(sums[0], other(node.inputs[1]), **node.attrs)
+    return getattr(ops, node.name)(*sums, **node.attrs)
+
+
+def contracted(node: Node, operands: Sequence, length):
+    """The sum over the leading axis of a node that `contracts`, from its operands with that axis."""
     attrs = node.attrs
-    if not (one and other) or attrs["lhs_batch"]:
-        return None
-    return ops.dot_general(
-        lhs,
-        rhs,
-        lhs_contract=(0, *_shifted(attrs["lhs_contract"])),
-        rhs_contract=(0, *_shifted(attrs["rhs_contract"])),
-        lhs_batch=(),
-        rhs_batch=(),
-        preferred_dtype=attrs["preferred_dtype"],
-    )
-
-
-def _sum_of_conv(node, at, length):
-    """Where images and filters both vary, the elements are more input channels of one convolution."""
-    (x, one), (w, other) = (at(v) for v in node.inputs)
-    if not (one and other) or node.attrs["feature_groups"] != 1:
-        return None
-    rank = len(node.output.shape)
+    if node.name == "reduce_sum":
+        total = ops.reduce_sum(operands[0], axes=(0, *_shifted(attrs["axes"])))
+        return ops.reshape(total, shape=node.output.shape)
+    if node.name == "dot_general":
+        left, right = ((0, *_shifted(attrs[name])) for name in ("lhs_contract", "rhs_contract"))
+        plain = {"lhs_batch": (), "rhs_batch": (), "preferred_dtype": attrs["preferred_dtype"]}
+        return ops.dot_general(*operands, lhs_contract=left, rhs_contract=right, **plain)
+    x, w = operands
+    if node.name == "conv_filter_gradient":  # the sum over the batch
+        merge = lambda a: ops.reshape(a, shape=(length * a.shape[1], *a.shape[2:]))
+        return ops.conv_filter_gradient(merge(x), merge(w), **attrs)
+    # Images and filters both vary: the elements are more input channels of one convolution.
     # x[t, n, *spatial, c] -> [n, *spatial, t c]; w[t, *window, c, f] -> [*window, t c, f]
+    rank = len(node.output.shape)
     x = ops.transpose(x, permutation=(*range(1, rank), 0, rank))
     x = ops.reshape(x, shape=(*x.shape[: rank - 1], length * x.shape[-1]))
     w = ops.transpose(w, permutation=(*range(1, rank - 1), 0, rank - 1, rank))
     w = ops.reshape(w, shape=(*w.shape[: rank - 2], length * w.shape[-2], w.shape[-1]))
-    return ops.conv(x, w, **node.attrs)
-
-
-_SUMS: dict[str, Callable] = {
-    **dict.fromkeys(("reshape", "transpose", "slice", "rev", "neg"), _sum_of_view),
-    "add": _sum_of_sum,
-    "pad": _sum_of_pad,
-    "reduce_sum": _sum_of_reduce_sum,
-    "dot_general": _sum_of_dot,
-    "conv": _sum_of_conv,
-}
-
-__all__ = ["batched", "can_batch", "product", "summed"]
+    return ops.conv(x, w, **attrs)

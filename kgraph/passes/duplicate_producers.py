@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kgraph.ir import Graph, Node, Rewriter, Value
-from kgraph.passes.fuse import anchor_kind, computes_operands, source_of
+from kgraph.passes.fuse import WITH_PROLOGUE, anchor_kind, computes_operands, reduction_of, source_of
 from kgraph.passes.manager import PassContext
 from kgraph.passes.patterns import is_elementwise
 from kgraph.passes.regions import Contraction
@@ -76,16 +76,28 @@ def _apart(contraction: Contraction, node: Node) -> list[Node]:
         return []
     if not all(computes_operands(contraction, reader, value) for reader in readers):
         return []
-    together = [node]
+    together = [node, readers[0]]
     apart = []
-    for reader in readers:
-        if is_elementwise(reader) and contraction.can_absorb(reader, together):
+    for reader in readers[1:]:
+        same = _leads_to(contraction, reader) == _leads_to(contraction, readers[0])
+        if same and contraction.can_absorb(reader, together):
             together.append(reader)
         else:
             apart.append(reader)
-    if len(together) == 1:  # the first of them keeps the original
-        apart.pop(0)
     return apart
+
+
+def _leads_to(contraction: Contraction, reader: Node) -> tuple | None:
+    """What tells the kernel apart whose prologue the reader is part of; None where it is in none."""
+    for _ in range(LONGEST_CHAIN):
+        kind = anchor_kind(reader)
+        if kind in WITH_PROLOGUE:
+            return reduction_of(reader) if kind == "reduce" else (reader,)
+        readers = set(contraction.users.get(reader.output, ())) if is_elementwise(reader) else ()
+        if len(readers) != 1 or reader.output in contraction.outputs:
+            return None
+        (reader,) = readers
+    return None
 
 
 def _copy(contraction: Contraction, doubles: dict, node: Node, rewriter: Rewriter) -> Value:

@@ -91,11 +91,12 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
     contraction = Contraction(graph)
     fused: dict[Region, tuple[Node, list[Value]]] = {}
 
-    def settle(kind: str, candidates: list[list[Node]], anchor: Node | None) -> bool:
-        """Claim the largest candidate that the code generator takes."""
-        for nodes in candidates:
-            if len(nodes) == 1 and anchor is not None:
+    def settle(kind: str, grown: list[Node], counts: list[int], anchor: Node | None) -> bool:
+        """Claim the largest region that the code generator takes; regions are the first nodes of `grown`."""
+        for count in reversed(counts):
+            if count == 1:
                 return False
+            nodes = contraction.sorted(grown[:count])
             node, results = fused_node(contraction, kind, nodes)
             reason = context.accepts(node)
             if reason is None:
@@ -110,7 +111,7 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
     siblings: dict[tuple, list[Node]] = {}
     for node in graph.nodes:
         if anchor_kind(node) == "reduce":
-            siblings.setdefault(_reduction(node), []).append(node)
+            siblings.setdefault(reduction_of(node), []).append(node)
     for node in graph.nodes:
         kind = anchor_kind(node)
         if kind is None or node in contraction.region_of:
@@ -119,25 +120,25 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
         if kind in WITH_PROLOGUE:
             _grow_backward(contraction, nodes, node)
         if kind == "reduce":
-            joint = _with_siblings(contraction, nodes, node, siblings[_reduction(node)])
-            if len(joint) > len(nodes) and settle(kind, _grow_forward(contraction, joint, node, context)[::-1], node):
-                continue
+            joint = _with_siblings(contraction, nodes, node, siblings[reduction_of(node)])
+            if len(joint) > len(nodes):
+                counts = _grow_forward(contraction, joint, node, context)
+                if settle(kind, joint, counts, node):
+                    continue
+        counts = [len(nodes)]
         if len(node.outputs) == 1:
-            checkpoints = _grow_forward(contraction, nodes, node, context)
-        else:
-            checkpoints = [contraction.sorted(nodes)]
-        settle(kind, checkpoints[::-1], node)
+            counts = _grow_forward(contraction, nodes, node, context)
+        settle(kind, nodes, counts, node)
     for node in graph.nodes:
         if node in contraction.region_of or not is_elementwise(node) or len(node.outputs) != 1:
             continue
         if node.name == "constant":
             continue
-        checkpoints = _grow_loop(contraction, node)
-        settle("loop", [c for c in checkpoints[::-1] if len(c) > 1], None)
+        settle("loop", *_grow_loop(contraction, node), None)
     return replace_regions(graph, contraction, fused)
 
 
-def _reduction(node: Node) -> tuple:
+def reduction_of(node: Node) -> tuple:
     """What reductions of one kernel have in common."""
     return node.inputs[0].shape, tuple(node.attrs["axes"]), node.attrs["keepdims"]
 
@@ -150,11 +151,14 @@ def _with_siblings(contraction: Contraction, nodes: list[Node], anchor: Node, si
         if other in nodes or other in contraction.region_of or len(nodes) >= LARGEST_REGION:
             continue
         joint = [*nodes, other]
-        for member in [n for n in joint if anchor_kind(n) == "reduce"]:
+        reductions = [n for n in joint if anchor_kind(n) == "reduce"]
+        for member in reductions:
             _grow_backward(contraction, joint, member)
         own = [n for n in joint if n not in nodes]
         read = {v for v in contraction.external_inputs(nodes) if v.shape == shape}
-        if not read.isdisjoint(v for n in own for v in n.inputs) and contraction.can_absorb(other, joint):
+        shared = not read.isdisjoint(v for n in own for v in n.inputs)
+        independent = not any(v.node in reductions for n in joint for v in n.inputs)
+        if shared and independent and contraction.can_absorb(other, joint):
             nodes = joint
     return nodes
 
@@ -169,13 +173,12 @@ def _joins(contraction: Contraction, node: Node, shape: tuple, positional: bool 
     )
 
 
-def _grow_forward(contraction: Contraction, nodes: list[Node], anchor: Node, context: PassContext) -> list[list[Node]]:
-    """Regions of growing size, ending in elementwise readers of the anchors' results; each has one live result, or a
-    few where these are reduced."""
+def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, context: PassContext) -> list[int]:
+    """Appends elementwise readers of the anchors' results; gives the counts of nodes at which there is one live result,
+    or a few where these are reduced."""
     shape = anchor.output.shape
-    checkpoints = [contraction.sorted(nodes)]
-    current = list(nodes)
-    anchors = [n for n in nodes if n is anchor or (anchor_kind(n) == "reduce" and n.output.shape == shape)]
+    checkpoints = [len(current)]
+    anchors = [n for n in current if n is anchor or (anchor_kind(n) == "reduce" and n.output.shape == shape)]
     values = [n.output for n in anchors]
     most = MOST_LOOP_OUTPUTS if anchor_kind(anchor) == "reduce" else 1
     while values and len(current) < LARGEST_REGION:
@@ -190,7 +193,7 @@ def _grow_forward(contraction: Contraction, nodes: list[Node], anchor: Node, con
             current.append(user)
             values.append(user.output)
             if len(contraction.live_outputs(current)) <= most:
-                checkpoints.append(contraction.sorted(current))
+                checkpoints.append(len(current))
     if len(checkpoints) == 1:
         _explain_no_epilogue(contraction, anchor, context)
     return checkpoints
@@ -234,11 +237,12 @@ def _grow_backward(contraction: Contraction, nodes: list[Node], anchor: Node) ->
         queue.extend(producer.inputs)
 
 
-def _grow_loop(contraction: Contraction, seed: Node) -> list[list[Node]]:
-    """Elementwise nodes of one shape around `seed`; several of them may have readers outside."""
+def _grow_loop(contraction: Contraction, seed: Node) -> tuple[list[Node], list[int]]:
+    """Elementwise nodes of one shape around `seed`, and how many of them make a region; several may have readers
+    outside."""
     shape = seed.output.shape
     current = [seed]
-    checkpoints: list[list[Node]] = []
+    checkpoints: list[int] = []
     frontier: list[Node] = [seed]
     neighbours: Callable[[Node], list[Node]] = lambda n: [
         *(contraction.users.get(n.output, ())),
@@ -260,8 +264,8 @@ def _grow_loop(contraction: Contraction, seed: Node) -> list[list[Node]]:
                 current.pop()
                 continue
             frontier.append(other)
-            checkpoints.append(contraction.sorted(current))
-    return checkpoints
+            checkpoints.append(len(current))
+    return current, checkpoints
 
 
 def _belongs_to_readers(contraction: Contraction, node: Node, region: list[Node]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kgraph import ops
@@ -81,7 +83,7 @@ def _selected(index: Value, values: list[Value], rewriter: Rewriter, provenance:
         number, candidates = recorder.wrap(index), [recorder.wrap(v) for v in values]
         if index.dtype == "bool":
             return recorder.value(ops.select(number, candidates[1], candidates[0]))
-        out = candidates[-1]
+        out: Any = candidates[-1]
         for i in reversed(range(len(candidates) - 1)):
             out = ops.select(ops.le(number, np.array(i, np_dtype(index.dtype))), candidates[i], out)
         return recorder.value(out)

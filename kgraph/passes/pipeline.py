@@ -16,7 +16,9 @@ from kgraph.passes.group_recurrent import group_recurrent
 from kgraph.passes.inline_cond import inline_cond
 from kgraph.passes.layout import layout
 from kgraph.passes.manager import Pass
+from kgraph.passes.merge_scans import merge_scans
 from kgraph.passes.reshape_motion import reshape_motion
+from kgraph.passes.split_scan import split_scan
 from kgraph.passes.transpose_motion import transpose_motion
 
 INFERENCE: list[Pass] = [
@@ -26,6 +28,9 @@ INFERENCE: list[Pass] = [
     canonicalise,
     fold_constants,
     common_subexpressions,
+    merge_scans,
+    dead_code,
+    split_scan,
     transpose_motion,
     canonicalise,
     fold_padding,

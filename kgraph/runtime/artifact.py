@@ -11,74 +11,27 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from kgraph.decisions import Decision
-from kgraph.dims import from_json
 from kgraph.errors import ArtifactError, InputError, KGraphError
-from kgraph.report import Explanation, KernelRow, Profile, profile_of
+from kgraph.report import Explanation, Profile, profile_of
 from kgraph.runtime import artifact_plan
 from kgraph.runtime.artifact_file import ArtifactFile
+from kgraph.runtime.artifact_forms import DAMAGE, LoadedForm, as_text, read_form, self_test_form
 from kgraph.runtime.artifact_level import Requirement
-from kgraph.runtime.artifact_tensors import Tensors
 from kgraph.runtime.model import Model, sizes_of
-from kgraph.runtime.plan import Program
 from kgraph.runtime.threads import available_cpus
 from kgraph.structure import Structure
 
-# What parsing of a manifest that is not one may raise.
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
 MAX_CHECKING_THREADS = 8
 
 
 class LevelError(ArtifactError):
     """The file has no object code that this machine runs."""
-
-
-@dataclass
-class State:
-    """A value that the model keeps between calls: `input` and `output` are numbers of the program's, or -1."""
-
-    name: str
-    value: np.ndarray
-    input: int
-    output: int
-
-
-@dataclass
-class LoadedForm:
-    """The program for all sizes, or for some fixed ones.
-
-    sizes: the values of the model's fixed sizes. state: what calls read and change besides their inputs and outputs.
-    report: reads the explanation; text: reads the optimised graph.
-    """
-
-    inputs: Structure
-    outputs: Structure
-    program: Program
-    sizes: dict[str, int]
-    state: list[State]
-    report: Callable[[], tuple[list[KernelRow], list[Decision]]]
-    text: Callable[[], str]
-
-    def run(self, arrays: list[np.ndarray], out: list | None) -> list[np.ndarray]:
-        """A call: the leaves of the outputs; state gets its new values."""
-        count = self.outputs.num_leaves
-        state = [s.value for s in self.state if s.input >= 0]
-        results = self.program([*arrays, *state], out if out is None else [*out, *[None] * self.num_updates])
-        for s in self.state:
-            if s.output >= 0:
-                s.value = results[s.output]
-        return list(results[:count])
-
-    @property
-    def num_updates(self) -> int:
-        """Outputs of the program that are new values of state."""
-        return len(self.program.outputs) - self.outputs.num_leaves
 
 
 @dataclass
@@ -101,23 +54,23 @@ class Manifest:
         """The manifest of a file. Raises ArtifactError if it is none."""
         data = file.read_json("manifest")
         try:
-            levels = {_text(name): Requirement.from_json(needs) for name, needs in data["levels"]}
+            levels = {as_text(name): Requirement.from_json(needs) for name, needs in data["levels"]}
             forms, fixed, steps = data["forms"], data["fixed"], data["host_steps"]
             if not all(type(form) is dict for form in forms) or data["kind"] not in ("model", "step") or not forms:
                 raise ValueError("it describes no model")
             return Manifest(
                 data["kind"],
-                _text(data["name"]),
-                _text(data["kgraph"]),
+                as_text(data["name"]),
+                as_text(data["kgraph"]),
                 Structure.from_json(data["inputs"]),
                 bool(data["adapts_rank"]),
-                tuple(map(_text, fixed)),
-                None if data["specialised"] is None else _text(data["specialised"]),
+                tuple(map(as_text, fixed)),
+                None if data["specialised"] is None else as_text(data["specialised"]),
                 levels,
                 forms,
-                list(map(_text, steps)),
+                list(map(as_text, steps)),
             )
-        except _DAMAGE as error:
+        except DAMAGE as error:
             file.fail(f"its manifest is damaged: {error}")
 
     def choose(self, file: ArtifactFile, level: str | None) -> str:
@@ -144,7 +97,9 @@ class LoadedModel(Model):
         self.name, self.level, self._seconds = manifest.name, level, seconds
         self._inputs, self._adapts_rank = manifest.inputs, manifest.adapts_rank
         self._fixed, self._specialised = manifest.fixed, manifest.specialised
+        self.forms = list(forms)
         self._forms = {tuple(form.sizes[name] for name in self._fixed): form for form in forms}
+        self._values = _shared_values(forms)
         self._fast: tuple | None = None
         form = forms[0]
         if not self._fixed and not form.state and form.outputs.is_leaf and self._inputs.is_leaf:
@@ -193,7 +148,7 @@ class LoadedModel(Model):
     def profile(self, *args, repeats: int = 10, **kwargs) -> Profile:
         """Time per kernel and per Keras layer of calls with these inputs (medians over `repeats`)."""
         form, arrays = self._bind(args, kwargs)
-        state = [s.value for s in form.state if s.input >= 0]
+        state = [value.copy() for value in form.state_inputs()]  # a profile leaves it as it is
         return profile_of(self.name, form.report()[0], form.program, [*arrays, *state], repeats)
 
     def stats(self) -> dict:
@@ -205,10 +160,23 @@ class LoadedModel(Model):
         return f"<kgraph.LoadedModel {self.name!r} ({self.level})>"
 
 
+def _shared_values(forms: Sequence[LoadedForm]) -> dict[str, np.ndarray]:
+    """Let all forms have one state; gives its values. Raises ValueError where they do not agree on a type."""
+    values: dict[str, np.ndarray] = {}
+    for form in forms:
+        for name, value in form.values.items():
+            known = values.setdefault(name, value)
+            if (known.shape, known.dtype) != (value.shape, value.dtype):
+                raise ValueError(f"the state {name!r} has several types")
+        form.values = values
+    return values
+
+
 def open_model(
     file: ArtifactFile,
     manifest: Manifest,
     host_functions: artifact_plan.HostFunctions,
+    clock: Clock,
     *,
     check_weights: bool = True,
     self_test: bool = True,
@@ -216,19 +184,19 @@ def open_model(
 ) -> LoadedModel:
     """The model in a file; the arguments are those of `kgraph.load`.
 
-    host_functions: from the text of a host step to its function.
+    host_functions: from the text of a host step to its function. clock: started when the file was opened.
     Raises ArtifactError for anything that is damaged, LevelError where the machine runs none of the code.
     """
-    clock = Clock()
     level = manifest.choose(file, level)
     for name in file.sections:
         if not name.startswith("weights/"):
             file.check(name)
+    clock.lap("opening")
     checking = Checking(file, weight_sections(file, manifest, level) if check_weights else ())
     try:
-        forms = [_read_form(file, manifest, form, level, host_functions) for form in manifest.forms]
+        forms = [read_form(file, manifest.inputs, form, level, host_functions) for form in manifest.forms]
         model = LoadedModel(manifest, forms, level, clock.seconds)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         if isinstance(error, KGraphError):
             raise
         file.fail(f"its manifest is damaged: {error}")
@@ -238,7 +206,7 @@ def open_model(
         clock.lap("checking weights")
     if self_test:
         for form, data in zip(forms, manifest.forms):
-            _self_test(file, form, data["programs"][level]["self_test"])
+            self_test_form(file, form, data["programs"][level]["self_test"])
         clock.lap("self-test")
     return model
 
@@ -261,8 +229,8 @@ def weight_sections(file: ArtifactFile, manifest: Manifest, level: str) -> list[
     """The sections with the weights of a level's programs, each once."""
     try:
         names = itertools.chain.from_iterable(form["programs"][level]["weights"] for form in manifest.forms)
-        return list(dict.fromkeys(map(_text, names)))
-    except _DAMAGE as error:
+        return list(dict.fromkeys(map(as_text, names)))
+    except DAMAGE as error:
         file.fail(f"its manifest is damaged: {error}")
 
 
@@ -291,127 +259,6 @@ class Checking:
             thread.join()
         if self._errors:
             raise self._errors[0]
-
-
-def read_tensors(file: ArtifactFile, names: Iterable[str]) -> Mapping[str, np.ndarray]:
-    """The tensors of several sections, in the mapping."""
-    out: dict[str, np.ndarray] = {}
-    for name in names:
-        try:
-            out.update(Tensors(file.view(name)))
-        except ValueError as error:
-            file.fail(f"the section {name!r} is damaged: {error}")
-    return out
-
-
-def read_state(rows: Any, tensors: Mapping[str, np.ndarray], num_inputs: int, num_outputs: int) -> list[State]:
-    """The state that a manifest lists. Raises ValueError for numbers that are none of the program's."""
-    out = []
-    for name, tensor, number, output in rows:
-        if type(number) is not int or type(output) is not int:
-            raise ValueError("state is numbered by integers")
-        if not -1 <= number < num_inputs or not -1 <= output < num_outputs:
-            raise ValueError(f"there is no input {number} or output {output} for the state {name!r}")
-        out.append(State(_text(name), np.array(tensors[_text(tensor)]), number, output))
-    return out
-
-
-def _read_form(
-    file: ArtifactFile, manifest: Manifest, data: dict, level: str, host_functions: artifact_plan.HostFunctions
-) -> LoadedForm:
-    own = data["programs"][level]
-    code = file.read(_text(own["code"]))
-    try:
-        objects = {name: array.tobytes() for name, array in Tensors(code).items()}
-    except ValueError as error:
-        file.fail(f"its object code is damaged: {error}")
-    tensors = read_tensors(file, map(_text, own["weights"]))
-    program = artifact_plan.decode(file.read_json(_text(own["plan"])), tensors, objects, host_functions)
-    outputs = Structure.from_json(data["outputs"])
-    state = read_state(data["state"], tensors, len(program.inputs), len(program.outputs))
-    return make_form(
-        manifest.inputs, outputs, program, data["sizes"], state, *_readers(file, own["report"], data["text"])
-    )
-
-
-def make_form(inputs: Structure, outputs: Structure, program: Program, sizes, state, report, text) -> LoadedForm:
-    """A form whose program fits the structures. Raises ValueError where it does not."""
-    given = [s.input for s in state if s.input >= 0]
-    first, updated = inputs.num_leaves, sorted(s.output for s in state if s.output >= 0)
-    if given != list(range(first, len(program.inputs))):
-        raise ValueError("the program's inputs are not the model's inputs and state")
-    if updated != list(range(outputs.num_leaves, len(program.outputs))):
-        raise ValueError("the program's outputs are not the model's outputs and state")
-    for s in state:
-        for b in [program.inputs[s.input]] * (s.input >= 0) + [program.outputs[s.output]] * (s.output >= 0):
-            if (program.buffers[b].shape, program.dtypes[b]) != (s.value.shape, s.value.dtype):
-                raise ValueError(f"the state {s.name!r} has another type in the program")
-    if not all(type(name) is str and type(size) is int for name, size in sizes.items()):
-        raise ValueError("a fixed size is no number")
-    return LoadedForm(inputs, outputs, program, dict(sizes), state, report, text)
-
-
-def _readers(file: ArtifactFile, report: Any, text: Any) -> tuple[Callable, Callable]:
-    """Functions that read a form's explanation and its graph, which few callers ask for."""
-    names = _text(report), _text(text)
-    for name in names:
-        file.section(name)
-
-    def read_report() -> tuple[list[KernelRow], list[Decision]]:
-        data = file.read_json(names[0])
-        try:
-            rows = [
-                KernelRow(label, tuple(layers), tuple(members), output, from_json(flops), from_json(size), host, reason)
-                for label, layers, members, output, flops, size, host, reason in data["kernels"]
-            ]
-            return rows, [Decision(*texts, frozenset(layers)) for *texts, layers in data["decisions"]]
-        except _DAMAGE as error:
-            file.fail(f"its report is damaged: {error}")
-
-    return read_report, lambda: file.read(names[1]).decode(errors="replace")
-
-
-def _self_test(file: ArtifactFile, form: LoadedForm, data: Any) -> None:
-    """Run the call that was recorded when the model was saved. Raises ArtifactError where the result is another."""
-    if data is None:
-        return
-    try:
-        tensors = Tensors(file.read(_text(data["section"])))
-        inputs = [tensors[_text(name)] for name in data["inputs"]]
-        expected = [tensors[_text(name)] for name in data["outputs"]]
-        exact = bool(data["exact"])
-    except _DAMAGE as error:
-        if isinstance(error, KGraphError):
-            raise
-        file.fail(f"its self-test is damaged: {error}")
-    dtypes = [form.program.dtypes[b] for b in form.program.outputs]
-    state = [s.value.copy() for s in form.state if s.input >= 0]
-    try:
-        arrays = [a.view(t.np_dtype).reshape(a.shape) for a, t in zip(inputs, form.inputs.types, strict=True)]
-        results = form.program([*arrays, *state])
-    except Exception as error:
-        file.fail(f"its self-test does not run: {error}")
-    for number, (got, wanted, dtype) in enumerate(zip(results, expected, dtypes)):
-        same = got.tobytes() == wanted.tobytes() if exact else _close(got, wanted)
-        if got.shape != wanted.shape or got.dtype != dtype or not same:
-            file.fail(
-                f"its self-test failed: output {number} is not what it was when the model was saved; "
-                "this machine computes something else, or the file is damaged"
-            )
-
-
-def _close(got: np.ndarray, wanted: np.ndarray) -> bool:
-    """Whether results of NumPy's libraries, which differ between machines, agree to a part in a thousand."""
-    if got.shape != wanted.shape or got.dtype.kind not in "fc":
-        return np.array_equal(got, wanted)
-    scale = np.nanmax(np.abs(wanted), initial=0.0)
-    return bool(np.allclose(got, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True))
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError(f"expected a text, found {value!r:.60}")
-    return value
 
 
 def open_file(path: str | os.PathLike) -> tuple[ArtifactFile, Manifest]:

@@ -26,7 +26,7 @@ def describe(path: str | os.PathLike, *, check: bool = True) -> str:
         for form in manifest.forms:
             sizes = ", ".join(f"{name}={size}" for name, size in form["sizes"].items())
             lines += _structure(f"output ({sizes})" if sizes else "output", Structure.from_json(form["outputs"]))
-            lines += [f"  state {name}" for name, *_ in form["state"]]
+            lines += [f"  state {name}" for name, *_ in form["state"]["variables"]]
         lines += _levels(file, manifest)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         file.fail(f"its manifest is damaged: {error}")

@@ -18,9 +18,10 @@ import numpy as np
 from kgraph import dims
 from kgraph.errors import ArtifactError
 from kgraph.runtime.artifact_control import CONTROL, decode_control, encode_control
+from kgraph.runtime.artifact_tensors import is_writable
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import Buffer, HostStep, NativeStep
-from kgraph.types import SHORT_NAMES, np_dtype
+from kgraph.types import SHORT_NAMES, dtype_name, np_dtype
 
 _MAX_RANK = 32
 _MAX_COUNT = 1 << 20
@@ -81,9 +82,19 @@ def encode(
     }
 
 
-def store(array: np.ndarray) -> np.ndarray:
+def stored(array: np.ndarray) -> np.ndarray:
     """An array as it is put into the file: its bytes, where the file has no such dtype."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return array if is_writable(dtype_name(array.dtype)) else np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def restored(array: np.ndarray, shape: Sequence, dtype: str) -> np.ndarray:
+    """What `stored` was given. Raises ValueError for another shape or dtype."""
+    wanted, shape = np_dtype(dtype), tuple(shape)
+    if array.dtype != wanted and not is_writable(dtype) and array.nbytes == math.prod(shape) * wanted.itemsize:
+        array = array.view(wanted).reshape(shape)
+    if array.dtype != wanted or array.shape != shape:
+        raise ValueError(f"a tensor is {array.dtype}{list(array.shape)}, expected {dtype}{list(shape)}")
+    return array
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -157,12 +168,7 @@ class _Decoder:
 
     def tensor(self, name, shape: Sequence, dtype: str) -> np.ndarray:
         """A tensor of the file as the plan says it is; the file may hold just its bytes."""
-        array = self.tensors[_text(name)]
-        if array.dtype != np_dtype(dtype) and array.dtype == np.uint8:
-            array = array.view(np_dtype(dtype)).reshape(tuple(shape))
-        if array.dtype != np_dtype(dtype) or array.shape != tuple(shape):
-            raise ValueError(f"the tensor {name!r} is {array.dtype}{list(array.shape)}, expected {dtype}{list(shape)}")
-        return array
+        return restored(self.tensors[_text(name)], shape, dtype)
 
     def buffer(self, kind, shape, dtype, value, alias, offset, name) -> Buffer:
         shape = tuple([dims.from_json(s) for s in _list(shape, _MAX_RANK)])

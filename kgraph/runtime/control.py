@@ -94,11 +94,11 @@ class While:
         types = self.body.result_types(sizes, binding)
         if is_one_native_call(binding):
             return self._on_addresses(binding, given, types)
-        go_on = True
-        while go_on:
+        while True:
             *given, go_on = self.body.run(binding, given, types)
+            if not go_on:
+                return given
             given += rest
-        return given[: len(arrays)]
 
     def _on_addresses(self, binding: Binding, given: Arrays, types: list) -> list[np.ndarray]:
         runs = NativeRuns(binding, given)
@@ -106,12 +106,12 @@ class While:
         for number in range(len(binding.program.outputs)):
             runs.alternate(number)
         runs.carry(sources)
-        cells, go_on = runs.cells, ctypes.c_bool
+        cells = runs.cells
         while True:
             runs.run()
-            proceed = go_on.from_address(cells[flag]).value
+            go_on = ctypes.c_bool.from_address(cells[flag]).value
             runs.advance()
-            if not proceed:
+            if not go_on:
                 return runs.finish(types[:-1])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kgraph.dims import Dim, evaluate
-from kgraph.errors import InputError
+from kgraph.errors import ArtifactError, InputError
 from kgraph.runtime import threads
 from kgraph.runtime.binding import Binding, StepTime
 from kgraph.runtime.loader import Library
@@ -33,6 +33,7 @@ class Program:
     donations: pairs (input number, output number) of one type: the output may be written into the input's array, which
         the caller gives up. Each input and each output is in one pair at most.
     kernels: object bytes by key; executor: object bytes of the native executor.
+    foreign: made for another kind of machine; the objects are not loaded, and calls raise ArtifactError.
     values: the arrays in use as parameters.
     Raises ValueError for inconsistent steps and ArtifactError for objects that cannot be loaded.
     """
@@ -49,8 +50,9 @@ class Program:
         executor: bytes = b"",
         input_names: Sequence[str] = (),
         donations: Sequence[tuple[int, int]] = (),
+        foreign: bool = False,
     ):
-        self.name = name
+        self.name, self.foreign = name, foreign
         self.buffers, self.steps = tuple(buffers), tuple(steps)
         self.inputs, self.outputs, self.params = tuple(inputs), tuple(outputs), tuple(params)
         self.donations = tuple(donations)
@@ -68,9 +70,10 @@ class Program:
         }
         self._validate()
         self.solvers = _symbol_solvers([self.buffers[b].shape for b in self.inputs], self.name)
-        self.executor = threads.install(executor) if executor else None
-        self.library = Library(self.kernels)
-        self.functions = {key: self.library.address(key) for key in self.kernels}
+        loaded = {} if foreign else self.kernels
+        self.executor = threads.install(executor) if executor and not foreign else None
+        self.library = Library(loaded)
+        self.functions = {key: self.library.address(key) for key in loaded}
         self._bindings: dict[tuple, Binding] = {}
         # Replaced as a whole when a parameter changes, so that a call in flight keeps the arrays it started with.
         self.values: tuple[np.ndarray | None, ...] = (None,) * len(self.params)
@@ -78,7 +81,7 @@ class Program:
 
     def __reduce__(self):
         fields = (self.name, self.buffers, self.steps, self.inputs, self.outputs, self.params, self.kernels)
-        return Program, (*fields, self.executor_object, self.input_names, self.donations)
+        return Program, (*fields, self.executor_object, self.input_names, self.donations, self.foreign)
 
     def _validate(self) -> None:
         written = {i for i, b in enumerate(self.buffers) if b.kind != "temporary"}
@@ -205,6 +208,8 @@ class Program:
         binding = self._bindings.get(shapes)
         if binding is not None and binding.generation == threads.generation:
             return binding
+        if self.foreign:
+            raise ArtifactError(f"{self.name} is compiled for another kind of machine")
         binding = Binding(self, self.resolve(shapes))
         # Two threads may bind the same sizes at once: both bindings are good, the later one stays. Every operation on
         # the dictionary is atomic, so that no lock can be left held in a forked child.

@@ -61,7 +61,7 @@ class Suite:
         source = self.site_packages / "keras" / "src"
         wanted = [source / name for name in folders] or [source]
         paths = [p for w in wanted for p in ([w] if w.suffix == ".py" else sorted(w.rglob("*_test.py")))]
-        return [str(p.relative_to(self.site_packages)) for p in paths]
+        return list(dict.fromkeys(str(p.relative_to(self.site_packages)) for p in paths))
 
     def path_of(self, file: str) -> Path:
         return self.folder / (file.removeprefix("keras/src/").removesuffix(".py").replace("/", ".") + ".jsonl")

@@ -1,20 +1,21 @@
-"""Training against Keras on JAX: `python -m tests.oracle.training [run or model or optimizer ...]`.
+"""Training against Keras on JAX: `python -m tests.oracle.training [run, model, optimizer, optimizers, objectives ...]`.
 
-Every model of `training_models` with every optimizer of `training_runs`, 50 steps each from the same weights and data.
-Prints a line per run, and the worst run of each optimizer; fails if one falls short of the criterion of `judge`.
+Every model of `training_models` with every optimizer of `training_runs`, 50 steps each from the same weights and data;
+then the cases of `optimizer_runs` and of `objective_runs`. Prints a line per run, and the worst run of each optimizer;
+fails if one falls short of the criterion of `judge`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import keras
 import numpy as np
 
-from tests.oracle import comparison, training_runs
+from tests.oracle import comparison, objective_runs, optimizer_runs, training_runs
 from tests.oracle.training_models import ROWS
 
 # How often JAX's own rounding error kgraph's may be, and what counts as rounding where JAX happens to be closer.
@@ -49,8 +50,8 @@ def judge(name: str, ours: Mapping, wide: Mapping, narrow: Mapping) -> list[Find
 
     A curve in float32 deviates from the one in float64 by rounding that training amplifies. How much is measured by
     JAX's own deviation: ours may be FACTOR times that, in the norm over all steps, and FLOOR in any case. A metric that
-    counts rows may differ by one row in each step. Every variable's final value is compared by the same rule in units
-    of its own movement; where JAX is lucky with one variable, its mean deviation over all variables counts.
+    counts rows may differ by one row more in each step. Every variable's final value is compared by the same rule in
+    units of its own movement; where JAX is lucky with one variable, its mean deviation over all variables counts.
     """
     if set(ours) != set(wide) or set(wide) != set(narrow):
         raise AssertionError(f"{name}: kgraph gives {sorted(ours)}, JAX {sorted(wide)}")
@@ -68,8 +69,8 @@ def _curves(ours, wide, narrow) -> list[Finding]:
         if not np.isfinite(reference).all() or (key == "log.loss" and reference[-1] >= reference[0]):
             raise AssertionError(f"the reference of {key} is not finite or does not fall; it shows nothing")
         if key.endswith(COUNTING):
-            difference = float(np.max(np.abs(own - reference)))
-            findings.append(Finding(key, difference, float(np.max(np.abs(jax - reference))), ONE_ROW))
+            error, jax_error = (float(np.max(np.abs(v - reference))) for v in (own, jax))
+            findings.append(Finding(key, error, jax_error, ONE_ROW + jax_error))
             continue
         error, jax_error = (float(np.linalg.norm(v - reference) / np.linalg.norm(reference)) for v in (own, jax))
         findings.append(Finding(key, error, jax_error, max(FACTOR * jax_error, FLOOR)))
@@ -99,23 +100,36 @@ def _weights(optimizer: str, ours, wide, narrow) -> Finding:
     return worst
 
 
-def references(names) -> dict[str, tuple]:
-    """(results in float64, in float32) of JAX for each run; computes what is missing."""
-    stored = {name: training_runs.stored_name(name) for name in names}
-    comparison.ensure_outputs(list(stored.values()))
-    load = lambda name, precision: dict(np.load(comparison.FOLDER / f"{stored[name]}.{precision}.npz"))
-    return {name: (load(name, "float64"), load(name, "float32")) for name in names}
+def judge_values(ours: Mapping, wide: Mapping, narrow: Mapping) -> list[Finding]:
+    """One finding per array of a short run (weights, slots, logs): its error in the norm, relative to the reference."""
+    if set(ours) != set(wide) or set(wide) != set(narrow):
+        raise AssertionError(f"kgraph gives {sorted(ours)}, JAX {sorted(wide)}")
+    findings = []
+    for key, reference in wide.items():
+        scale = float(np.linalg.norm(reference.astype("float64"))) or 1.0
+        error, jax_error = (
+            float(np.linalg.norm(side[key].astype("float64") - reference)) / scale for side in (ours, narrow)
+        )
+        findings.append(Finding(key, error, jax_error, max(FACTOR * jax_error, FLOOR)))
+    return findings
 
 
-def main() -> int:
-    wanted = sys.argv[1:]
-    names = [n for n in training_runs.RUNS if not wanted or n in wanted or set(n.split("-")) & set(wanted)]
-    by_jax, worst, failed = references(names), {}, 0
+def references(stored_names: Iterable[str]) -> dict[str, tuple]:
+    """(results in float64, in float32) of JAX by stored name; computes what is missing."""
+    stored_names = list(stored_names)
+    comparison.ensure_outputs(stored_names)
+    load = lambda name, precision: dict(np.load(comparison.FOLDER / f"{name}.{precision}.npz"))
+    return {name: (load(name, "float64"), load(name, "float32")) for name in stored_names}
+
+
+def _judge_curves(names: list[str]) -> int:
+    """Prints a line per run and the worst of each optimizer; gives the number of failures."""
+    by_jax, worst, failed = references(map(training_runs.stored_name, names)), {}, 0
     for name in names:
         keras.backend.clear_session()
         start = time.perf_counter()
         try:
-            findings = judge(name, training_runs.run(name), *by_jax[name])
+            findings = judge(name, training_runs.run(name), *by_jax[training_runs.stored_name(name)])
         except Exception as error:
             print(f"{name:28s} FAILED {type(error).__name__}: {error}", flush=True)
             failed += 1
@@ -123,21 +137,47 @@ def main() -> int:
         seconds = time.perf_counter() - start
         bad = max(findings, key=lambda f: f.excess)
         failed += bad.excess > 1
-        loss = next(f for f in findings if f.what == "log.loss")
-        optimizer = name.split("-")[1]
-        for finding in (loss, findings[-1]):
-            key = optimizer, finding.what.split()[0]
+        loss, weights = next(f for f in findings if f.what == "log.loss"), findings[-1]
+        for what, finding in (("loss", loss), ("weights", weights)):
+            key = name.split("-")[1], what
             worst[key] = max(worst.get(key, (0.0, 0.0, "")), (finding.error, finding.jax_error, name))
-        verdict = f"FAILED {bad}" if bad.excess > 1 else "ok"
         print(
-            f"{name:28s} loss {loss.error:.1e} (JAX {loss.jax_error:.1e}), movement of weights "
-            f"{findings[-1].error:.1e} (JAX {findings[-1].jax_error:.1e}), {bad.excess:4.2f} of the allowed, "
-            f"{seconds:.1f} s {verdict}",
+            f"{name:28s} loss {loss.error:.1e} (JAX {loss.jax_error:.1e}), movement of weights {weights.error:.1e} "
+            f"(JAX {weights.jax_error:.1e}), {bad.excess:4.2f} of the allowed, {seconds:.1f} s "
+            f"{f'FAILED {bad}' if bad.excess > 1 else 'ok'}",
             flush=True,
         )
     for (optimizer, what), (error, jax_error, name) in sorted(worst.items()):
-        print(f"worst of {optimizer:8s} {what:9s} {error:.1e} (JAX {jax_error:.1e}) {name}")
-    print(f"{len(names) - failed} of {len(names)} runs follow Keras on JAX")
+        print(f"worst of {optimizer:8s} {what:8s} {error:.1e} (JAX {jax_error:.1e}) {name}")
+    print(f"{len(names) - failed} of {len(names)} runs of {training_runs.STEPS} steps follow Keras on JAX")
+    return failed
+
+
+def _judge_values(what: str, runs) -> int:
+    """The same for the cases of a module of short runs."""
+    by_jax, failed = references(map(runs.stored_name, runs.CASES)), 0
+    for case in runs.CASES:
+        keras.backend.clear_session()
+        try:
+            bad = max(judge_values(runs.run(case), *by_jax[runs.stored_name(case)]), key=lambda f: f.excess)
+        except Exception as error:
+            print(f"{case:60s} FAILED {type(error).__name__}: {error}", flush=True)
+            failed += 1
+            continue
+        failed += bad.excess > 1
+        verdict = "FAILED" if bad.excess > 1 else "ok"
+        print(f"{case:60s} {bad.what}: {bad.error:.1e} (JAX {bad.jax_error:.1e}) {verdict}", flush=True)
+    print(f"{len(runs.CASES) - failed} of {len(runs.CASES)} {what} follow Keras on JAX")
+    return failed
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    names = [n for n in training_runs.RUNS if not wanted or n in wanted or set(n.split("-")) & set(wanted)]
+    failed = _judge_curves(names) if names else 0
+    for what, runs in (("optimizers", optimizer_runs), ("objectives", objective_runs)):
+        if not wanted or what in wanted:
+            failed += _judge_values(what, runs)
     return int(failed > 0)
 
 

@@ -186,7 +186,9 @@ def test_while_loops_run_until_their_condition_fails(limit):
 
 def test_derivatives_of_a_scan():
     def function(h, x, w):
-        body = record_region("body", [f32(4), f32(4), f32(4)], lambda h, x, w: [(y := ops.tanh(ops.add(ops.mul(h, w), x))), y])
+        body = record_region(
+            "body", [f32(4), f32(4), f32(4)], lambda h, x, w: [(y := ops.tanh(ops.add(ops.mul(h, w), x))), y]
+        )
         last, ys = ops.scan(h, x, w, body=body, num_carry=1, num_xs=1, length=T, reverse=False)
         return ops.add(ops.reduce_sum(last, axes=(0,)), ops.reduce_sum(ops.mul(ys, ys), axes=(0, 1)))
 

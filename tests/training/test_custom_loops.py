@@ -173,7 +173,7 @@ def test_a_penalty_on_gradients():
 
 def test_stateless_methods_leave_the_variables_alone():
     model = classifier("adam")
-    x, y = data(16)
+    x, _ = data(16)
     model.optimizer.build(model.trainable_variables)
     before = model.get_weights()
     state = [v.value for v in model.trainable_variables], [v.value for v in model.non_trainable_variables]

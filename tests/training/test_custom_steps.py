@@ -108,7 +108,7 @@ def test_overrides_of_losses_metrics_and_the_test_step():
             return {**super().compute_metrics(x, y, y_pred, sample_weight), "constant": 3.0}
 
         def test_step(self, data):
-            x, y = data
+            x, _ = data
             y_pred = self(x, training=False)
             return {"mean": ops.mean(y_pred), "rows": ops.shape(x)[0]}
 

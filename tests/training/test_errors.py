@@ -87,7 +87,7 @@ def test_shapes_that_do_not_fit():
     fails(ValueError, "", x, y, sample_weight=np.ones((8, 3)))
     with pytest.raises(ValueError, match="must have the same shape"):
         softmax_classifier("categorical_crossentropy").fit(x, y, verbose=0)
-    with pytest.raises(ValueError, match="2.*3|3.*2"):
+    with pytest.raises(ValueError, match=r"2.*3|3.*2"):
         softmax_classifier("mse", ()).fit(x, x[:, :2], verbose=0)
     with pytest.raises(ValueError, match="leading dimension"):
         softmax_classifier(metrics=[keras.metrics.AUC()]).fit(x, y, verbose=0)
@@ -115,7 +115,7 @@ def test_models_that_are_not_ready():
         softmax_classifier("no_such_loss").fit(x, y, verbose=0)
     with pytest.raises(ValueError, match="Could not interpret metric"):
         softmax_classifier(metrics=["no_such_metric"]).fit(x, y, verbose=0)
-    with pytest.raises(ValueError, match="Could not interpret optimizer|Could not deserialize|Could not locate"):
+    with pytest.raises(ValueError, match=r"Could not (interpret|deserialize|locate)"):
         bare.compile("no_such_optimizer")
     without = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
     without.compile(optimizer=None, loss="mse")
@@ -178,9 +178,8 @@ def test_an_error_in_the_middle_of_an_epoch():
     model = classifier("adam")
     model.fit(x, y, verbose=0)
     steps = int(model.optimizer.iterations)
-    with pytest.raises(OSError, match="disk"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.fit(batches(), verbose=0)
+    with pytest.raises(OSError, match="disk"):
+        model.fit(batches(), shuffle=False, verbose=0)
     assert int(model.optimizer.iterations) in (steps, steps + 1)
     with leaves_it_usable(model):
         pass
@@ -191,7 +190,7 @@ def test_arguments_that_contradict_each_other():
     model = softmax_classifier()
     with pytest.raises(ValueError, match="at the same time"):
         model.train_on_batch(x, y, sample_weight=np.ones(8), class_weight={0: 1.0, 1: 1.0, 2: 2.0})
-    with pytest.raises(ValueError, match="y. should not be passed|y.* argument"):
+    with pytest.raises(ValueError, match=r"y. should not be passed|y.* argument"):
         model.fit(((x, y) for _ in range(2)), y, verbose=0)
     with pytest.raises(ValueError, match="not recognized"):
         model.evaluate(x, y, no_such_argument=1)

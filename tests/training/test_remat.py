@@ -112,7 +112,9 @@ def test_a_function_computes_its_inner_values_again():
 
 def products(function, *args) -> int:
     """How many matrix products the optimised graph of value and gradient holds."""
-    return str(optimise(capture_function(kgraph.value_and_grad(function), *args).graph, host_target())[0]).count("dot_general(")
+    return str(optimise(capture_function(kgraph.value_and_grad(function), *args).graph, host_target())[0]).count(
+        "dot_general("
+    )
 
 
 def test_only_what_gradients_read_is_computed_again():

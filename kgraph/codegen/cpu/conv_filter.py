@@ -25,7 +25,7 @@ CHANNELS = (48, 96)  # of a unit, least and most, where there are more and they 
 COPY_BYTES = 128 << 10  # of scratch for the input, and for the cotangents, that fits the second-level cache
 LARGE_IMAGE = 784  # positions, from which on images are read from memory rather than from a cache
 UNIT_RESULTS = 4096  # of the weight, beyond which rows of taps are units of their own
-FEW_ROWS = 12  # of the result, up to which cotangents are read too rarely for a copy to pay
+FEW_ROWS = 28  # of the result, up to which cotangents are read too rarely for a copy to pay
 
 
 def accepts(node: Node) -> str | None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llvmlite import ir
-from kgraph.codegen.cpu.builder import I32, PTR, VOID, KernelBuilder, itemsize
+from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
 from kgraph.codegen.cpu.conv_filter_kernel import narrow, total_call
 from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
@@ -20,7 +19,6 @@ from kgraph.ir import Dim, Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
 CHUNK_POSITIONS = 1024  # of a chunk, about
-AHEAD=32
 MOST_TAPS = 24  # along a row of the window, whose sums are kept in registers
 LEAST_SUMS = 9  # in registers, so that multiply-adds do not wait for each other
 
@@ -135,8 +133,8 @@ class _Sums:
         inner, outer = self._inside()
         zero = b.constant(0, plan.accumulate, plan.lanes)
         with b.loop(b.begin, b.end) as unit:
-            tap_row, rest = unit % tap_rows, unit // tap_rows
-            block, chunk = rest % blocks, rest // blocks
+            block, rest = unit % blocks, unit // blocks
+            tap_row, chunk = rest % tap_rows, rest // tap_rows
             self.channel = b.int(b.i64(block)) * plan.lanes
             self.mask = None if plan.channels % plan.lanes == 0 else self._mask()
             acc = [[b.variable(zero) for _ in range(taps)] for _ in range(self.copies)]
@@ -192,14 +190,7 @@ class _Sums:
         b, plan = self.b, self.plan
         first = b.int(b.i64(position * plan.steps[2] + self.origins[2]))
         loaded: dict[int, object] = {}
-        fetch = b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
-        hints = [ir.Constant(I32, v) for v in (0, 3, 1)]
         for p in range(count):
-            at = self.cotangent + ((pixel + (p + AHEAD)) * plan.channels + self.channel)
-            b.ir.call(fetch, [at.value, *hints])
-            for q in range(plan.steps[2]):
-                at = self.x + ((line + first + (self.taps - 1) * plan.reaches[2] + ((p + AHEAD) * plan.steps[2] + q)) * plan.channels + self.channel)
-                b.ir.call(fetch, [at.value, *hints])
             value = self._load(self.cotangent, pixel + p)
             for k in range(self.taps):
                 offset = p * plan.steps[2] + k * plan.reaches[2]

@@ -82,8 +82,6 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     dilations = three(attrs["lhs_dilation"], 1)
     period = dilations[2] // math.gcd(dilations[2], attrs["strides"][-1])
     positions = 7 if target.num_vector_registers >= 32 else 4
-    known = [n for n in x.shape[1:] if not isinstance(n, Dim)]
-    image_bytes = product(known) * itemsize(x.dtype) if len(known) == x.type.rank - 1 else 0
     if period > 1:
         positions = -(-positions // period) * period
     out_sizes = three(parts.result.shape[1:-1], 1)
@@ -100,7 +98,7 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
         reaches=three(attrs["rhs_dilation"], 1),
         dilations=dilations,
         positions=positions,
-        prefetch=product(dilations) == 1 and image_bytes >= LARGE_IMAGE,
+        prefetch=_reads_ahead(node),
         lanes=target.vector_bytes // itemsize(accumulate),
         epilogue=tuple(parts.epilogue(accumulate, filters, 2)),
     )
@@ -119,6 +117,14 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
             notes={"inplace": parts.inplace(2)},
         )
     ]
+
+
+def _reads_ahead(node: Node) -> bool:
+    """Whether input is asked for ahead: where images come from memory. Strides would make too many requests."""
+    x, attrs = node.inputs[0], node.attrs
+    if any(isinstance(n, Dim) for n in x.shape[1:]) or any(s != 1 for s in (*attrs["strides"], *attrs["lhs_dilation"])):
+        return False
+    return product(x.shape[1:]) * itemsize(x.dtype) >= LARGE_IMAGE
 
 
 def render_depthwise(params: tuple, target) -> str:
@@ -281,20 +287,17 @@ class _Depthwise:
         b.vector_loop(0, self.filters, plan.lanes, channels)
 
     def _prefetch(self, position, size: int, c) -> None:
-        """Asks for the input of the next tile on those rows that no earlier row of positions has met."""
+        """Asks for the input of the next tile, on the row that no earlier row of positions has met."""
         b, plan = self.b, self.plan
         fetch = b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
         reading, keeping, data = (ir.Constant(I32, hint) for hint in (0, 3, 1))
-        (deep, high), step = self.taps, plan.steps
-        d = deep.start + (deep.hi - 1) * deep.reach
-        ahead = (plan.window[2] - 1) * plan.reaches[2] + self.origins[2]  # of the last element that this tile meets
-        for back in range(min(step[1], plan.window[1])):
-            h = high.start + (high.hi - 1 - back) * high.reach
-            line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2] + position * step[2]
-            for element in range(size * step[2]):
-                pixel = line + (size * step[2] + element + ahead)
-                at = self.x + (pixel * plan.channels + c // plan.multiplier)
-                b.ir.call(fetch, [at.value, reading, keeping, data])
+        deep, high = self.taps
+        d, h = (axis.start + (axis.hi - 1) * axis.reach for axis in (deep, high))
+        line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2]
+        following = position + size + ((plan.window[2] - 1) * plan.reaches[2] + self.origins[2])
+        for element in range(size):
+            at = self.x + ((line + (following + element)) * plan.channels + c // plan.multiplier)
+            b.ir.call(fetch, [at.value, reading, keeping, data])
 
     def _row(self, acc: list, line, position, taps, c, mask, present) -> None:
         """Adds one row of the window, with tap number `taps` first and on input row `line`, to positions of a tile."""

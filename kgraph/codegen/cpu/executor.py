@@ -251,9 +251,9 @@ attributes #1 = { nounwind }
 """
 
 
-def render(params: tuple = (), target=None) -> str:
-    """LLVM IR of the executor for this operating system and processor family (a renderer, as the kernels have)."""
-    functions, numbers = platform_functions()
+def render(params: tuple, target: Target) -> str:
+    """LLVM IR of the executor for the target's operating system and processor family (a renderer, as kernels have)."""
+    functions, numbers = platform_functions(target.triple)
     names = {name: value for name, value in vars(layout).items() if name.isupper()}
     names |= numbers | {"GLANCES": GLANCES, "LAYOUT_VERSION": layout.version()}
     return string.Template(functions + WAITING + STEPS + _CALLS).substitute(names)

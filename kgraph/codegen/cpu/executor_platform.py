@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import sys
-
 _LINUX = """
 declare i64 @syscall(i64, ...) nounwind
 define internal void @futex_wait(ptr %address, i32 %old) #1 {
@@ -106,16 +103,16 @@ define internal void @leave_float_state(i32 %old) #0 {
 """
 
 
-def platform_functions() -> tuple[str, dict[str, int]]:
-    """The IR for this machine: futex_wait, futex_wake, now, pause, enter_default_float_state, leave_float_state.
+def platform_functions(triple: str) -> tuple[str, dict[str, int]]:
+    """The IR for machines of an LLVM triple (`x86_64-unknown-linux-gnu`): futex_wait, futex_wake, now, pause, enter_default_float_state, leave_float_state.
 
     Also gives the numbers that are to be filled in.
     """
-    machine = platform.machine().lower()
+    machine = triple.partition("-")[0]
     x86 = machine in ("x86_64", "amd64")
-    parts = [_LINUX if sys.platform.startswith("linux") else _OTHER_SYSTEM, _CLOCK]
+    parts = [_LINUX if "linux" in triple else _OTHER_SYSTEM, _CLOCK]
     if x86:
         parts.append(_X86)
     else:
         parts += [_AARCH64 if machine in ("aarch64", "arm64") else _OTHER_MACHINE, _NO_FLOAT_STATE]
-    return "".join(parts), {"SYS_futex": 202 if x86 else 98, "CLOCK_MONOTONIC": 6 if sys.platform == "darwin" else 1}
+    return "".join(parts), {"SYS_futex": 202 if x86 else 98, "CLOCK_MONOTONIC": 6 if "darwin" in triple or "apple" in triple else 1}

@@ -71,7 +71,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     )
     columns = [product(kept)] if kept else []
     spans = (True,) * (1 + len(columns))
-    combined = reduce.Plan([chunks, *columns], ("r", "k")[: len(spans)], parts.epilogue, target)
+    combined = reduce.Plan([chunks, *columns], ("r", "k")[: len(spans)], parts.epilogue, target, widest=1)
     second = reduce.call(
         combined,
         [Leaf(t, dtype, spans) for t in partials],

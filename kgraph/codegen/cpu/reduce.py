@@ -169,7 +169,8 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     results = columns.pop()
     if all(results):  # one chunk only
         sizes, results, columns = [1, *sizes], (False, *results), [(False, *m) for m in columns]
-    plan = Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target)
+    # Partial results are few: short code that serves every width is worth more than wide strips.
+    plan = Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target, widest=1)
     spread = tuple(not (isinstance(s, int) and s == 1) for s in sizes)
     leaves = [Leaf(p, d, spread) for p, d in zip(partials, partial_dtypes)]
     extras = [Leaf(x.value, x.dtype, s) for x, s in zip(extras, columns)]
@@ -180,7 +181,8 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
 class Plan:
     """How the axes of one kernel are walked."""
 
-    def __init__(self, sizes: list, roles: tuple, prologue: tuple, target):
+    def __init__(self, sizes: list, roles: tuple, prologue: tuple, target, widest: int = STRIP):
+        """widest: vectors of a strip of neighbouring results, at most."""
         self.sizes, self.roles = sizes, roles
         self.first_reduced = roles.index("r")
         self.inner = roles[-1] == "r"
@@ -189,7 +191,7 @@ class Plan:
         while isinstance(last, int) and lanes > 1 and lanes // 2 >= last:
             lanes //= 2
         self.lanes = lanes
-        strip = 2 if expressions.is_heavy(prologue) else STRIP
+        strip = min(2 if expressions.is_heavy(prologue) else STRIP, widest)
         if isinstance(last, int):
             strip = max(1, min(strip, -(-last // lanes)))
         self.strip = strip

@@ -18,8 +18,8 @@ from keras.src.utils import traceback_utils
 from keras.src.utils.python_utils import pythonify_logs
 
 from kgraph.errors import KGraphError, UnsupportedError
-from kgraph.frontend.tracer import is_tracing
 from kgraph.frontend.keras_backend.batches import Batches, batch_of, rows_of, weights_of_classes
+from kgraph.frontend.tracer import is_tracing
 
 
 def _functional(model):
@@ -51,8 +51,9 @@ class NumpyTrainer(base_trainer.Trainer):
 
     `train_step` and `test_step` are traced once per structure of the data (`kgraph.train_step.CompiledStep`), and so
     are overrides of them, of `predict_step`, `compute_loss` and `compute_metrics`, which are written in `keras.ops`;
-    the gradient is part of the graph. With `run_eagerly=True` or `jit_compile=False` the same steps run on the reference
-    implementations. A test step or a forward pass that cannot be captured runs so too, after a warning that says why.
+    the gradient is part of the graph. With `run_eagerly=True` or `jit_compile=False` the same steps run on the
+    reference implementations. A test step or a forward pass that cannot be captured runs so too, after a warning that
+    says why.
     """
 
     def __init__(self):
@@ -86,7 +87,7 @@ class NumpyTrainer(base_trainer.Trainer):
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _loss_and_gradients(self, weights: list, x, y, sample_weight) -> tuple:
-        """(loss, predictions, gradients of the loss as the optimizer scales it, None for weights that it leaves out)."""
+        """(loss, predictions, gradients of the loss as the optimizer scales it, None where there is none)."""
         from kgraph.gradients import value_and_grad
 
         def scaled_loss(values, x, y, sample_weight):
