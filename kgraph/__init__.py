@@ -9,11 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-try:
-    from kgraph.frontend.install import install as _install
-except ModuleNotFoundError:  # the runtime alone, which has no part in Keras
-    _install = None
-
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
@@ -35,7 +30,11 @@ _EXPORTS = {
 
 __all__ = ["__version__", *_EXPORTS]
 
-if _install is not None:
+try:
+    from kgraph.frontend.install import install as _install
+except ModuleNotFoundError:
+    pass  # the runtime alone, which has no part in Keras
+else:
     _install(force=False)
 
 

@@ -156,7 +156,8 @@ class Structure:
         """The structure that `to_json` wrote. Raises ValueError for anything else: it may come from a damaged file."""
         try:
             types = [TensorType(tuple([dims.from_json(s) for s in shape]), dtype) for shape, dtype in data["types"]]
-            names, call, leaves = data["names"], data["call"], []
+            names, call = data["names"], data["call"]
+            leaves: list[int] = []
             template = _decode(data["template"], leaves)
         except (LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"no nested structure: {error!r}") from None
@@ -244,6 +245,8 @@ def _encode(template) -> Any:
 
 def _decode(data: dict, leaves: list[int]):
     """The template; appends the numbers of its leaves to `leaves`."""
+    kind: str | None
+    content: Any
     ((kind, content),) = data.items() if type(data) is dict and len(data) == 1 else ((None, None),)
     if kind == "leaf" and type(content) is int:
         leaves.append(content)

@@ -16,11 +16,11 @@ def compile_step(model, batch) -> TrainingStep:
 
     Args:
         model: a Keras model after `model.compile(...)`.
-        batch: one batch as `fit` hands them to the step: `(x, y)`, or `(x, y, sample_weight)`. Nothing is trained on it;
+        batch: one batch as `fit` hands it to the step: `(x, y)`, or `(x, y, sample_weight)`. Nothing is trained on it;
             other batches may have another number of rows.
 
-    Calls of the step change the model's variables as `fit` does. It can be saved with all of its state, and goes on from
-    there where it is loaded, without Keras.
+    Calls of the step change the model's variables as `fit` does. It can be saved with all of its state, and goes on
+    from there where it is loaded, without Keras.
     Raises TypeError for what is no Keras model, InputError for a batch that is no tuple, CaptureError for a model that
     trains eagerly, and what `fit` raises where a model cannot be trained.
     """
@@ -74,14 +74,29 @@ class TrainingStep:
         The state are the weights, the optimizer's variables, the metrics and the seeds. levels, rebuildable, self_test:
         as in `CompiledModel.save`.
         """
-        from kgraph.artifact.models import saved_step
         from kgraph.artifact.save import save
+
+        return save(self._saved(), path, levels=levels, rebuildable=rebuildable, self_test=self_test)
+
+    def export(self, directory: str | os.PathLike, format: str = "c", **options):
+        """Write the step, with its state as it is now, for programs without Python; gives the files' paths.
+
+        format: "c", a shared and a static library with a C header. options: those of `kgraph.c_export.export`.
+        """
+        if format != "c":
+            raise ValueError(f"format={format!r}: expected 'c'")
+        from kgraph.c_export import export
+
+        return export(self._saved(), directory, **options)
+
+    def _saved(self):
+        """The step as what is written of it."""
+        from kgraph.artifact.models import saved_step
 
         model, program = self._model, self._program()
         metrics = model.metrics_variables
         kinds = {"weight": model.weights, "optimizer": model.optimizer.variables, "metric": metrics}
-        saved = saved_step(self.name, program, kinds, self._values_after_reset(metrics))
-        return save(saved, path, levels=levels, rebuildable=rebuildable, self_test=self_test)
+        return saved_step(self.name, program, kinds, self._values_after_reset(metrics))
 
     def _values_after_reset(self, metrics: Sequence) -> dict[int, Any]:
         """The value of each of the metrics' variables where an epoch begins, by the variable's `id`."""

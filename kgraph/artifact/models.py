@@ -11,6 +11,7 @@ from kgraph.structure import Structure
 
 if TYPE_CHECKING:
     from kgraph.compiled import Variant
+    from kgraph.compiler import CompiledGraph
     from kgraph.train_step import Variant as StepVariant
 
 
@@ -44,7 +45,8 @@ def unique_names(variables) -> dict[int, str]:
 def _form(sizes: dict[str, int], variant: Variant, names: Mapping[int, str]) -> SavedForm:
     captured = variant.captured
     values = dict(zip(map(id, captured.variables), variant.weights()))
-    graph, compiled, state = captured.graph, variant.compiled, []
+    graph, state = captured.graph, []
+    compiled: CompiledGraph | None = variant.compiled
     updated = {id(v) for v in captured.updates}
     own = list(zip(captured.variables, graph.params, strict=True))
     if updated:

@@ -12,17 +12,9 @@ from kgraph.ir.parser import parse_graph
 from kgraph.ir.verifier import verify
 from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.report import explain
-from kgraph.runtime.artifact import (
-    Checking,
-    Clock,
-    LoadedForm,
-    LoadedModel,
-    Manifest,
-    make_form,
-    read_state,
-    read_tensors,
-)
+from kgraph.runtime.artifact import Checking, Clock, LoadedModel, Manifest
 from kgraph.runtime.artifact_file import ArtifactFile
+from kgraph.runtime.artifact_forms import LoadedForm, make_form, read_state, read_tensors
 from kgraph.runtime.artifact_plan import restored
 from kgraph.structure import Structure
 

@@ -32,6 +32,7 @@ from kgraph.runtime.artifact_file import write_file
 from kgraph.runtime.artifact_forms import State as StateVariable
 from kgraph.runtime.artifact_forms import state_section, state_tensors
 from kgraph.runtime.artifact_level import requirement
+from kgraph.runtime.artifact_self_test import test_pieces
 from kgraph.runtime.artifact_tensors import to_pieces
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import HostStep
@@ -214,16 +215,15 @@ class _Writer:
 
     def record(self, program: dict[str, Any], form: SavedForm, compiled: CompiledGraph) -> dict[str, Any] | None:
         """Write the self-test of a program that this machine runs; gives its entry in the program's."""
-        found = record(compiled.program, form.inputs, [s.value for s in form.state if s.input >= 0])
+        state = [s.value for s in form.state if s.input >= 0]
+        found = record(compiled.program, form.inputs, form.outputs.num_leaves, state)
         if found is None:
             return None
-        inputs, outputs = found
-        names = [f"input.{i}" for i in range(len(inputs))], [f"output.{i}" for i in range(len(outputs))]
         section = program["plan"].replace("plan/", "test/", 1)
-        self.sections.append((section, to_pieces(dict(zip(names[0] + names[1], inputs + outputs)))))
+        self.sections.append((section, test_pieces(*found)))
         steps = [step for each in programs_of(compiled.program) for step in each.steps]
         exact = not any(isinstance(s, HostStep) and not isinstance(s.function, CONTROL) for s in steps)
-        return {"section": section, "inputs": names[0], "outputs": names[1], "exact": exact}
+        return {"section": section, "exact": exact}
 
     def graph(self, section: str, form: SavedForm) -> dict[str, Any]:
         """Write the graph before all passes, with its params; gives its entry in the manifest."""

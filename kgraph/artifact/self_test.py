@@ -19,9 +19,9 @@ _MOST_BYTES = 64 << 20
 
 
 def record(
-    program: Program, inputs: Structure, state: Sequence[np.ndarray]
+    program: Program, inputs: Structure, num_results: int, state: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
-    """Inputs and the program's outputs for them; None where no small inputs are found that it takes.
+    """Inputs and the first `num_results` outputs for them; None where no small inputs are found that the program takes.
 
     state: the values of the inputs that follow those of the structure; they stay as they are.
     """
@@ -31,16 +31,16 @@ def record(
         sizes = {s: 1 if s == "N" else size for s in symbols}
         arrays = [_random(random, t, sizes) for t in inputs.types]
         try:
-            outputs = program([*arrays, *(value.copy() for value in state)])
+            outputs = list(program([*arrays, *(value.copy() for value in state)])[:num_results])
         except InputError:
             if not sizes:
                 return None
             continue
         except (ArithmeticError, ValueError, np.linalg.LinAlgError):
             return None  # a step on NumPy does not take random numbers
-        if sum(a.nbytes for a in (*arrays, *outputs)) > _MOST_BYTES:
-            return None
-        return (arrays, list(outputs)) if all(is_writable(a.dtype.name) for a in (*arrays, *outputs)) else None
+        tensors = [*arrays, *outputs]
+        fit = sum(a.nbytes for a in tensors) <= _MOST_BYTES and all(is_writable(a.dtype.name) for a in tensors)
+        return (arrays, outputs) if fit else None
     return None
 
 

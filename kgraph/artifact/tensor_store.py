@@ -25,7 +25,7 @@ class TensorStore:
         """Put an array into the file and give its name there. name: what to call it if nobody has called it yet."""
         array = artifact_plan.stored(array)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        key = (array.dtype.name, array.shape, hashlib.sha256(flat).digest())
+        key = (array.dtype.name, array.shape, hashlib.sha256(flat.data).digest())
         if key not in self._names:
             base = f"{len(self._names)}.{name}" if name else str(len(self._names))
             self._names[key] = base
@@ -41,11 +41,11 @@ class TensorStore:
             groups.setdefault(frozenset(users), []).append(name)
         sections: list[tuple[str, list]] = []
         needed: dict[str, list[str]] = {}
-        for users, names in groups.items():
+        for group, names in groups.items():
             for chunk in self._chunks(names):
                 title = f"weights/{len(sections)}"
                 sections.append((title, to_pieces({name: self._arrays[name] for name in chunk})))
-                for user in users:
+                for user in group:
                     needed.setdefault(user, []).append(title)
         return sections, needed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ from kgraph.c_export.toolchain import find_toolchain
 from kgraph.codegen.target import Target, host_target, initialize_llvm, make_target
 from kgraph.compiler import CompiledGraph, compile_graph
 from kgraph.errors import CompileError, UnsupportedError
+from kgraph.ir import Graph
+from kgraph.passes.pipeline import TRAINING
 from kgraph.runtime.plan import Program
 
 _RUNTIME = Path(__file__).parent / "runtime"
@@ -60,15 +62,18 @@ def export(
     name: what functions and files are called; by default the model's name.
     machine: "x86_64" or "aarch64", under Linux. levels: of the instruction set, best first ("x86-64-v4", "x86-64-v3",
         "x86-64-v2"; by default the first two); the library takes the first that the processor has, when it runs.
-    weights: "inside" of the library, or in a "file" of their own.
+    weights: "inside" of the library; in a "file" of their own; or "state", memory of the caller that can be filled from
+        a safetensors file, such as one that an exported training step has written.
     compiler: see `toolchain.find_toolchain`.
     keep_objects: leave the kernels' objects and the weights in the directory, so that the source can be compiled again
         with other options.
     Raises UnsupportedError for a model with steps that run on NumPy, CompileError where no C compiler is found or it
     fails, ValueError for other values of the arguments.
     """
-    if weights not in ("inside", "file"):
-        raise ValueError(f"weights={weights!r}: expected 'inside' or 'file'")
+    if weights not in ("inside", "file", "state"):
+        raise ValueError(f"weights={weights!r}: expected 'inside', 'file' or 'state'")
+    if weights == "state":
+        model = _with_weights_as_state(model)
     name = name or re.sub(r"\W", "_", model.name)
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ValueError(f"name={name!r} cannot be part of the names of C functions")
@@ -88,7 +93,7 @@ def export(
         if not keep_objects:
             for path in objects:
                 path.unlink(missing_ok=True)
-            if weights == "inside":
+            if weights != "file":
                 library.weights_path.unlink(missing_ok=True)
     return library.files
 
@@ -107,10 +112,26 @@ def _targets(machine: str, levels: Sequence[str] | None) -> dict[str, Target]:
     return {level: make_target(level, foreign=True) for level in sorted(levels, key=known[machine].index)}
 
 
+def _with_weights_as_state(model: SavedModel) -> SavedModel:
+    """The model with its weights among what a call reads from the caller's memory, not prepared ahead of calls."""
+    forms = []
+    for form in model.forms:
+        if form.state:
+            raise UnsupportedError(f"{model.name} has state of its own; weights='state' is for models without")
+        graph = Graph([*form.graph.inputs, *form.graph.params], [], form.graph.nodes, form.graph.outputs, model.name)
+        first = len(form.graph.inputs)
+        state = [
+            StateVariable(name, "weight", value, first + i, -1, None)
+            for i, (name, value) in enumerate(zip(form.names, form.values, strict=True))
+        ]
+        forms.append(replace(form, graph=graph, values=[], names=[], compiled=None, state=state, passes=TRAINING))
+    return replace(model, forms=forms)
+
+
 class _Library:
     def __init__(self, model: SavedModel, name: str, weights: str, folder: Path, targets: dict[str, Target]):
         self.model, self.name, self.folder, self.targets = model, name, folder, targets
-        self.inside = weights == "inside"
+        self.inside = weights != "file"
         self.weights = Weights()
         self.source = folder / f"{name}.c"
         self.weights_path = folder / f"{name}.weights"
@@ -124,7 +145,7 @@ class _Library:
             weights=None if self.inside else self.weights_path,
             levels=tuple(targets),
         )
-        states = {tuple((s.name, s.value.shape, s.input, s.output) for s in form.state) for form in model.forms}
+        states = {tuple((s.name, np.shape(s.value), s.input, s.output) for s in form.state) for form in model.forms}
         if len(states) > 1:
             raise UnsupportedError(f"{model.name}: its forms for different sizes have different state")
         self.state: Sequence[StateVariable] = model.forms[0].state
@@ -208,20 +229,22 @@ class _Library:
     def _states(self) -> str:
         if not self.state:
             return ""
-        at, rows, shapes, entries = 0, [], [], []
-        offset = 0
+        at, offset = 0, 0
+        rows, shapes, entries = [], [], []
         for number, state in enumerate(self.state):
             value = np.ascontiguousarray(state.value)
-            shapes.append(_shape(f"kg_state_shape_{number}", value.shape))
-            info = _info(state.name, value.dtype.name, len(value.shape), f"kg_state_shape_{number}")
-            rows.append(f"{{{info}, {at}, {self.weights.add(value)}, {value.nbytes}, {state.input}, {state.output}}}")
-            shape = ",".join(map(str, value.shape))
             kind = _SAFETENSORS.get(value.dtype.name)
             if kind is None:
                 raise UnsupportedError(f"state {state.name} is {value.dtype}, which safetensors has no name for")
+            shapes.append(_shape(f"kg_state_shape_{number}", value.shape))
+            name = re.sub(r"[^\w/.:-]", "_", state.name)  # needs no escaping in JSON
+            info = _info(name, value.dtype.name, len(value.shape), f"kg_state_shape_{number}")
+            initial = self.weights.add(value)
+            reset = -1 if state.reset is None else self.weights.add(np.asarray(state.reset, value.dtype))
+            rows.append(f"{{{info}, {at}, {initial}, {value.nbytes}, {reset}, {state.input}, {state.output}}}")
+            shape = ",".join(map(str, value.shape))
             entries.append(
-                f'"{_json_name(state.name, number)}":{{"dtype":"{kind}","shape":[{shape}],'
-                f'"data_offsets":[{offset},{offset + value.nbytes}]}}'
+                f'"{name}":{{"dtype":"{kind}","shape":[{shape}],"data_offsets":[{offset},{offset + value.nbytes}]}}'
             )
             offset += value.nbytes
             at += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
@@ -234,13 +257,13 @@ class _Library:
                 "typedef struct {",
                 "    kg_tensor_info info;",
                 "    size_t at, initial, bytes;",
+                "    int64_t reset;",
                 "    int input, output;",
                 "} kg_state;",
                 *shapes,
                 "static const kg_state kg_states[] = {\n    " + ",\n    ".join(rows) + "};",
                 f"static const char kg_state_header[] =\n    {literal};",
                 f"#define KG_STATE_BYTES {at}u",
-                f"#define KG_SAVED_BYTES {offset}u",
             ]
         )
 
@@ -301,12 +324,6 @@ def _runtime(name: str) -> str:
 
 def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _json_name(name: str, number: int) -> str:
-    """A name that needs no escaping in JSON."""
-    plain = re.sub(r"[^\w/.:-]", "_", name)
-    return plain or f"state_{number}"
 
 
 def _shape(name: str, shape: Sequence) -> str:

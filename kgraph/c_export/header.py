@@ -117,9 +117,11 @@ KG_PUBLIC const kg_tensor_info *NAME_state_info(int number);
 KG_PUBLIC size_t NAME_state_bytes(void);
 KG_PUBLIC kg_status NAME_state_init(void *state, size_t bytes);
 KG_PUBLIC void *NAME_state_data(void *state, int number);
-/* The state as a safetensors file, and back. */
+/* The state as a safetensors file. Reading goes by the tensors' names; a file may hold more than is asked for. */
 KG_PUBLIC kg_status NAME_save_weights(const void *state, const char *path);
 KG_PUBLIC kg_status NAME_load_weights(void *state, const char *path);
+/* Metrics as they are where an epoch begins. */
+KG_PUBLIC kg_status NAME_reset_metrics(void *state);
 """
 
 _RUN_WITH_STATE = """

@@ -35,6 +35,8 @@ _MIN_KERNELS_PER_PROCESS = 3
 _MAX_PROCESSES = 16
 # A child that says nothing for this long is given up; its kernels are compiled here.
 _CHILD_TIMEOUT_SECONDS = 120.0
+# Modules whose kernels take several times as long to compile as others, longest first.
+LONG_COMPILES = ("rnn_gradient", "rnn", "attention", "conv_kernel", "conv_filter_kernel", "gemm", "depthwise", "moments")
 _VECTORS = re.compile(r"<\d+ x (?:float|double|half|bfloat|i\d+)>")
 
 
@@ -164,13 +166,19 @@ def _compile_one(spec: KernelSpec, target: Target) -> bytes:
 
 def _compile_all(missing: dict[str, KernelSpec], target: Target):
     """Yields (key, object bytes) in any order."""
-    keys = list(missing)
+    keys = sorted(missing, key=lambda key: _compile_rank(missing[key]))
     processes = min(_num_processes(), len(keys) // _MIN_KERNELS_PER_PROCESS)
     if processes > 1:
         yield from _compile_forked(keys, missing, target, processes)
     else:
         for key in keys:
             yield key, _compile_one(missing[key], target)
+
+
+def _compile_rank(spec: KernelSpec) -> int:
+    """What takes longest comes first, so that no process is left with it when the others are done."""
+    family = spec.module.rpartition(".")[2]
+    return LONG_COMPILES.index(family) if family in LONG_COMPILES else len(LONG_COMPILES)
 
 
 def _num_processes() -> int:

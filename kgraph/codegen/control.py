@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kgraph.codegen.cache import spec_key
+from kgraph.codegen.cpu.repeat import SPEC as REPEAT
+from kgraph.codegen.target import Target
 from kgraph.ir import Dim, Graph, Node, TensorType, Value, append_graph, constant_value, live_nodes
 from kgraph.runtime.control import Body, Branches, Scan, While
 from kgraph.runtime.plan import Program
@@ -32,11 +35,12 @@ class LoweredBody:
     types: tuple[tuple[tuple, str], ...]
     constants: tuple[np.ndarray, ...]
     symbols: tuple[str, ...]
+    repeat: str = ""
 
     def link(self, build: Callable[..., Program]) -> Body:
         """The body with its program, made by `build(name, lowered, input names)`."""
         program = build(self.name, self.lowered, self.input_names)
-        return Body(program, self.results, self.types, self.constants, self.symbols)
+        return Body(program, self.results, self.types, self.constants, self.symbols, self.repeat)
 
 
 @dataclass
@@ -58,7 +62,8 @@ class ControlStep:
         if self.node.name == "cond":
             text = f"its branches are compiled ({kernels}); Python calls the one that is chosen"
         else:
-            text = f"its body is compiled ({kernels}); Python counts the iterations"
+            who = "Python counts" if hosts else "native code counts"
+            text = f"its body is compiled ({kernels}); {who} the iterations"
         return text + (f"; host steps in there: {', '.join(hosts)}" if hosts else "")
 
     def link(self, build: Callable[..., Program]) -> Any:
@@ -73,7 +78,7 @@ class ControlStep:
 
 
 def lower_control(
-    node: Node, known: set[str], optimise: Callable[[Graph], Graph], lower: Callable[[Graph], Lowered]
+    node: Node, known: set[str], optimise: Callable[[Graph], Graph], lower: Callable[[Graph], Lowered], target: Target
 ) -> ControlStep | str:
     """The step for a node of control flow, or the reason why its bodies cannot be compiled.
 
@@ -92,6 +97,10 @@ def lower_control(
         if isinstance(body, str):
             return body
         step.bodies.append(body)
+    if node.name != "cond":
+        body = step.bodies[-1]
+        body.repeat = spec_key(REPEAT, target)
+        body.lowered.specs[body.repeat] = REPEAT
     return step
 
 

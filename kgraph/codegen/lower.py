@@ -157,7 +157,7 @@ class _Lowering:
     def _host(self, node: Node, reason: str) -> None:
         function: Callable = HostFunction(node.primitive, node.attrs)
         if node.name in control.PRIMITIVES and self.optimise is not None:
-            step = control.lower_control(node, self._symbols(), self.optimise, self._lower_body)
+            step = control.lower_control(node, self._symbols(), self.optimise, self._lower_body, self.target)
             if isinstance(step, str):
                 reason = step
             else:

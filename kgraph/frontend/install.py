@@ -30,6 +30,7 @@ COARSE = frozenset(
         "keras.src.layers.normalization.group_normalization",
         "keras.src.layers.attention.multi_head_attention",
         "keras.src.layers.attention.grouped_query_attention",
+        "keras.src.layers.core.embedding",
     }
 )
 

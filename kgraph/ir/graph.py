@@ -128,12 +128,17 @@ class Rewriter:
 
     def run(self, visit: Callable[[Node, tuple, Rewriter], tuple | None]) -> Graph:
         """The graph after `visit` has seen every node in order. Raises ValueError for a wrong number of values."""
+        mapping = self.mapping
         for node in self.source.nodes:
-            inputs = tuple(self.mapping.get(v, v) for v in node.inputs)
+            inputs = node.inputs
+            for value in inputs:
+                if value in mapping:
+                    inputs = tuple([mapping.get(v, v) for v in inputs])
+                    break
             self.provenance = node.provenance
             new = visit(node, inputs, self)
             if new is None:
-                if inputs == node.inputs:
+                if inputs is node.inputs:
                     self.target.nodes.append(node)
                     continue
                 kept = Node(node.primitive, inputs, node.attrs, [o.type for o in node.outputs], node.provenance)
@@ -143,7 +148,7 @@ class Rewriter:
                 new = (new,)
             for old, value in zip(node.outputs, new, strict=True):
                 if old is not value:
-                    self.mapping[old] = value
+                    mapping[old] = value
         self.target.outputs = [self.map(v) for v in self.source.outputs]
         return self.target
 

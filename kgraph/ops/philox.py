@@ -8,6 +8,8 @@ neighbouring counters, and vector code stores them as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 LANES = 16  # counters of a group
@@ -16,6 +18,9 @@ ROUNDS = 10
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 # What is added to the key in each round: [rounds, 2, 1].
 _KEY_STEPS = np.arange(ROUNDS, dtype=np.uint64)[:, None, None] * np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
+# Words of an eager draw from which on the native kernel is worth its loading.
+NATIVE_FROM = 1 << 12
+_native: Callable[[tuple[int, int], int, int], np.ndarray] | None = None
 # Counters that are computed at a time: the working set stays in the second-level cache.
 _CHUNK = 4096
 
@@ -41,7 +46,19 @@ def philox(counters: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def words(key: tuple[int, int], count: int, stream: int = 0) -> np.ndarray:
-    """The first `count` words of a stream, uint32."""
+    """The first `count` words of a stream, uint32; by the native kernel, once a large draw has loaded it."""
+    global _native
+    if _native is None and count >= NATIVE_FROM:
+        try:
+            from kgraph.codegen.eager import random_words
+        except ImportError:  # there is no compiler
+            random_words = words_by_numpy
+        _native = random_words
+    return (_native or words_by_numpy)(key, count, stream)
+
+
+def words_by_numpy(key: tuple[int, int], count: int, stream: int = 0) -> np.ndarray:
+    """The first `count` words of a stream, uint32: the definition that kernels are tested against."""
     groups = -(-count // GROUP)
     out = np.empty((groups, 4, LANES), np.uint32)
     step = _CHUNK // LANES

@@ -60,13 +60,15 @@ def pull_back(
 
     def visit(start: int, stop: int, operand: Callable[[Value], Array], ranges: Sequence[tuple[int, int]]) -> None:
         """Run the rules of nodes[start:stop], on the values that `operand` gives."""
-        ends = {hi: (lo, hi) for lo, hi in _outermost(ranges)}
+        outermost = _outermost(ranges)
+        ends = {hi: (lo, hi) for lo, hi in outermost}
+        kept = {v for lo, hi in outermost for v in _read_from_outside(nodes[lo:hi])}
         while stop > start:
             if stop in ends:
                 lo, hi = ends.pop(stop)
                 if any(o in found for node in nodes[lo:hi] for o in node.outputs):
                     inner = [r for r in ranges if lo <= r[0] and r[1] <= hi and r != (lo, hi)]
-                    visit(lo, hi, _replayed(nodes[lo:hi], operand), inner)
+                    visit(lo, hi, _replayed(nodes[lo:hi], operand, kept), inner)
                 stop = lo
                 continue
             stop -= 1
@@ -90,21 +92,33 @@ def _outermost(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _replayed(nodes: Sequence[Node], operand: Callable[[Value], Array]) -> Callable[[Value], Array]:
-    """What stands for a value in the rules after the nodes have been recorded once more."""
+def _read_from_outside(nodes: Sequence[Node]) -> set[Value]:
+    """The values that the nodes read and do not make."""
+    own = {o for node in nodes for o in node.outputs}
+    return {v for node in nodes for v in node.inputs if v not in own}
+
+
+def _replayed(nodes: Sequence[Node], operand: Callable[[Value], Array], kept: set[Value]) -> Callable[[Value], Array]:
+    """What stands for a value in the rules after the nodes have been recorded once more.
+
+    kept: values that other ranges need anyway; they are read, not computed again.
+    """
     values: dict[Value, Array] = {}
 
     def get(value: Value) -> Array:
         return values[value] if value in values else operand(value)
 
-    own = {o for node in nodes for o in node.outputs}
+    own = {o for node in nodes for o in node.outputs if o not in kept}
     for node in nodes:
+        if all(o in kept for o in node.outputs):
+            continue
         with inheriting(backward_provenance(node.provenance)):
             for value in node.inputs:
                 if value not in own and value not in values and not _is_constant(value):
                     values[value] = ops.optimization_barrier(operand(value))
             out = bind(node.primitive, *(get(v) for v in node.inputs), **node.attrs)
-            values.update(zip(node.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+            results = zip(node.outputs, out if isinstance(out, tuple) else (out,), strict=True)
+            values.update((value, x) for value, x in results if value in own)
     return get
 
 

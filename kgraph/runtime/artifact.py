@@ -19,9 +19,9 @@ import numpy as np
 
 from kgraph.errors import ArtifactError, InputError, KGraphError
 from kgraph.report import Explanation, Profile, profile_of
-from kgraph.runtime import artifact_plan
+from kgraph.runtime import artifact_plan, artifact_self_test
 from kgraph.runtime.artifact_file import ArtifactFile
-from kgraph.runtime.artifact_forms import DAMAGE, LoadedForm, as_text, read_form, self_test_form
+from kgraph.runtime.artifact_forms import DAMAGE, LoadedForm, as_text, read_form
 from kgraph.runtime.artifact_level import Requirement
 from kgraph.runtime.model import Model, sizes_of
 from kgraph.runtime.threads import available_cpus
@@ -206,7 +206,7 @@ def open_model(
         clock.lap("checking weights")
     if self_test:
         for form, data in zip(forms, manifest.forms):
-            self_test_form(file, form, data["programs"][level]["self_test"])
+            artifact_self_test.check(file, form, data["programs"][level]["self_test"])
         clock.lap("self-test")
     return model
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from kgraph.decisions import Decision
 from kgraph.dims import from_json
-from kgraph.errors import KGraphError
 from kgraph.report import KernelRow
 from kgraph.runtime import artifact_plan
 from kgraph.runtime.artifact_file import ArtifactFile
@@ -92,10 +91,9 @@ def read_state(file: ArtifactFile, data: Any, num_inputs: int, num_outputs: int)
             raise ValueError("state is numbered by integers")
         if not -1 <= number < num_inputs or not -1 <= output < num_outputs:
             raise ValueError(f"there is no input {number} or output {output} for the state {name!r}")
-        value, reset = (
-            np.array(artifact_plan.restored(tensors[key], shape, as_text(dtype))) if wanted else None
-            for key, wanted in ((f"{index}.{as_text(name)}", True), (f"reset.{index}.{name}", resets))
-        )
+        key = f"{index}.{as_text(name)}"
+        value = np.array(artifact_plan.restored(tensors[key], shape, as_text(dtype)))
+        reset = np.array(artifact_plan.restored(tensors[f"reset.{key}"], shape, dtype)) if resets else None
         out.append(State(name, as_text(kind), value, number, output, reset))
     return out
 
@@ -149,48 +147,15 @@ def _readers(file: ArtifactFile, report: Any, text: Any) -> tuple[Callable, Call
                 KernelRow(label, tuple(layers), tuple(members), output, from_json(flops), from_json(size), host, reason)
                 for label, layers, members, output, flops, size, host, reason in data["kernels"]
             ]
-            return rows, [Decision(*texts, frozenset(layers)) for *texts, layers in data["decisions"]]
+            decisions = [
+                Decision(subject, outcome, why, frozenset(layers))
+                for subject, outcome, why, layers in data["decisions"]
+            ]
+            return rows, decisions
         except DAMAGE as error:
             file.fail(f"its report is damaged: {error}")
 
     return read_report, lambda: file.read(names[1]).decode(errors="replace")
-
-
-def self_test_form(file: ArtifactFile, form: LoadedForm, data: Any) -> None:
-    """Run the call that was recorded when the model was saved. Raises ArtifactError where the result is another."""
-    if data is None:
-        return
-    try:
-        tensors = Tensors(file.read(as_text(data["section"])))
-        inputs = [tensors[as_text(name)] for name in data["inputs"]]
-        expected = [tensors[as_text(name)] for name in data["outputs"]]
-        exact = bool(data["exact"])
-    except DAMAGE as error:
-        if isinstance(error, KGraphError):
-            raise
-        file.fail(f"its self-test is damaged: {error}")
-    dtypes = [form.program.dtypes[b] for b in form.program.outputs]
-    state = [value.copy() for value in form.state_inputs()]
-    try:
-        arrays = [a.view(t.np_dtype).reshape(a.shape) for a, t in zip(inputs, form.inputs.types, strict=True)]
-        results = form.program([*arrays, *state])
-    except Exception as error:
-        file.fail(f"its self-test does not run: {error}")
-    for number, (got, wanted, dtype) in enumerate(zip(results, expected, dtypes)):
-        same = got.tobytes() == wanted.tobytes() if exact else _close(got, wanted)
-        if got.shape != wanted.shape or got.dtype != dtype or not same:
-            file.fail(
-                f"its self-test failed: output {number} is not what it was when the model was saved; "
-                "this machine computes something else, or the file is damaged"
-            )
-
-
-def _close(got: np.ndarray, wanted: np.ndarray) -> bool:
-    """Whether results of NumPy's libraries, which differ between machines, agree to a part in a thousand."""
-    if got.shape != wanted.shape or got.dtype.kind not in "fc":
-        return np.array_equal(got, wanted)
-    scale = np.nanmax(np.abs(wanted), initial=0.0)
-    return bool(np.allclose(got, wanted, rtol=1e-3, atol=1e-3 * scale, equal_nan=True))
 
 
 def as_text(value: Any) -> str:

@@ -77,7 +77,7 @@ def encode(
         "inputs": list(program.inputs),
         "input_names": list(program.input_names),
         "outputs": list(program.outputs),
-        "params": [[b, tensor_name(v)] for b, v in zip(program.params, program.values, strict=True)],
+        "params": [[b, tensor_name(v)] for b, v in zip(program.params, program.values, strict=True) if v is not None],
         "donations": [list(pair) for pair in program.donations],
     }
 

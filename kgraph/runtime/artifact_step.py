@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from typing import Any
@@ -13,6 +14,7 @@ from kgraph.report import Explanation, Profile
 from kgraph.runtime.artifact import LoadedModel
 from kgraph.runtime.artifact_file import ArtifactFile, write_file
 from kgraph.runtime.artifact_forms import state_section, state_tensors
+from kgraph.runtime.artifact_self_test import renewed
 from kgraph.runtime.artifact_tensors import to_pieces
 
 
@@ -88,12 +90,20 @@ class LoadedStep:
                 file.write(piece)
 
     def save(self, path: str | os.PathLike) -> int:
-        """Write the step with its state as it is now, to go on from there; gives the size of the file."""
+        """Write the step with its state as it is now, to go on from there; gives the size of the file.
+
+        The self-tests of levels other than the one in use are left out, as their results would be others.
+        """
+        manifest, form = self._file.read_json("manifest"), self._form
         with self._lock:
-            own = state_section(0), to_pieces(state_tensors(self._form.state, self._form.values))
-        return write_file(
-            path, [own if name == own[0] else (name, [self._file.view(name)]) for name in self._file.sections]
-        )
+            new = {state_section(0): to_pieces(state_tensors(form.state, form.values))}
+            for level, program in manifest["forms"][0]["programs"].items():
+                if program["self_test"] is not None and level == self.level:
+                    new[program["self_test"]["section"]] = renewed(self._file, form, program["self_test"])
+                else:
+                    program["self_test"] = None
+        new["manifest"] = [json.dumps(manifest, separators=(",", ":")).encode()]
+        return write_file(path, [(name, new.get(name) or [self._file.view(name)]) for name in self._file.sections])
 
     def explain(self) -> Explanation:
         """Per kernel and per Keras layer: what was fused, what was not and why, flops, bytes, host steps."""

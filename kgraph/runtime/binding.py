@@ -46,7 +46,7 @@ class Binding:
     """A program for concrete sizes, callable from any number of threads at once: each call has a context of its own.
 
     run: `run(arrays)`, a call without `out=`; the fast path, prepared for this program's inputs and outputs.
-    used: set by every call, for the program to see which bindings are in use.
+    used: set by every call, for the program to see which bindings are in use. input_dtypes: one per input.
     """
 
     def __init__(self, program: Program, sizes: dict[str, int]):
@@ -70,7 +70,7 @@ class Binding:
                 self.constants[b] = np.array(value(buffer.value), dtype=program.dtypes[b])
         self.param_slots = [(i, place) for i, place in enumerate(self.table.slots) if place.space == "param"]
         self._free: deque[Context] = deque(maxlen=_MAX_WAITING_CONTEXTS)
-        self._input_dtypes = [program.dtypes[b] for b in program.inputs]
+        self.input_dtypes = [program.dtypes[b] for b in program.inputs]
         self._outputs = [(self.storage.shapes[b], program.dtypes[b]) for b in program.outputs]
         # Outputs that overwrite an input: (output number, input number).
         self._donated = [(o, i) for o, i in enumerate(self.storage.donors) if i >= 0]
@@ -164,7 +164,7 @@ class Binding:
         """The fast path of a program without host steps: one native call, and nothing looked up that can be bound."""
         program, free, new_context = self.program, self._free, self._context
         native, generation, ndarray, empty = self._native, self.generation, np.ndarray, np.empty
-        dtypes, outputs = self._input_dtypes, self._outputs
+        dtypes, outputs = self.input_dtypes, self._outputs
         first, slow = FIRST_EXTERNAL, self._run_in_segments
 
         donated = self._donated
@@ -297,10 +297,10 @@ class Binding:
 
     def _dense_inputs(self, arrays) -> list[np.ndarray]:
         """The arrays as plain, contiguous, aligned ones. Raises InputError for a wrong number or dtype."""
-        if len(arrays) != len(self._input_dtypes):
-            raise InputError(f"{self.program.name} takes {len(self._input_dtypes)} arrays, {len(arrays)} were given")
+        if len(arrays) != len(self.input_dtypes):
+            raise InputError(f"{self.program.name} takes {len(self.input_dtypes)} arrays, {len(arrays)} were given")
         out = []
-        for i, (a, dtype) in enumerate(zip(arrays, self._input_dtypes)):
+        for i, (a, dtype) in enumerate(zip(arrays, self.input_dtypes)):
             a = np.asarray(a)
             if a.dtype != dtype:
                 raise InputError(f"{self.program.name}: {self.program.input_names[i]} is {a.dtype}, expected {dtype}")

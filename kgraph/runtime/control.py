@@ -1,13 +1,15 @@
 """Branches and loops over compiled bodies: the functions of their host steps.
 
-A body is a program of its own. A loop whose body is one native call runs it on addresses: slices of sequences are read
-where they lie, results are stacked where they are written, and carried values are read where the step before wrote
-them, so that nothing is copied or allocated per step. Other bodies (with host steps of their own) are called on arrays.
+A body is a program of its own. A loop whose body is one native call runs natively as a whole, on addresses: slices of
+sequences are read where they lie, results are stacked where they are written, and carried values are read where the
+iteration before wrote them, so that nothing is copied or allocated per iteration. Other bodies (with host steps of
+their own) are called on arrays, from Python.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kgraph.dims import Dim, evaluate
+from kgraph.errors import KGraphError
 from kgraph.runtime import context as context_module
 from kgraph.runtime.binding import Binding
 from kgraph.runtime.context import FIRST_EXTERNAL
@@ -22,6 +25,19 @@ from kgraph.runtime.plan import Program
 from kgraph.types import np_dtype
 
 Arrays = Sequence[np.ndarray]
+# The words of the table of `codegen.cpu.repeat`. run, context: the executor's entry and its argument. cells: addresses
+# of the program's inputs and outputs. count: iterations. flag: the cell of the output that says whether to go on, or
+# -1. first, carries, sources: so many cells from `first` on take, after each iteration, the addresses in these cells;
+# new: room for as many words. toggles, toggle_rows: number of, and (cell, mask of bits that change). moves, move_rows:
+# (cell, bytes to add). copies, copy_rows: (to where, cell of the source, bytes, bytes to go on). going: the last flag.
+TABLE = tuple(
+    """run context cells count flag first carries sources new toggles toggle_rows moves move_rows copies copy_rows
+    going""".split()
+)
+PAIR_WORDS, COPY_WORDS = 2, 4
+# Iterations between two looks at Python's signals.
+_TURNS = 1 << 16
+_REPEAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Body:
     program: takes the body's operands, then `constants`, then for each of `symbols` a bool array of that length, which
         tells a size that no operand's shape gives.
     results: per result of the body where it is: ("output", number) of the program, or ("input", number).
-    types: their (shape, dtype).
+    types: their (shape, dtype). repeat: the key of the program's kernel that repeats it natively, for bodies of loops.
     """
 
     program: Program
@@ -39,6 +55,7 @@ class Body:
     types: tuple[tuple[tuple, str], ...]
     constants: tuple[np.ndarray, ...] = ()
     symbols: tuple[str, ...] = ()
+    repeat: str = ""
 
     def extra(self, sizes: dict[str, int]) -> list[np.ndarray]:
         """What the program takes besides the operands."""
@@ -49,9 +66,14 @@ class Body:
         return self.program.bind(self.program.resolve(shapes))
 
     def result_types(self, sizes: dict[str, int], binding: Binding) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """Concrete shapes and dtypes of the results."""
-        known = {**sizes, **binding.sizes}
-        return [(tuple([evaluate(s, known) for s in shape]), np_dtype(dtype)) for shape, dtype in self.types]
+        """Concrete shapes and dtypes of the results. Raises KGraphError where the program does not give these."""
+        known, program = {**sizes, **binding.sizes}, self.program
+        types = [(tuple([evaluate(s, known) for s in shape]), np_dtype(dtype)) for shape, dtype in self.types]
+        for (shape, dtype), (kind, number) in zip(types, self.results):
+            b = (program.inputs if kind == "input" else program.outputs)[number]
+            if dtype != program.dtypes[b] or math.prod(shape) * dtype.itemsize != binding.storage.nbytes[b]:
+                raise KGraphError(f"{program.name}: result {number} is not {dtype}{list(shape)}")
+        return types
 
     def run(self, binding: Binding, arrays: Arrays, types: Sequence[tuple]) -> list[np.ndarray]:
         """The results for concrete operands and extras; they may be operands themselves."""
@@ -92,6 +114,7 @@ class While:
         given = [*arrays, *rest]
         binding = self.body.bind([a.shape for a in given])
         types = self.body.result_types(sizes, binding)
+        _check_carried(self.body, arrays, types[:-1])
         if is_one_native_call(binding):
             return self._on_addresses(binding, given, types)
         while True:
@@ -101,18 +124,14 @@ class While:
             given += rest
 
     def _on_addresses(self, binding: Binding, given: Arrays, types: list) -> list[np.ndarray]:
-        runs = NativeRuns(binding, given)
+        runs = NativeRuns(binding, given, self.body.repeat)
         *sources, flag = [runs.slot(place) for place in self.body.results]
         for number in range(len(binding.program.outputs)):
             runs.alternate(number)
         runs.carry(sources)
-        cells = runs.cells
-        while True:
-            runs.run()
-            go_on = ctypes.c_bool.from_address(cells[flag]).value
-            runs.advance()
-            if not go_on:
-                return runs.finish(types[:-1])
+        while runs.repeat(_TURNS, flag):
+            pass
+        return runs.finish(types[:-1])
 
 
 @dataclass(frozen=True)
@@ -131,6 +150,9 @@ class Scan:
         rest = [*arrays[held:], *self.body.extra(sizes)]
         binding = self.body.bind([a.shape for a in carries] + [x.shape[1:] for x in xs] + [a.shape for a in rest])
         types = self.body.result_types(sizes, binding)
+        _check_carried(self.body, carries, types)
+        if any(len(x) != count for x in xs):
+            raise KGraphError(f"{self.body.program.name}: a sequence has another length than {count}")
         stacks = [np.empty((count, *shape), dtype) for shape, dtype in types[self.num_carry :]]
         if count and is_one_native_call(binding):
             return [*self._on_addresses(binding, carries, xs, rest, types, stacks, count), *stacks]
@@ -145,7 +167,7 @@ class Scan:
         """Fill `stacks`, and give the last carries."""
         first, sign = (count - 1, -1) if self.reverse else (0, 1)
         row = lambda a, t: a[t : t + 1]
-        runs = NativeRuns(binding, [*carries, *(row(x, first) for x in xs), *rest])
+        runs = NativeRuns(binding, [*carries, *(row(x, first) for x in xs), *rest], self.body.repeat)
         for slot, x in enumerate(xs, runs.first + self.num_carry):
             runs.move(slot, sign * row(x, 0).nbytes)
         sources = [runs.slot(place) for place in self.body.results]
@@ -153,7 +175,7 @@ class Scan:
         # as a carry with which the next one begins. All other results are copied.
         written: set[int] = set()
         ahead: list[tuple[int, np.ndarray]] = []
-        others: list[tuple[np.ndarray, int]] = []
+        others = []
         for stack, source in zip(stacks, sources[self.num_carry :]):
             if source >= runs.first_output and source not in written:
                 written.add(source)
@@ -161,12 +183,11 @@ class Scan:
                 runs.move(source, sign * row(stack, 0).nbytes)
             else:
                 others.append((stack, source))
-        copied: list[tuple[np.ndarray, int]] = []
         for stack, source in others:
             carry = source - runs.first
             into = sources[carry] if carry < self.num_carry else -1
             if into < runs.first_output or into in written:
-                copied.append((stack, source))
+                runs.copy(row(stack, first), source, sign * row(stack, 0).nbytes)
                 continue
             written.add(into)
             stack[first] = carries[carry].reshape(stack.shape[1:])
@@ -177,19 +198,19 @@ class Scan:
             if runs.first_output + number not in written:
                 runs.alternate(number)
         runs.carry(sources[: self.num_carry])
-        places = [[row(stack, first).ctypes.data, source, row(stack, 0).nbytes] for stack, source in copied]
-        cells = runs.cells
-        for left in range(count - 1, -1, -1):
-            if not left:
-                for slot, last in ahead:
-                    runs.put(slot, last)
-            runs.run()
-            for place in places:
-                address, source, nbytes = place
-                ctypes.memmove(address, cells[source], nbytes)
-                place[0] = address + sign * nbytes
-            runs.advance()
+        for start in range(0, count - 1, _TURNS):
+            runs.repeat(min(_TURNS, count - 1 - start))
+        for slot, last in ahead:
+            runs.put(slot, last)
+        runs.repeat(1)
         return runs.finish(types[: self.num_carry])
+
+
+def _check_carried(body: Body, arrays: Arrays, types: Sequence[tuple]) -> None:
+    """Raises KGraphError where a carried value enters with another type than the body gives it."""
+    for number, (a, (shape, dtype)) in enumerate(zip(arrays, types)):
+        if a.shape != shape or a.dtype != dtype:
+            raise KGraphError(f"{body.program.name}: carry {number} is {a.dtype}{list(a.shape)}, not {dtype}{list(shape)}")
 
 
 def is_one_native_call(binding: Binding) -> bool:
@@ -201,10 +222,11 @@ def is_one_native_call(binding: Binding) -> bool:
 class NativeRuns:
     """Repeated runs of a program that is one native call, on addresses in `cells`: one per input, then per output.
 
-    given: what the inputs are at first; contiguous. All memory is kept until the object goes.
+    given: what the inputs are at first; contiguous. repeat: key of the kernel that repeats the program. All memory is
+    kept until the object goes.
     """
 
-    def __init__(self, binding: Binding, given: Arrays):
+    def __init__(self, binding: Binding, given: Arrays, repeat: str):
         binding.used = True
         self.binding, self.context = binding, binding._context()
         self._kept: list[np.ndarray] = []
@@ -219,12 +241,13 @@ class NativeRuns:
         else:
             self.first, self.cells = FIRST_EXTERNAL, self.context.words
         self.first_output = self.first + len(given)
-        for slot, a in enumerate(given, self.first):
+        for slot, (a, dtype) in enumerate(zip(given, binding.input_dtypes, strict=True), self.first):
+            if a.dtype != dtype:
+                raise KGraphError(f"{binding.program.name} takes {dtype}, not {a.dtype}")
             self.put(slot, np.ascontiguousarray(a))
-        self._native, self._address = binding._native, self.context.address
-        self._sources: list[int] = []
-        self._toggles: list[tuple[int, int]] = []
-        self._moves: list[tuple[int, int]] = []
+        self._repeat = _REPEAT(binding.program.functions[repeat])
+        self._sources, self._toggles, self._moves, self._copies = (array("q") for _ in range(4))
+        self._new = array("q")
 
     def slot(self, place: tuple[str, int]) -> int:
         """The cell of ("input", number) or ("output", number)."""
@@ -243,30 +266,32 @@ class NativeRuns:
         one, other = (np.empty(nbytes + 64, np.uint8) for _ in range(2))
         self._kept.append(other)
         self.put(self.first_output + number, one)
-        self._toggles.append((self.first_output + number, one.ctypes.data ^ other.ctypes.data))
+        self._toggles.extend((self.first_output + number, one.ctypes.data ^ other.ctypes.data))
 
     def move(self, slot: int, step: int) -> None:
         """Go on by `step` bytes after every run."""
-        self._moves.append((slot, step))
+        self._moves.extend((slot, step))
+
+    def copy(self, a: np.ndarray, slot: int, step: int) -> None:
+        """Copy what a cell points to into `a` after every run, then go on by `step` bytes."""
+        self._copies.extend((a.ctypes.data, slot, a.nbytes, step))
 
     def carry(self, sources: Sequence[int]) -> None:
         """The first inputs of a run are read where these cells point to in the run before."""
-        self._sources = list(sources)
+        self._sources, self._new = array("q", sources), array("q", bytes(8 * len(sources)))
 
-    def run(self) -> None:
-        """One run of the program."""
-        self._native(self._address)
-
-    def advance(self) -> None:
-        """To the memory of the next run."""
-        cells = self.cells
-        new = [cells[source] for source in self._sources]
-        for slot, address in enumerate(new, self.first):
-            cells[slot] = address
-        for slot, toggle in self._toggles:
-            cells[slot] ^= toggle
-        for slot, step in self._moves:
-            cells[slot] += step
+    def repeat(self, count: int, flag: int = -1) -> bool:
+        """Up to `count` runs, as long as the output at the cell `flag` is true; gives that output's last value."""
+        rows = {"sources": self._sources, "new": self._new, "toggle_rows": self._toggles, "move_rows": self._moves}
+        rows["copy_rows"] = self._copies
+        fields = {name: a.buffer_info()[0] for name, a in rows.items()}
+        fields |= {"run": ctypes.cast(self.binding._native, ctypes.c_void_p).value, "context": self.context.address}
+        fields |= {"cells": self.cells.buffer_info()[0], "count": count, "flag": flag, "first": self.first}
+        fields |= {"carries": len(self._sources), "toggles": len(self._toggles) // PAIR_WORDS}
+        fields |= {"moves": len(self._moves) // PAIR_WORDS, "copies": len(self._copies) // COPY_WORDS, "going": 0}
+        table = array("q", [fields[name] for name in TABLE])
+        self._repeat(table.buffer_info()[0])
+        return bool(table[TABLE.index("going")])
 
     def finish(self, types: Sequence[tuple]) -> list[np.ndarray]:
         """Copies of the carried values, of these shapes and dtypes; the object is spent afterwards."""

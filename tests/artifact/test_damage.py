@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import kgraph  # isort: skip  (before Keras)
 
+import contextlib
 import hashlib
 import json
 import math
 import struct
 from unittest import mock
 
+import keras
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +21,7 @@ from kgraph.errors import ArtifactError, KGraphError
 from kgraph.runtime import artifact_file
 from kgraph.runtime.artifact_file import ArtifactFile, write_file
 from kgraph.runtime.artifact_inspect import describe
+from tests.artifact.test_save_load import Loops
 
 FUZZ = settings(
     max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -261,6 +265,40 @@ def assert_within(program, binding):
     for slot, external, _ in zip(*[iter(binding.table.patches)] * 3, strict=True):
         assert 0 <= slot < slots * 8
         assert 0 <= external < 8 * (len(program.inputs) + len(program.outputs))
+
+
+@pytest.fixture(scope="session")
+def looping(tmp_path_factory):
+    """The content of a saved model with loops and branches."""
+    x = keras.Input((None, 5))
+    path = tmp_path_factory.mktemp("looping") / "m.kgraph"
+    kgraph.compile(keras.Model(x, Loops()(x))).save(path, levels="native", rebuildable=False)
+    return Content(path.read_bytes())
+
+
+@FUZZ
+@given(data=st.data())
+def test_control(looping, tmp_path, data):
+    """Loops with any one value replaced are refused, or run: nothing is read or written outside of the arrays."""
+    sections = contents(looping, tmp_path)
+    plan = json.loads(sections["plan/0/native"])
+    paths = [path for path in places(plan) if _is_control(plan, path)]
+    new = replaced(plan, data.draw(st.sampled_from(paths)), data.draw(ODD))
+    sections["plan/0/native"] = json.dumps(new).encode()
+    with contextlib.suppress(KGraphError, ValueError, TypeError, LookupError, OverflowError, MemoryError):
+        kgraph.load(rewritten(tmp_path, sections), self_test=False)(np.ones((3, 4, 5), "float32"))
+
+
+def _is_control(plan, path) -> bool:
+    """Whether a path leads into the function of a step that is no plan of its own, or its part that is."""
+    if len(path) < 4 or path[0] != "steps" or path[2] != 4 or type(plan["steps"][path[1]][4]) is not list:
+        return False
+    value, inside = plan["steps"][path[1]][4], path[3:]
+    for key in inside[:-1]:
+        value = value[key]
+        if isinstance(value, dict):
+            return False
+    return True
 
 
 @FUZZ

@@ -137,6 +137,6 @@ def test_looking_inside_and_errors(tmp_path):
         kgraph.compile_step(model, data[0][0])
     with pytest.raises(TypeError, match="takes a Keras model"):
         kgraph.compile_step(step, data[0])
-    model.compile("sgd", "mse", run_eagerly=True)
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     with pytest.raises(CaptureError, match="trains eagerly"):
         kgraph.compile_step(model, data[0])

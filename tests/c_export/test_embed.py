@@ -124,6 +124,16 @@ def test_no_memory_fault(folder):
     run(*command, "convnet.input", "convnet.expected", 2, 3, folder=folder)
 
 
+@needs("cc")
+def test_training_in_c(tmp_path):
+    pytest.importorskip("sklearn")
+    run(sys.executable, EXAMPLES / "training.py", tmp_path, folder=tmp_path)
+    command = ["cc", *WARNINGS, "-I.", EXAMPLES / "train.c", "libdigits_step.a", "libdigits.a", "-lm", "-lpthread"]
+    run(*command, "-o", "train", folder=tmp_path)
+    text = run("./train", ".", 12, folder=tmp_path)
+    assert float(text.split("test accuracy")[1]) >= 0.97
+
+
 AARCH64_ROOT = Path("/usr/aarch64-linux-gnu")
 
 

@@ -80,6 +80,7 @@ LAYERS = {
     "rows in pieces, stride 3": ((1, 5, 800, 4), (3, 5, 4, 33), {"strides": (1, 3), "padding": ((1, 1), (0, 2))}),
     "1x1": ((3, 14, 14, 24), (1, 1, 24, 144), {}),
     "1x1 of large images": ((2, 40, 30, 192), (1, 1, 192, 24), {}),
+    "1x1 in groups": ((3, 14, 14, 24), (1, 1, 8, 60), {"groups": 3}),
     "1x1 strided": ((3, 14, 15, 24), (1, 1, 24, 40), {"strides": 2}),
     "dilated": ((2, 13, 14, 20), (3, 3, 20, 18), {"padding": 2, "rhs_dilation": 2}),
     "dilated, few channels": ((2, 13, 14, 2), (3, 3, 2, 18), {"padding": 2, "rhs_dilation": (2, 3)}),

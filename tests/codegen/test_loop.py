@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from kgraph import ops
 from kgraph.codegen.cpu import loop
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node, type_of
 from kgraph.ops.region_gradient import record_region
-from tests.codegen.driver import Bound, host_target, run_node
+from tests.codegen.driver import Bound, aligned_empty, host_target, render, run_node
 from tests.codegen.samples import check_sample
 
 ELEMENTWISE = sorted(n for n, p in PRIMITIVES.items() if "elementwise" in p.traits or n in ("iota", "full"))
@@ -181,3 +183,46 @@ def test_refusals_name_the_reason():
     assert "transpose" in loop.accepts(node)
     node = make_node(PRIMITIVES["neg"], [Value(TensorType((3,), "complex64"))], {})
     assert "complex64" in loop.accepts(node)
+
+
+STREAMED = [
+    ((4001,), (4001,)),
+    ((90, 24), (24,)),
+    ((7, 90, 96), (96,)),
+    ((40, 11, 160), (11, 1)),
+    ((5, 8192), (5, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "other"), STREAMED)
+@pytest.mark.parametrize("offset", [0, 4])
+def test_results_written_past_the_caches(shape, other, offset):
+    target = dataclasses.replace(host_target(), l3_bytes=4096)
+    x, y = normal(*shape), normal(*other, seed=1)
+    node = fused(lambda x, y: [ops.add(ops.mul(x, y), y), ops.gt(x, y)], x, y)
+    (call,) = loop.lower(node, target)
+    assert call.spec.template.endswith("_streaming")
+    assert "!nontemporal" in render(call.spec, target)
+    bound = Bound([call], dict(zip(node.inputs, (x, y), strict=True)), target=target)
+    out = node.outputs[0]
+    placed = aligned_empty(bound.buffers[out].nbytes, offset).view(np.float32).reshape(shape)
+    _, pointers, *_ = bound.steps[0]
+    pointers[2] = placed.ctypes.data
+    bound.run(3)
+    np.testing.assert_allclose(placed, x * y + y, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(bound.buffers[node.outputs[1]], x > y)
+    bound.run(1)
+    again = placed.copy()
+    pointers[2] = pointers[0]  # over the operand
+    bound.run(2)
+    np.testing.assert_array_equal(x, again)
+
+
+def test_small_results_go_through_the_caches():
+    target = dataclasses.replace(host_target(), l3_bytes=1 << 20)
+    rows = Dim.symbol("N")
+    kinds = []
+    for shape in ((1000, 100), (1000, 1000), (rows, 3), (rows, 64, 64)):
+        node = make_node(PRIMITIVES["relu"], [Value(TensorType(shape, "float32"))], {})
+        kinds.append(loop.lower(node, target)[0].spec.template.rpartition(":")[2])
+    assert kinds == ["render_flat", "render_flat_streaming", "render_flat", "render_flat_streaming"]

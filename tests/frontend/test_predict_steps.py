@@ -58,3 +58,10 @@ def test_a_predict_step_that_cannot_be_traced_runs_eagerly_and_says_so():
     with pytest.warns(RuntimeWarning, match="predict step .* runs eagerly"):
         y = model.predict(X, batch_size=4, verbose=0)
     np.testing.assert_allclose(y, np.abs(model(X)), rtol=1e-5)
+
+
+def test_a_declared_batch_size_does_not_bind_predict():
+    inputs = keras.Input(batch_shape=(5, 2))
+    model = keras.Model(inputs, layers.Dense(3)(inputs))
+    model.compile("sgd", "mse")
+    np.testing.assert_allclose(model.predict(X, batch_size=3, verbose=0), model(X), rtol=1e-5)

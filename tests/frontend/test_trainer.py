@@ -36,7 +36,8 @@ def test_predict_and_evaluate(options):
     np.testing.assert_allclose(logs["accuracy"], (expected.argmax(-1) == y).mean(), rtol=1e-6)
     on_batch = model.test_on_batch(x, y, return_dict=True)
     np.testing.assert_allclose(on_batch["accuracy"], logs["accuracy"], rtol=1e-6)
-    assert (model._compiled_forward[0] is None) == bool(options.get("run_eagerly"))
+    (compiled,) = model._compiled_forward.values()
+    assert (compiled is None) == bool(options.get("run_eagerly"))
 
 
 def test_predict_follows_new_weights():

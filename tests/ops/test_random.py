@@ -70,6 +70,14 @@ def test_the_stream_never_changes():
     assert len(np.unique(chunked)) > 39990
 
 
+@pytest.mark.parametrize("stream", [0, 1])
+def test_many_words_come_from_the_kernel_and_are_the_same(stream):
+    for count in (philox.NATIVE_FROM, 70001):
+        for key in ((7, 11), (0xFFFFFFFF, 0x80000000)):
+            wanted = philox.words_by_numpy(key, count, stream)
+            np.testing.assert_array_equal(philox.words(key, count, stream), wanted)
+
+
 def test_uniform_numbers_are_multiples_of_the_spacing_below_one():
     x = ops.random_uniform(SEED, shape=(1000,))
     np.testing.assert_array_equal(x * 2.0**24, np.round(x * 2.0**24))

@@ -115,6 +115,8 @@ def test_zeros_of_both_signs_are_no_scalar():
         (lambda x: ops.maximum(x, np.float32(0)), ["relu"]),
         (lambda x: ops.neg(ops.neg(x)), []),
         (lambda x: ops.rev(ops.rev(x, axes=(0, 1)), axes=(1, 0)), []),
+        (lambda x: ops.rev(ops.reshape(x, shape=(1, N, 1, 3)), axes=(0, 2)), ["reshape"]),
+        (lambda x: ops.rev(ops.reshape(x, shape=(N, 1, 3)), axes=(1, 2)), ["reshape", "rev"]),
         (lambda x: ops.convert(ops.convert(x, dtype="float64"), dtype="float32"), []),
     ],
 )

@@ -227,4 +227,4 @@ def test_explain_says_what_runs_in_the_loop():
     (row,) = explain("model", compile_graph(graph)).host_steps
     assert row.label == "scan"
     assert "its body is compiled" in row.reason
-    assert "Python counts the iterations" in row.reason
+    assert "native code counts the iterations" in row.reason

@@ -152,6 +152,11 @@ def by_step():
     return model
 
 
+def train(model, lengths):
+    for x, y in batches(lengths, width=4):
+        model.train_on_batch(x, y)
+
+
 def test_a_length_that_the_code_needs_makes_a_program_each_and_leaves_the_batch_symbolic():
     model = by_step()
     for x, y in batches([5, 7, 5, 7, 6, 5], width=4):
@@ -168,18 +173,15 @@ def test_many_programs_are_warned_of_and_bounded(monkeypatch):
     model = by_step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for x, y in batches(range(3, 8), width=4):
-            model.train_on_batch(x, y)
+        train(model, range(3, 8))
     with pytest.warns(RuntimeWarning, match="compiled 6 times.*L1.*Pad the batches") as caught:
-        model.fit(batches(range(8, 11), width=4), steps_per_epoch=3, shuffle=False, verbose=0)
+        train(model, range(8, 11))
     assert len(caught) == 1
     stats = model._compiled_train_step.stats()
     assert (stats["compiles"], stats["programs"]) == (8, 4)
-    for x, y in batches([10, 9], width=4):
-        model.train_on_batch(x, y)
+    train(model, [10, 9])
     assert model._compiled_train_step.stats()["compiles"] == 8
-    for x, y in batches([3], width=4):
-        model.train_on_batch(x, y)
+    train(model, [3])
     assert model._compiled_train_step.stats()["compiles"] == 9
 
 
@@ -239,3 +241,22 @@ def test_code_that_takes_a_length_for_another_one():
     for x, y in batches([5, 7, 6, 5, 16], width=4):
         model.train_on_batch(x, y.astype("float32"))
     assert model._compiled_train_step.stats()["compiles"] <= 4
+
+
+def test_a_subclassed_model_predicts_and_evaluates_sequences_of_any_length():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.gru, self.head = layers.Embedding(20, 4), layers.GRU(3), layers.Dense(1)
+
+        def call(self, x):
+            return self.head(self.gru(self.embedding(x)))
+
+    model = Net()
+    model.compile("sgd", "mse")
+    for x, _ in batches([5, 6, 7, 9, 8]):
+        np.testing.assert_allclose(model.predict_on_batch(x), model(x), rtol=1e-4, atol=1e-5)
+        model.test_on_batch(x, np.zeros(len(x)))
+        model.train_on_batch(x, np.zeros(len(x)))
+    for step in (model._compiled_predict_step, model._compiled_test_step, model._compiled_train_step):
+        assert step.stats()["compiles"] == 2

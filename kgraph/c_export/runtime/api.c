@@ -333,33 +333,77 @@ kg_status KG_API(save_weights)(const void *state, const char *path)
     return failed ? KG_IO : KG_OK;
 }
 
-/* Reads what save_weights wrote for this model. */
+/* Where the data of a tensor begins in a safetensors file of `bytes` bytes; null where it has no such tensor. */
+static const unsigned char *kg_find_tensor(const unsigned char *file, size_t bytes, const kg_state *state)
+{
+    static const char offsets[] = "\"data_offsets\":[";
+    const char *name = state->info.name, *text = (const char *)file + 8;
+    size_t length = strlen(name), at, header;
+    uint64_t stated;
+    memcpy(&stated, file, 8);
+    if (stated > bytes - 8)
+        return 0;
+    header = (size_t)stated;
+    for (at = 0; at + length + 4 < header; at++) {
+        size_t k = at + length + 4;
+        uint64_t begin = 0, end = 0;
+        if (text[at] != '"' || memcmp(text + at + 1, name, length) || memcmp(text + at + 1 + length, "\":{", 3))
+            continue;
+        while (k < header && text[k] != '}' && (header - k < sizeof(offsets) || memcmp(text + k, offsets, sizeof(offsets) - 1)))
+            k++;
+        for (k += sizeof(offsets) - 1; k < header && text[k] >= '0' && text[k] <= '9' && begin < UINT64_MAX / 16; k++)
+            begin = begin * 10 + (uint64_t)(text[k] - '0');
+        for (k += 1; k < header && text[k] >= '0' && text[k] <= '9' && end < UINT64_MAX / 16; k++)
+            end = end * 10 + (uint64_t)(text[k] - '0');
+        if (end < begin || end - begin != state->bytes || end > bytes - 8 - header)
+            return 0;
+        return file + 8 + header + begin;
+    }
+    return 0;
+}
+
+/* Every tensor of the state is read by its name; others in the file do not matter. */
 kg_status KG_API(load_weights)(void *state, const char *path)
 {
-    uint64_t length = 0;
-    char header[256];
-    size_t at;
-    FILE *file;
-    int k, wrong;
+    struct stat about;
+    unsigned char *content;
+    kg_status status = KG_OK;
+    int file, error, k;
     if (state == 0 || path == 0)
         return KG_INVALID_ARGUMENT;
-    file = fopen(path, "rb");
-    if (file == 0)
+    file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
         return KG_IO;
-    wrong = fread(&length, 8, 1, file) != 1 || length != sizeof(kg_state_header) - 1;
-    for (at = 0; at < length && !wrong; at += sizeof(header)) {
-        size_t part = length - at < sizeof(header) ? length - at : sizeof(header);
-        wrong = fread(header, part, 1, file) != 1 || memcmp(header, kg_state_header + at, part);
+    if (fstat(file, &about) || about.st_size < 8) {
+        close(file);
+        return KG_WRONG_WEIGHTS;
     }
-    if (!wrong) {
-        long begin = ftell(file);
-        wrong = begin < 0 || fseek(file, 0, SEEK_END) || ftell(file) != begin + (long)KG_SAVED_BYTES ||
-                fseek(file, begin, SEEK_SET);
+    content = mmap(0, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, file, 0);
+    error = errno;
+    close(file);
+    if (content == MAP_FAILED) {
+        errno = error;
+        return KG_IO;
     }
-    for (k = 0; k < KG_NUM_STATES && !wrong; k++)
-        if (kg_states[k].bytes)
-            wrong = fread(kg_state_begin(state) + kg_states[k].at, kg_states[k].bytes, 1, file) != 1;
-    fclose(file);
-    return wrong ? KG_WRONG_WEIGHTS : KG_OK;
+    for (k = 0; k < KG_NUM_STATES && status == KG_OK; k++)
+        if (kg_find_tensor(content, (size_t)about.st_size, kg_states + k) == 0)
+            status = KG_WRONG_WEIGHTS;
+    for (k = 0; k < KG_NUM_STATES && status == KG_OK; k++)
+        memcpy(kg_state_begin(state) + kg_states[k].at, kg_find_tensor(content, (size_t)about.st_size, kg_states + k),
+               kg_states[k].bytes);
+    munmap(content, (size_t)about.st_size);
+    return status;
+}
+
+/* Metrics as they are where an epoch begins. */
+kg_status KG_API(reset_metrics)(void *state)
+{
+    int k;
+    if (state == 0)
+        return KG_INVALID_ARGUMENT;
+    for (k = 0; k < KG_NUM_STATES; k++)
+        if (kg_states[k].reset >= 0)
+            memcpy(kg_state_begin(state) + kg_states[k].at, kg_weights() + kg_states[k].reset, kg_states[k].bytes);
+    return KG_OK;
 }
 #endif

@@ -297,15 +297,29 @@ class KernelBuilder(DataValues):
         self._accesses.append((value, pointer.scope))
         return value if raw else self.from_memory(value, pointer.dtype)
 
-    def store(self, pointer: Pointer, index, value: ir.Value, mask: ir.Value | None = None, raw: bool = False):
-        """Writes the lanes of `value` (compute type; memory form if `raw`) to `pointer[index]` on."""
+    def store(
+        self,
+        pointer: Pointer,
+        index,
+        value: ir.Value,
+        mask: ir.Value | None = None,
+        raw: bool = False,
+        streaming: bool = False,
+    ):
+        """Writes the lanes of `value` (compute type; memory form if `raw`) to `pointer[index]` on.
+
+        streaming: past the caches, where there is no mask. The address has to be a multiple of the vector's size, and
+        a fence has to follow before another thread is told of the data.
+        """
         if not raw:
             value = self.to_memory(value, pointer.dtype)
         at = (pointer + index).value
         align = itemsize(pointer.dtype)
         only = None if mask is None else _only_lane(mask)
         if mask is None:
-            access = self.ir.store(value, at, align=align)
+            access = self.ir.store(value, at, align=align * lanes_of(value) if streaming else align)
+            if streaming:
+                access.set_metadata("nontemporal", self.module.add_metadata([ir.Constant(I32, 1)]))
         elif only is not None:
             access = self.ir.store(self.lane(value, only), (pointer + index + only).value, align=align)
         else:

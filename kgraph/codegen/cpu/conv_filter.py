@@ -23,7 +23,6 @@ POSITIONS = 128  # of a block, about: operands of a tile stay in the first-level
 CHUNK_POSITIONS = 1024  # of a chunk, at least
 CHANNELS = (48, 96)  # of a unit, least and most, where there are more and they divide
 COPY_BYTES = 128 << 10  # of scratch for the input, and for the cotangents, that fits the second-level cache
-LARGE_IMAGE = 784  # positions, from which on images are read from memory rather than from a cache
 UNIT_RESULTS = 4096  # of the weight, beyond which rows of taps are units of their own
 FEW_ROWS = 28  # of the result, up to which cotangents are read too rarely for a copy to pay
 
@@ -102,15 +101,14 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
         joined=1,
         copies=1,
         channel_block=_channel_block(channels),
-        channel_blocks=1,
         panels=-(-filters // (vectors * lanes)),
         tile=(1, 1),
+        copied=algorithm != "pixels" or x.dtype != accumulate,
         packed=True,
         lanes=lanes,
         vectors=vectors,
     )
-    image = product(n for n in cotangent.shape[1:-1] if not isinstance(n, Dim))
-    plan = _blocking(plan, image >= LARGE_IMAGE and product(window) == 1, target)
+    plan = _blocking(plan, target)
     lines = images * (out_sizes[0] * out_sizes[1] * ceil_div(out_sizes[2], plan.piece))
     chunks = ceil_div(lines, plan.chunk)
     if isinstance(chunks, int):
@@ -118,7 +116,7 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
     single = isinstance(chunks, int) and chunks == 1 and node.output.dtype == accumulate
     partial = Temporary(TensorType((chunks, *node.output.shape), accumulate))
     tap_groups = window[0] * window[1] // (plan.joined * plan.copies)
-    channel_groups = channels // (plan.channel_block * plan.channel_blocks)
+    channel_groups = channels // plan.channel_block
     panel_groups = -(-filters // (vectors * lanes * plan.panels))
     sums = KernelCall(
         spec=KernelSpec("conv_filter_gradient", "kgraph.codegen.cpu.conv_filter_kernel:render_filter", tuple(plan)),
@@ -148,7 +146,7 @@ def _channel_block(channels: int) -> int:
     return max((d for d in range(least, most + 1) if channels % d == 0), default=channels)
 
 
-def _blocking(plan: FilterPlan, large: bool, target) -> FilterPlan:
+def _blocking(plan: FilterPlan, target) -> FilterPlan:
     """The plan with its extents of units, blocks and tiles."""
     tile, vectors = register_tile(target)
     most = tile * vectors // plan.vectors
@@ -159,23 +157,18 @@ def _blocking(plan: FilterPlan, large: bool, target) -> FilterPlan:
     across = max(min(most // plan.segment, plan.segments), 1)
     plan = plan._replace(
         tile=(_even(plan.segments, across), _even(plan.segment, most)),
-        packed=plan.dtype != plan.accumulate or rows > FEW_ROWS,
+        packed=plan.dtype != plan.accumulate or (plan.copied and rows > FEW_ROWS),
     )
     few = tap_rows * plan.window[2] * plan.channels * plan.filters <= UNIT_RESULTS
-    return _unit(plan._replace(copies=tap_rows // plan.joined if few else 1), large)
+    return _unit(plan._replace(copies=tap_rows // plan.joined if few else 1))
 
 
-def _unit(plan: FilterPlan, large: bool) -> FilterPlan:
+def _unit(plan: FilterPlan) -> FilterPlan:
     """The plan with as many lines per block, panels per unit and lines per chunk as caches like."""
     lines = max(POSITIONS // plan.piece, 1) if plan.whole else 1
     while lines > 1 and plan._replace(lines=lines).copy_bytes > COPY_BYTES:
         lines -= 1
     plan = plan._replace(lines=lines)
-    if large:  # pixels are read as a whole, though a copy keeps blocks of channels apart
-        blocks = plan.channels // plan.channel_block
-        fitting = [n for n in range(1, blocks + 1) if blocks % n == 0]
-        fitting = [n for n in fitting if plan._replace(channel_blocks=n).copy_bytes <= COPY_BYTES]
-        plan = plan._replace(channel_blocks=max(fitting, default=1))
     panels = plan.panels
     while panels > 1 and plan._replace(panels=panels, packed=True).panel_bytes > COPY_BYTES:
         panels = -(-panels // 2)

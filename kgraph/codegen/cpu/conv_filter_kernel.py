@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, itemsize
+from kgraph.codegen.cpu.builder import I1, I32, I64, PTR, VOID, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.conv_geometry import AxisPhase, axis_phases
 from kgraph.codegen.cpu.epilogue import subfunction, vector_masks
 from kgraph.codegen.cpu.microkernel import Panels, TileRange, carried_loop, multiply_add
@@ -29,10 +29,10 @@ class FilterPlan(NamedTuple):
     accumulate: dtype of the sums; dtype: of the operands. origins: minus the padding below, per axis. window: taps;
     steps, reaches: strides and window dilations. channels, filters: per group. piece: positions of a line, at most;
     whole: whether every line has as many. lines: of a block; chunk: of a unit. joined: rows of taps that one copy of
-    the input holds (more than one only where `dense`); copies: how many such copies a unit makes. channel_block:
-    channels that lie side by side in a copy; channel_blocks: how many such blocks a unit takes. panels: panels of
-    filters of a unit. tile: segments, and rows of each, of a tile. packed: whether the cotangents are copied. lanes,
-    vectors: of a vector, of a full panel.
+    the input holds (more than one only where `dense`); copies: how many such copies a unit makes. channel_block,
+    panels: channels, and panels of filters, of a unit. tile: segments, and rows of each, of a tile. copied, packed:
+    whether the input, the cotangents are copied; else they are read in place (the input only if all its pixels are one
+    line without borders). lanes, vectors: of a vector, of a full panel.
     """
 
     accumulate: str
@@ -54,9 +54,9 @@ class FilterPlan(NamedTuple):
     joined: int
     copies: int
     channel_block: int
-    channel_blocks: int
     panels: int
     tile: tuple
+    copied: bool
     packed: bool
     lanes: int
     vectors: int
@@ -97,14 +97,14 @@ class FilterPlan(NamedTuple):
         return self.channels * (self.window[2] if self.dense else 1)
 
     @property
-    def block_elements(self) -> int:
-        """Elements of a copy that hold one block of channels."""
-        return self.lines * self.joined * self.copied_pixels * self.channel_block
+    def pixel_pitch(self) -> int:
+        """Distance of pixels in what tiles read."""
+        return self.channel_block if self.copied else self.groups * self.channels
 
     @property
     def copy_bytes(self) -> int:
         """Scratch of a thread for a copy of the input, in whole cache lines."""
-        elements = self.channel_blocks * self.block_elements
+        elements = self.lines * self.joined * self.copied_pixels * self.channel_block if self.copied else 0
         return -(-elements * itemsize(self.accumulate) // 64) * 64
 
     @property
@@ -181,14 +181,14 @@ class _Filter:
         lines = self.images * (self.out_sizes[0] * self.out_sizes[1] * self.pieces)
         tap_rows = plan.window[0] * plan.window[1]
         tap_groups = tap_rows // (plan.joined * plan.copies)
-        channel_groups = plan.channels // (plan.channel_block * plan.channel_blocks)
+        channel_groups = plan.channels // plan.channel_block
         panel_groups = -(-self.panels.count() // plan.panels)
         with b.loop(b.begin, b.end) as unit:
             panel_group, rest = unit % panel_groups, unit // panel_groups
             channel_group, rest = rest % channel_groups, rest // channel_groups
             tap_group, rest = rest % tap_groups, rest // tap_groups
             group, chunk = rest % plan.groups, rest // plan.groups
-            self.group, self.first_channel = group, channel_group * (plan.channel_blocks * plan.channel_block)
+            self.group, self.first_channel = group, channel_group * plan.channel_block
             first_panel = panel_group * plan.panels
             last_panel = b.min(first_panel + plan.panels, self.panels.count())
             out = self.sums + chunk * (product(plan.window) * plan.channels * self.all_filters)
@@ -211,7 +211,11 @@ class _Filter:
             self._pack(cotangent, count * self.columns_here, first_panel, last_panel)
         with b.loop(0, plan.copies) as copy:
             tap_row = (tap_group * plan.copies + copy) * plan.joined
-            self._copy(line, count, tap_row, column)
+            copied = self.copy
+            if plan.copied:
+                self._copy(line, count, tap_row, column)
+            else:
+                copied = self.x + (pixel * self.all_channels + self.group * plan.channels + self.first_channel)
             at = out + (tap_row * plan.window[2] * plan.channels + self.first_channel) * self.all_filters
 
             def panel(number, vectors: int, masked: bool) -> None:
@@ -219,11 +223,7 @@ class _Filter:
                 source = self._panel(number - first_panel) if plan.packed else cotangent + filter
                 to = at + (self.group * plan.filters + filter)
                 sizes = (count, self.columns_here, self.panels.columns - filter)
-                with b.loop(0, plan.channel_blocks) as block:
-                    rows = to + block * (plan.channel_block * self.all_filters)
-                    self.tiles.walk(
-                        rows, self.copy + block * plan.block_elements, source, sizes, vectors, masked, first
-                    )
+                self.tiles.walk(to, copied, source, sizes, vectors, masked, first)
 
             self._each_panel(first_panel, last_panel, panel)
 
@@ -291,10 +291,8 @@ class _Filter:
         """Zeros in place of the pixels [begin, end) of a row."""
         b, plan, lanes, pitch = self.b, self.plan, self.plan.lanes, self.plan.channel_block
         zero = b.constant(0, plan.accumulate, lanes)
-        with b.loop(0, plan.channel_blocks) as block:
-            to = at + block * plan.block_elements
-            store = lambda i, mask, slot, to=to: b.store(to, i, zero, mask)
-            b.vector_loop(b.int(begin * pitch), b.int(end * pitch), lanes, store)
+        store = lambda i, mask, slot: b.store(at, i, zero, mask)
+        b.vector_loop(b.int(begin * pitch), b.int(end * pitch), lanes, store)
 
     def _pixels(self, at: Pointer, source: Pointer, count) -> None:
         """Copies a unit's channels of `count` pixels that lie a step of the grid apart."""
@@ -303,9 +301,8 @@ class _Filter:
         if distance == plan.channel_block:
             copy_run(b, at, source, count * distance)
             return
-        with b.loop(0, count) as i, b.loop(0, plan.channel_blocks) as block:
-            to = at + (block * plan.block_elements + i * plan.channel_block)
-            copy_run(b, to, source + (i * distance + block * plan.channel_block), plan.channel_block)
+        with b.loop(0, count) as i:
+            copy_run(b, at + i * plan.channel_block, source + i * distance, plan.channel_block)
 
 
 class _Tiles:
@@ -350,9 +347,9 @@ class _Tiles:
             out, copy, source, *integers, first = function.args
             lines, columns, remaining = (Int(b, n) for n in integers)
             positions = plan.piece if plan.whole else columns
-            out, copy = Pointer(b, out, plan.accumulate, "operand2"), Pointer(b, copy, plan.accumulate, "scratch")
-            kind = ("scratch", plan.accumulate) if plan.packed else ("operand1", plan.dtype)
-            source = Pointer(b, source, kind[1], kind[0])
+            out = Pointer(b, out, plan.accumulate, "operand2")
+            copy = Pointer(b, copy, plan.accumulate, "scratch" if plan.copied else "operand0")
+            source = Pointer(b, source, plan.accumulate, "scratch" if plan.packed else "operand1")
             masks = vector_masks(b, vectors, masked, remaining, lanes)
             places = [
                 (out + d * self.all_filters + j * lanes, mask) for d, _ in displacements for j, mask in enumerate(masks)
@@ -364,6 +361,13 @@ class _Tiles:
             def step(copy: Pointer, source: Pointer, sums: list) -> list:
                 columns = [b.load(source, j * lanes, lanes, None if plan.packed else m) for j, m in enumerate(masks)]
                 added = []
+                # What is read in place, the next block will find in the cache.
+                if not plan.packed:
+                    for j in range(vectors):
+                        self._fetch(source + (plan.lines * plan.piece * pitch + j * lanes))
+                if not plan.copied:
+                    for element in range(0, rows, lanes):
+                        self._fetch(copy + (plan.piece * plan.pixel_pitch + element))
                 for i, (_, displacement) in enumerate(displacements):
                     x = b.load_broadcast(copy, displacement, lanes)
                     added += [multiply_add(b, x, c, sums[i * vectors + j]) for j, c in enumerate(columns)]
@@ -372,7 +376,7 @@ class _Tiles:
             def line(number, sums: list) -> list:
                 at = copy + number * (plan.joined * plan.copied_pixels * plan.channel_block)
                 begin = source + number * (positions * pitch)
-                distance = plan.width.copy_step * plan.channel_block
+                distance = plan.width.copy_step * plan.pixel_pitch
 
                 def some(position, sums: list) -> list:
                     for u in range(unroll):
@@ -384,6 +388,11 @@ class _Tiles:
             for (place, mask), value in zip(places, carried_loop(b, lines, 1, sums, line), strict=True):
                 b.store(place, 0, value, mask)
         return function
+
+    def _fetch(self, pointer: Pointer) -> None:
+        """Asks for a line of memory."""
+        fetch = self.b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
+        self.b.ir.call(fetch, [pointer.value, *(ir.Constant(I32, hint) for hint in (0, 3, 1))])
 
     def _sums_so_far(self, places: list, first) -> list:
         """Zeros for the first block of a chunk, else what the one before it left."""

@@ -5,6 +5,9 @@ Axes over which all operands behave alike are merged, so nearly every kernel is 
 - "periodic": two axes of which the inner is short and of known size (channels): the flat loop runs over whole periods
   of lcm(channels, lanes) elements, and operands that live on the channels stay in registers.
 - "rows": any number of axes; a unit is (a block of) a row along the innermost axis.
+
+Results that may be too large for the caches get kernels in two versions ("streaming"). Where operands and results are
+larger than the last cache, the results are written past the caches: memory is not read first only to be overwritten.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ from typing import Any
 from llvmlite import ir
 
 from kgraph.codegen.cpu import expressions, random, regions
-from kgraph.codegen.cpu.builder import I32, I64, Int, KernelBuilder, Pointer
+from kgraph.codegen.cpu.builder import I32, I64, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.regions import Leaf
 from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.ir import Dim, Node
-from kgraph.ir.dims import ceil_div, product
+from kgraph.ir.dims import ceil_div, evaluate, product, symbols
 
 CHUNK = 512  # elements of a unit of a flat loop
 BLOCK = 4096  # elements of a row that make a unit
 PERIODIC_REGISTERS = 16  # vector registers given to operands that live on the channels
 PERIODIC_CODE = 100  # operations written out for a period
+STREAMED_FLOPS = 16  # operations per element beyond which memory is not what a loop waits for
+MOST_SAMPLES = 256  # value of symbolic sizes that is reckoned with
 TEMPLATE = "kgraph.codegen.cpu.loop:render_{}"
 
 
@@ -80,6 +85,7 @@ def lower_expression(
     if not sizes:
         sizes, leaves = [1], [replace(leaf, spans=(False,)) for leaf in leaves]
     kind, extra, extent = _schedule(sizes, leaves, expression, target)
+    kind += "_streaming" if _may_stream(kind, sizes, leaves, expression, extra[0], outputs, target) else ""
     described = tuple((leaf.dtype, leaf.spans, leaf.is_coordinate, leaf.stream) for leaf in leaves)
     num_streams = sum(leaf.stream >= 0 for leaf in leaves)
     name = regions.kernel_name("random" if num_streams else "", expression) or "copy"
@@ -118,6 +124,28 @@ def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[
     if isinstance(inner, int) and inner <= BLOCK:
         return "rows", (lanes, 0), rows
     return "rows", (lanes, BLOCK), rows * ceil_div(inner, BLOCK)
+
+
+def _may_stream(kind: str, sizes: list, leaves: Sequence[Leaf], expression, lanes: int, outputs, target) -> bool:
+    """Whether operands and results may be larger than the last cache, and results can be written past it."""
+    aligned = kind != "rows" or (isinstance(sizes[-1], int) and sizes[-1] % lanes == 0)
+    if not aligned or expressions.flops(expression) > STREAMED_FLOPS or any(leaf.stream >= 0 for leaf in leaves):
+        return False
+    if not any(_fills_vector(o.type.dtype, lanes, target) for o in outputs):
+        return False
+    likely = evaluate(product(sizes), dict.fromkeys(symbols(sizes), MOST_SAMPLES))
+    bytes_each = _bytes_each([(leaf.dtype, leaf.spans, leaf.is_coordinate) for leaf in leaves], outputs)
+    return 0 < target.l3_bytes <= likely * bytes_each
+
+
+def _fills_vector(dtype: str, lanes: int, target) -> bool:
+    return lanes * itemsize(dtype) == target.vector_bytes
+
+
+def _bytes_each(leaves: Sequence[tuple], outputs: Sequence) -> int:
+    """Bytes per element of the operands that span all axes and of the results (Values or Pointers)."""
+    dtypes = [dtype for dtype, spans, is_coordinate in leaves if all(spans) and not is_coordinate]
+    return sum(map(itemsize, [*dtypes, *(o.dtype if isinstance(o, Pointer) else o.type.dtype for o in outputs)]))
 
 
 def _fitting(lanes: int, size) -> int:
@@ -161,6 +189,7 @@ class _Kernel:
         del self.pointers[len(self.leaves) :]
         regions.keep_order(self.b, self.leaves, self.pointers, self.outputs)
         self.words = random.WordTiles(self.b, seeds) if seeds else None
+        self.target, self.streaming = target, False
         # Short bodies are unrolled to keep loads ahead of stores; long ones overlap by themselves.
         self.unroll = 1 if expressions.is_heavy(self.expression) else 4
 
@@ -188,11 +217,70 @@ class _Kernel:
     def emit(self, values: list[ir.Value], lanes: int, index, mask) -> None:
         results = expressions.emit_lanes(self.b, self.expression, values, lanes)
         for pointer, value in zip(self.outputs, results, strict=True):
-            self.b.store(pointer, index, value, mask)
+            streaming = self.streaming and mask is None and _fills_vector(pointer.dtype, lanes, self.target)
+            self.b.store(pointer, index, value, mask, streaming=streaming)
+
+    def streams(self) -> ir.Value:
+        """Whether at run time operands and results are larger than the last cache, the results are aligned, and none of
+        them overwrites an operand, which the caches hold then."""
+        b = self.b
+        count: int | Int = 1
+        for axis in range(self.rank):
+            count = b.size(axis) * count
+        out = (b.int(b.i64(count)) * _bytes_each(self.leaves, self.outputs)) >= self.target.l3_bytes
+        address = lambda pointer: b.ir.ptrtoint(pointer.value, I64)
+        for output in self.outputs:
+            out = b.ir.and_(out, (b.int(address(output)) % self.target.vector_bytes) <= 0)
+            for pointer, (_, spans, _) in zip(self.pointers, self.leaves, strict=True):
+                if pointer is not None and all(spans):
+                    out = b.ir.and_(out, b.ir.icmp_unsigned("!=", address(output), address(pointer)))
+        return out
+
+
+def _render(params: tuple, target, emit: Callable[[_Kernel], None]) -> str:
+    k = _Kernel(params, target)
+    emit(k)
+    return k.b.ir_text()
+
+
+def _render_streaming(params: tuple, target, emit: Callable[[_Kernel], None]) -> str:
+    k = _Kernel(params, target)
+    with k.b.if_else(k.streams()) as (then, otherwise):
+        with then:
+            k.streaming = True
+            emit(k)
+            k.b.ir.fence("seq_cst")  # stores past the caches are not ordered with what tells other threads of them
+        with otherwise:
+            k.streaming = False
+            emit(k)
+    return k.b.ir_text()
 
 
 def render_flat(params: tuple, target) -> str:
-    k = _Kernel(params, target)
+    return _render(params, target, _flat)
+
+
+def render_flat_streaming(params: tuple, target) -> str:
+    return _render_streaming(params, target, _flat)
+
+
+def render_periodic(params: tuple, target) -> str:
+    return _render(params, target, _periodic)
+
+
+def render_periodic_streaming(params: tuple, target) -> str:
+    return _render_streaming(params, target, _periodic)
+
+
+def render_rows(params: tuple, target) -> str:
+    return _render(params, target, _rows)
+
+
+def render_rows_streaming(params: tuple, target) -> str:
+    return _render_streaming(params, target, _rows)
+
+
+def _flat(k: _Kernel) -> None:
     b, (lanes,) = k.b, k.extra
     scalars = [
         b.load_broadcast(p, 0, lanes) if p is not None and not spans[0] else None
@@ -209,11 +297,9 @@ def render_flat(params: tuple, target) -> str:
         return out
 
     k.loop(b.begin * CHUNK, b.min(b.end * CHUNK, b.size(0)), 0, lanes, values)
-    return b.ir_text()
 
 
-def render_periodic(params: tuple, target) -> str:
-    k = _Kernel(params, target)
+def _periodic(k: _Kernel) -> None:
     b, (lanes, inner, period, unit) = k.b, k.extra
     fixed: list[list | None] = []
     for pointer, (_, spans, _) in zip(k.pointers, k.leaves):
@@ -237,7 +323,6 @@ def render_periodic(params: tuple, target) -> str:
             rest = stop - (whole + slot * lanes)
             with b.if_then(rest > 0):
                 body(whole + slot * lanes, b.tail_mask(rest, lanes) if lanes > 1 else None, slot)
-    return b.ir_text()
 
 
 def _load_lanes(b: KernelBuilder, pointer: Pointer, indices: list[int]) -> ir.Value:
@@ -249,8 +334,7 @@ def _load_lanes(b: KernelBuilder, pointer: Pointer, indices: list[int]) -> ir.Va
     return b.gather(pointer, ir.Constant(ir.VectorType(I32, len(indices)), indices))
 
 
-def render_rows(params: tuple, target) -> str:
-    k = _Kernel(params, target)
+def _rows(k: _Kernel) -> None:
     b, (lanes, block) = k.b, k.extra
     rank = k.rank
     sizes = [b.size(a) for a in range(rank)]
@@ -276,7 +360,6 @@ def render_rows(params: tuple, target) -> str:
         else:
             odometer.advance()
             base.set((b.int(base.get()) + inner).value)
-    return b.ir_text()
 
 
 def _row(k: _Kernel, indices: list, strides: list, base, first, last, lanes: int) -> None:

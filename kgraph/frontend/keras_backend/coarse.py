@@ -5,7 +5,8 @@ layer has a dropout rate, even when it does not drop. Taking these apart only to
 would cost knowledge, so the finder of `frontend.install` calls `apply` on the modules in `install.COARSE` once they
 are loaded, and it replaces the functions in them. To be removed where Keras calls its backend for them.
 
-The same way `Operation.__call__` learns to report unsupported operations to a running capture.
+The same way `Operation.__call__` learns to report unsupported operations to a running capture, and an `Embedding` of
+packed weights takes LoRA, for which Keras sets an attribute of the unpacked tensor.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def apply(name: str, module) -> None:
         module._rms_normalization = rms_normalization
     elif name.endswith("group_normalization"):
         module.GroupNormalization.call = _group_normalization(module.GroupNormalization.call)
+    elif name.endswith("core.embedding"):
+        module.Embedding.enable_lora = _freezing_the_variable(module.Embedding.enable_lora)
     elif name.endswith("_attention"):
         layer = getattr(module, "MultiHeadAttention", None) or module.GroupedQueryAttention
         layer._compute_attention = _without_idle_dropout(layer._compute_attention)
@@ -110,18 +113,30 @@ def _without_idle_dropout(original):
     def compute_attention(self, query, key, value, attention_mask=None, training=None, *args, **kwargs):
         rate = "_dropout" if "_dropout" in vars(self) else "dropout"
         idle = not training and getattr(self, rate, 0.0)
-        layer = _WithoutDropout(self, rate) if idle else self
+        layer = _Seen(self, rate, 0.0) if idle else self
         return original(layer, query, key, value, attention_mask, training, *args, **kwargs)
 
     return compute_attention
 
 
-class _WithoutDropout:
-    """A layer as itself in everything but its dropout rate, which reads 0."""
+def _freezing_the_variable(original):
+    """`enable_lora` sets `self.embeddings.trainable`: of the variable, where that is the tensor unpacked from it."""
 
-    def __init__(self, layer, rate: str):
-        self._layer = layer
-        setattr(self, rate, 0.0)
+    @functools.wraps(original)
+    def enable_lora(self, *args, **kwargs):
+        return original(_Seen(self, "embeddings", self._embeddings) if self.built else self, *args, **kwargs)
+
+    return enable_lora
+
+
+class _Seen:
+    """A layer as itself in everything but one attribute, which reads as given."""
+
+    def __init__(self, layer, name: str, value):
+        vars(self).update(_layer=layer, **{name: value})
 
     def __getattr__(self, name):
         return getattr(self._layer, name)
+
+    def __setattr__(self, name, value):
+        setattr(self._layer, name, value)

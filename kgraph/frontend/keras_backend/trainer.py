@@ -26,9 +26,9 @@ def _functional(model):
     return getattr(model, "_functional", None) or model
 
 
-def _is_bare(model) -> bool:
-    """Whether a built model knows the shapes of its inputs neither from Functional inputs nor from its building."""
-    return not hasattr(_functional(model), "_inputs_struct") and not getattr(model, "_build_shapes_dict", None)
+def _declares_inputs(model) -> bool:
+    """Whether a model says which sizes of its inputs are free, as Functional and Sequential models do."""
+    return getattr(_functional(model), "_inputs_struct", None) is not None
 
 
 def _has_fixed_batch(model) -> bool:
@@ -120,6 +120,8 @@ class NumpyTrainer(base_trainer.Trainer):
 
     def _fast_forward(self, x):
         """The model's outputs, by its compiled form where there is one, for the optional inputs that are given."""
+        if not _declares_inputs(self):
+            return self._forward(x, training=False)
         given = tuple(leaf is not None for leaf in tree.flatten(x))
         if given not in self._compiled_forward:
             self._compiled_forward[given] = self._compile_forward(x)
@@ -136,9 +138,8 @@ class NumpyTrainer(base_trainer.Trainer):
             return None
         from kgraph.api import compile
 
-        declared = self.built and not _is_bare(self) and all(leaf is not None for leaf in tree.flatten(x))
         try:
-            return compile(self, example=None if declared else x)
+            return compile(self, example=None if all(leaf is not None for leaf in tree.flatten(x)) else x)
         except KGraphError as error:
             self._warn_eager("the forward pass", error)
             return None
@@ -216,16 +217,35 @@ class NumpyTrainer(base_trainer.Trainer):
         if self.predict_function is not None and not force:
             return self.predict_function
         self._compiled_forward = {}
-        # An override is traced once, as the other steps are. Keras' own step is the model and nothing else.
-        overridden = getattr(self.predict_step, "__func__", None) is not NumpyTrainer.predict_step
-        self._compiled_predict_step = self._compiled_step("predict_step") if overridden else None
+        self._compiled_predict_step = None
+        prepared = False
 
         def predict_function(batches):
+            nonlocal prepared
+            if not prepared:
+                self._prepare_predict_step(batches[0])
+                prepared = True
             outputs = [self._run_step("predict_step", batch) for batch in batches]
             return outputs[0] if len(outputs) == 1 else tree.map_structure(lambda *o: np.concatenate(o), *outputs)
 
         self.predict_function = predict_function
         return predict_function
+
+    def _prepare_predict_step(self, batch) -> None:
+        """Build the model by a batch if it is not, and decide how it predicts.
+
+        An override of the step is traced as the other steps are, and so is a model that does not say which sizes of
+        its inputs are free, or that is declared for one batch size (Keras runs it with others too). Keras' own step on
+        any other model is the model and nothing else, compiled as such.
+        """
+        if not all(layer.built for layer in self._flatten_layers()):
+            x, _, _ = data_adapter_utils.unpack_x_y_sample_weight(batch)
+            as_symbol = lambda leaf: backend.KerasTensor(leaf.shape, backend.standardize_dtype(leaf.dtype))
+            x = tree.map_structure(lambda leaf: None if leaf is None else as_symbol(leaf), x)
+            backend.compute_output_spec(self._forward, x, training=False)
+        overridden = getattr(self.predict_step, "__func__", None) is not NumpyTrainer.predict_step
+        if overridden or not _declares_inputs(self) or _has_fixed_batch(self):
+            self._compiled_predict_step = self._compiled_step("predict_step")
 
     # -- loops ----------------------------------------------------------------------------------------------------
     def _batches(self, x, y=None, sample_weight=None, **options) -> Batches:
