@@ -10,8 +10,10 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / ".bench"
+_KGRAPH = ["scipy", "llvmlite", "networkx", "safetensors", "platformdirs", "filelock", "typer", "rich"]
 PACKAGES = {
-    "jax": ["keras==3.15.1", "jax", "scipy"],
+    # With what kgraph needs, so that models of a process with Keras on JAX can be compiled there.
+    "jax": ["keras==3.15.1", "jax", *_KGRAPH],
     "peers": ["keras==3.15.1", "jax", "onnxruntime", "openvino", "onnx", "scipy"],
     "export": ["keras==3.15.1", "tensorflow-cpu", "tf2onnx", "onnx"],
     "export-torch": ["keras==3.15.1", "torch==2.13.0", "onnx", "onnxscript"],
@@ -19,8 +21,7 @@ PACKAGES = {
     # needs.
     "conformance": [
         *["keras==3.15.1", "jax", "tensorflow-cpu", "torch==2.13.0", "tensorboard", "orbax-checkpoint", "grain"],
-        *["pandas", "scikit-learn", "pillow", "pydot", "requests", "scipy", "pytest"],
-        *["llvmlite", "networkx", "safetensors", "platformdirs", "filelock", "typer", "rich"],
+        *["pandas", "scikit-learn", "pillow", "pydot", "requests", "pytest", *_KGRAPH],
     ],
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kgraph.config import Options
+from kgraph.frontend.install import foreign_backend
 
 TARGETS = ("cpu",)
 
@@ -22,19 +23,27 @@ def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = 
         example: inputs of one call, for models that do not state their input shapes.
         progress: show a progress bar for compiles over a second; by default only on a terminal.
 
-    Gives a `CompiledModel`: call it like the model, with NumPy arrays.
+    Gives a `CompiledModel`: call it like the model, with NumPy arrays. Where Keras runs on another backend in this
+    process, a helper process compiles the model, and the result is a `kgraph.foreign.ForeignModel`.
     Raises UnsupportedError naming each operation without support and its layer, CaptureError where the model cannot
     be captured, TypeError for what is no model.
     """
-    from kgraph.compiled import CompiledModel
-    from kgraph.frontend.capture import capture
-
     _check_target(target)
     import keras
 
     if not isinstance(model, keras.Layer):
         hint = "; functions are compiled by kgraph.jit" if callable(model) and not isinstance(model, type) else ""
         raise TypeError(f"kgraph.compile takes a Keras model or layer, got {model!r}{hint}")
+    backend = foreign_backend()
+    if backend is not None:
+        from kgraph.foreign import ForeignModel
+
+        if not isinstance(model, keras.Model):
+            raise TypeError(f"with Keras on {backend}, kgraph.compile takes a keras.Model, got {model!r}")
+        return ForeignModel(model, backend, freeze=freeze, example=example)
+    from kgraph.compiled import CompiledModel
+    from kgraph.frontend.capture import capture
+
     options = Options(target=target, freeze=freeze, progress=progress)
     functional = getattr(model, "_functional", None) or model
     return CompiledModel(

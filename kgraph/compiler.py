@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kgraph.codegen import families
+from kgraph.codegen.cache import spec_key
 from kgraph.codegen.compiler import compile_specs
-from kgraph.codegen.cpu.executor import executor_object
+from kgraph.codegen.cpu.executor import EXECUTOR
 from kgraph.codegen.lower import lower
 from kgraph.codegen.target import Target, host_target
 from kgraph.codegen.updates import arrange_updates
@@ -142,12 +143,13 @@ def compile_graph(
     lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, TRAINING)[0])
     arrange_updates(lowered, donations, target)
     lowering_done = time.perf_counter()
-    objects = compile_specs(lowered.all_specs().values(), progress=progress, target=target)
+    # The executor is compiled beside the kernels the first time.
+    objects = compile_specs([EXECUTOR, *lowered.all_specs().values()], progress=progress, target=target)
     kernels_done = time.perf_counter()
     program = lowered.program(
         graph.name,
         objects,
-        executor_object(target),
+        objects[spec_key(EXECUTOR, target)],
         input_names=tuple(v.name for v in graph.inputs),
         donations=donations,
         foreign=target.machine != host_target().machine,

@@ -27,7 +27,7 @@ from kgraph.passes.manager import Pass
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.report import explain
 from kgraph.runtime import artifact_plan
-from kgraph.runtime.artifact_control import CONTROL, named_objects, programs_of
+from kgraph.runtime.artifact_control import CONTROL, programs_of
 from kgraph.runtime.artifact_file import write_file
 from kgraph.runtime.artifact_forms import State as StateVariable
 from kgraph.runtime.artifact_forms import state_section, state_tensors
@@ -195,7 +195,7 @@ class _Writer:
             return text_of(owner, step)
 
         plan = artifact_plan.encode(program, lambda array: self.store.add(array, user), host_text)
-        code = {key: np.frombuffer(payload, np.uint8) for key, payload in named_objects(program).items()}
+        code = {key: np.frombuffer(payload, np.uint8) for key, payload in artifact_plan.code_of(program).items()}
         explanation = explain(self.model.name, compiled)
         report = {
             "kernels": [

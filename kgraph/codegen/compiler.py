@@ -36,7 +36,17 @@ _MAX_PROCESSES = 16
 # A child that says nothing for this long is given up; its kernels are compiled here.
 _CHILD_TIMEOUT_SECONDS = 120.0
 # Modules whose kernels take several times as long to compile as others, longest first.
-LONG_COMPILES = ("rnn_gradient", "rnn", "attention", "conv_kernel", "conv_filter_kernel", "gemm", "depthwise", "moments")
+LONG_COMPILES = (
+    "rnn_gradient",
+    "executor",
+    "rnn",
+    "attention",
+    "conv_kernel",
+    "conv_filter_kernel",
+    "gemm",
+    "depthwise",
+    "moments",
+)
 _VECTORS = re.compile(r"<\d+ x (?:float|double|half|bfloat|i\d+)>")
 
 

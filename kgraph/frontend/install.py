@@ -31,6 +31,7 @@ COARSE = frozenset(
         "keras.src.layers.attention.multi_head_attention",
         "keras.src.layers.attention.grouped_query_attention",
         "keras.src.layers.core.embedding",
+        "keras.src.layers.preprocessing.image_preprocessing.equalization",
     }
 )
 
@@ -110,8 +111,8 @@ class KerasBackendFinder:
 def foreign_backend() -> str | None:
     """The backend that Keras runs on if it is already imported and is not kgraph, else None.
 
-    Where this names a backend, models of this process hold that backend's tensors, and `kgraph.compile` raises
-    ImportError.
+    Where this names a backend, models of this process hold that backend's tensors, and `kgraph.compile` hands them to
+    a helper process.
     """
     config = sys.modules.get(CONFIG)
     if config is None or not hasattr(config, "_BACKEND"):

@@ -131,7 +131,12 @@ def bind(primitive: Primitive, *args, **attrs):
     out = primitive.reference(*arrays, **attrs)
     if isinstance(inferred, tuple):
         return tuple(_conform(o, t) for o, t in zip(out, inferred, strict=True))
-    return _conform(out, inferred)
+    result = _conform(out, inferred)
+    # A view of an array of another kind (one that guards its memory) is of that kind too.
+    guards = [a for a in args if isinstance(a, np.ndarray) and type(a) is not np.ndarray]
+    if guards and np.may_share_memory(result, guards[0]):
+        return result.view(type(guards[0]))
+    return result
 
 
 def _conform(array, expected: TensorType) -> np.ndarray:

@@ -6,11 +6,12 @@ graph, the body of a loop, and a function that a user traces are differentiated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kgraph import ops
 from kgraph.errors import GradientError
 from kgraph.ir import Node, NotDifferentiable, Value, bind
+from kgraph.ir.primitive import Traced
 from kgraph.ir.recorder import inheriting
 from kgraph.ops.common import INEXACT, Array, zeros_like
 
@@ -58,17 +59,23 @@ def pull_back(
     for value, cotangent in cotangents.items():
         add(value, cotangent)
 
-    def visit(start: int, stop: int, operand: Callable[[Value], Array], ranges: Sequence[tuple[int, int]]) -> None:
-        """Run the rules of nodes[start:stop], on the values that `operand` gives."""
-        outermost = _outermost(ranges)
-        ends = {hi: (lo, hi) for lo, hi in outermost}
-        kept = {v for lo, hi in outermost for v in _read_from_outside(nodes[lo:hi])}
+    def visit(start: int, stop: int, operand: Callable, ranges: Sequence[tuple[int, int]], forward: set[Value]) -> None:
+        """Run the rules of nodes[start:stop], on the values that `operand` gives. forward: no results of rules."""
+        ends = {hi: (lo, hi) for lo, hi in _outermost(ranges)}
+        if ends:
+            forward = forward | {
+                x.value for node in nodes[start:stop] for o in node.outputs if _is_traced(x := operand(o))
+            }
+        read: set[Value] = set()
         while stop > start:
             if stop in ends:
                 lo, hi = ends.pop(stop)
-                if any(o in found for node in nodes[lo:hi] for o in node.outputs):
+                own = [o for node in nodes[lo:hi] for o in node.outputs]
+                if any(o in found for o in own):
+                    _add_read(read, found.values(), forward)
+                    kept = {o for o in own if _is_traced(x := operand(o)) and x.value in read}
                     inner = [r for r in ranges if lo <= r[0] and r[1] <= hi and r != (lo, hi)]
-                    visit(lo, hi, _replayed(nodes[lo:hi], operand, kept), inner)
+                    visit(lo, hi, _replayed(nodes[lo:hi], operand, kept), inner, forward)
                 stop = lo
                 continue
             stop -= 1
@@ -79,7 +86,7 @@ def pull_back(
                 for value, cotangent in zip(node.inputs, _through(node, operand, found), strict=True):
                     add(value, cotangent)
 
-    visit(0, len(nodes), operand, recomputed)
+    visit(0, len(nodes), operand, recomputed, set())
     return [found.get(v) for v in wrt]
 
 
@@ -92,16 +99,25 @@ def _outermost(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _read_from_outside(nodes: Sequence[Node]) -> set[Value]:
-    """The values that the nodes read and do not make."""
-    own = {o for node in nodes for o in node.outputs}
-    return {v for node in nodes for v in node.inputs if v not in own}
+def _is_traced(x: Array) -> bool:
+    return isinstance(x, Traced)
+
+
+def _add_read(read: set[Value], cotangents: Iterable[Array], forward: set[Value]) -> None:
+    """Add to `read` all values that cotangents have been computed from, up to and including those of `forward`."""
+    stack = [x.value for x in cotangents if isinstance(x, Traced)]
+    while stack:
+        value = stack.pop()
+        if value not in read:
+            read.add(value)
+            if value.node is not None and value not in forward:
+                stack.extend(value.node.inputs)
 
 
 def _replayed(nodes: Sequence[Node], operand: Callable[[Value], Array], kept: set[Value]) -> Callable[[Value], Array]:
     """What stands for a value in the rules after the nodes have been recorded once more.
 
-    kept: values that other ranges need anyway; they are read, not computed again.
+    kept: values that rules of later nodes have read; they are there anyway and not computed again.
     """
     values: dict[Value, Array] = {}
 

@@ -45,8 +45,10 @@ def duplicate_producers(graph: Graph, context: PassContext | None = None) -> Gra
 def _below(contraction: Contraction, node: Node) -> Node | None:
     """The producer that is copied along with `node`: a cheap one which nobody else reads."""
     source = source_of(node)
-    producer = None if source is None else source.node
-    if producer is None or source in contraction.outputs or set(contraction.users[source]) != {node}:
+    if source is None or source.node is None or source in contraction.outputs:
+        return None
+    producer = source.node
+    if set(contraction.users[source]) != {node}:
         return None
     return producer if is_elementwise(producer) and source_of(producer) is not None else None
 
@@ -105,8 +107,10 @@ def _copy(contraction: Contraction, doubles: dict, node: Node, rewriter: Rewrite
     inputs = []
     for value in node.inputs:
         producer = value.node
-        along = producer is not None and (producer in doubles.get(node, ()) or producer is _below(contraction, node))
-        inputs.append(_copy(contraction, doubles, value.node, rewriter) if along else rewriter.map(value))
+        if producer is not None and (producer in doubles.get(node, ()) or producer is _below(contraction, node)):
+            inputs.append(_copy(contraction, doubles, producer, rewriter))
+        else:
+            inputs.append(rewriter.map(value))
     copy = Node(node.primitive, inputs, node.attrs, [node.output.type], node.provenance)
     rewriter.target.nodes.append(copy)
     return copy.output

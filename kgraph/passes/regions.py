@@ -11,11 +11,10 @@ from kgraph.passes.patterns import primitive
 class Region:
     """Nodes to be fused, in topological order, around an optional anchor (`conv`, `dot_general`, `softmax` ...)."""
 
-    __slots__ = ("anchor", "kind", "last", "nodes")
+    __slots__ = ("anchor", "kind", "nodes")
 
     def __init__(self, kind: str, nodes: Iterable[Node], anchor: Node | None = None):
         self.kind, self.nodes, self.anchor = kind, list(nodes), anchor
-        self.last = 0  # place in the graph of the last node, once the region is claimed
 
 
 class Contraction:
@@ -27,12 +26,24 @@ class Contraction:
         self.users = graph.uses()
         self.outputs = set(graph.outputs)
         self.region_of: dict[Node, Region] = {}
+        # The last place in the graph among a node, its region and all that they are computed from through regions.
+        self.reach = dict(self.index)
 
     def claim(self, region: Region) -> None:
         """Contract the nodes of `region`: no other region may take them."""
-        region.last = max(self.index[node] for node in region.nodes)
         for node in region.nodes:
             self.region_of[node] = region
+        reach = max(self.reach[node] for node in region.nodes)
+        stack = [node for node in region.nodes if self.reach[node] < reach]
+        self.reach.update(dict.fromkeys(region.nodes, reach))
+        while stack:
+            for value in stack.pop().outputs:
+                for user in self.users.get(value, ()):
+                    if self.reach[user] < reach:
+                        joined = self.region_of.get(user)
+                        nodes = [user] if joined is None else joined.nodes
+                        self.reach.update(dict.fromkeys(nodes, reach))
+                        stack += nodes
 
     def external_inputs(self, nodes: Iterable[Node]) -> list[Value]:
         """Values that the nodes read and do not make, in order of first use, scalar constants left out."""
@@ -60,26 +71,21 @@ class Contraction:
         It does if nothing that they read from outside is computed, through contracted regions, from a result of them.
         """
         inside = {node, *nodes}
-        index, region_of = self.index, self.region_of
-        first = min([index[n] for n in inside])
+        reach, region_of = self.reach, self.region_of
+        first = min([self.index[n] for n in inside])
         stack = [v.node for member in inside for v in member.inputs if v.node is not None and v.node not in inside]
         seen: set[Node] = set()
         while stack:
             current = stack.pop()
             if current in inside:
                 return False
-            if current in seen:
+            if current in seen or reach[current] < first:
                 continue
             region = region_of.get(current)
-            if region is None:
-                seen.add(current)
-                if index[current] > first:
-                    stack += [v.node for v in current.inputs if v.node is not None]
-                continue
-            seen.update(region.nodes)
-            if region.last > first:
-                for member in region.nodes:
-                    stack += [v.node for v in member.inputs if v.node is not None]
+            members = [current] if region is None else region.nodes
+            seen.update(members)
+            for member in members:
+                stack += [v.node for v in member.inputs if v.node is not None]
         return True
 
     def sorted(self, nodes: Iterable[Node]) -> list[Node]:

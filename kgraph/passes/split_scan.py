@@ -187,30 +187,34 @@ class _Splitting:
     def __init__(self, plan: _Plan, recorder: Recorder, inputs: tuple[Value, ...]):
         self.plan, self.recorder = plan, recorder
         self.length = plan.node.attrs["length"]
+        self.order = {node: number for number, node in enumerate(plan.body.nodes)}
         self.operands = dict(zip(plan.body.inputs, map(recorder.wrap, inputs)))
         self.once: dict[Value, RecordedValue] = {v: self.operands[v] for v in plan.constants}
         self.whole: dict[Value, RecordedValue] = {v: self.operands[v] for v in plan.xs}
 
-    def fixed(self, value: Value):
-        """A value that is the same in every iteration."""
-        if value not in self.once:
-            node = value.producer
-            if node.name == "constant":
-                self.once[value] = self.recorder.wrap(self.recorder.value(node.attrs["value"]))
-            else:
-                out = self.recorder.record(node.primitive, tuple(map(self.fixed, node.inputs)), node.attrs)
-                self.once.update(zip(node.outputs, out if isinstance(out, tuple) else (out,)))
-        return self.once[value]
-
     def at(self, value: Value):
         """A value, for all elements of the sequence where it varies."""
-        if value in self.plan.fixed:
-            return self.fixed(value)
-        if value not in self.whole:
-            node = value.producer
+        stack, wanted = [value], set()
+        while stack:
+            v = stack.pop()
+            if v not in self.once and v not in self.whole and v.producer not in wanted:
+                wanted.add(v.producer)
+                stack.extend(v.producer.inputs)
+        for node in sorted(wanted, key=self.order.__getitem__):
+            self._record(node)
+        return self.once[value] if value in self.once else self.whole[value]
+
+    def _record(self, node: Node) -> None:
+        """Record a node whose operands are recorded."""
+        operands = [self.once[v] if v in self.once else self.whole[v] for v in node.inputs]
+        if node.outputs[0] not in self.plan.fixed:
             flags = [self.plan.varies(v) for v in node.inputs]
-            self.whole[value] = batched(node, [self.at(v) for v in node.inputs], flags, self.length)
-        return self.whole[value]
+            self.whole[node.output] = batched(node, operands, flags, self.length)
+        elif node.name == "constant":
+            self.once[node.output] = self.recorder.wrap(self.recorder.value(node.attrs["value"]))
+        else:
+            out = self.recorder.record(node.primitive, tuple(operands), node.attrs)
+            self.once.update(zip(node.outputs, out if isinstance(out, tuple) else (out,)))
 
     def total(self, value: Value):
         """The sum of a value over the sequence."""
@@ -264,6 +268,6 @@ class _Splitting:
         return ops.scan(
             *(self.operands[c] for c in carries),
             *map(self.at, sequences),
-            *map(self.fixed, constants),
+            *map(self.at, constants),
             **dict(plan.node.attrs, body=own, num_carry=len(carries), num_xs=len(sequences)),
         )

@@ -1,7 +1,7 @@
 """Steps of a plan that Python runs, as JSON: branches and loops over programs of their own, and primitives on NumPy.
 
 ["reference", text], ["branches", bodies], ["while", first, body], or ["scan", body, carries, sequences, length,
-reverse]; a body is [plan, results, types, constants, symbols].
+reverse]; a body is [plan, results, types, constants, symbols, repeat].
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def encode_control(function: Any, encode_program: Callable, tensor_name: Callabl
     def body(b: Body) -> list:
         types = [[[dims.to_json(s) for s in shape], dtype] for shape, dtype in b.types]
         constants = [[tensor_name(a), list(a.shape), a.dtype.name] for a in b.constants]
-        return [encode_program(b.program), [list(place) for place in b.results], types, constants, list(b.symbols)]
+        places, symbols = [list(place) for place in b.results], list(b.symbols)
+        return [encode_program(b.program), places, types, constants, symbols, b.repeat]
 
     if isinstance(function, Branches):
         return ["branches", [body(b) for b in function.bodies]]
@@ -36,16 +37,22 @@ def encode_control(function: Any, encode_program: Callable, tensor_name: Callabl
 
 
 def decode_control(
-    data: list, num_inputs: int, num_outputs: int, decode_program: Callable[[Any], Program], tensor: Callable
+    data: list,
+    num_inputs: int,
+    num_outputs: int,
+    decode_program: Callable[[Any], Program],
+    tensor: Callable,
+    may_repeat: Callable[[str], bool],
 ) -> Callable:
     """The function that `encode_control` wrote, for a step with so many inputs and outputs.
 
-    tensor: `(name, shape, dtype) -> array` of the file. Raises ValueError for what is not consistent.
+    tensor: `(name, shape, dtype) -> array` of the file. may_repeat: whether a kernel was made to repeat a body.
+    Raises ValueError for what is not consistent.
     """
     kind, *fields = data
 
     def body(encoded: Any, operands: int, results: int) -> Body:
-        plan, places, types, constants, symbols = encoded
+        plan, places, types, constants, symbols, repeat = encoded
         program = decode_program(plan)
         counts = {"input": len(program.inputs), "output": len(program.outputs)}
         for where, number in places:
@@ -57,12 +64,15 @@ def decode_control(
             raise ValueError("the types of a body's results are not known")
         if program.params or not all(type(symbol) is str for symbol in symbols):
             raise ValueError("a body has parameters, or symbols without a name")
+        if repeat != "" and (repeat not in program.kernels or not may_repeat(repeat)):
+            raise ValueError(f"a body has no kernel {repeat!r} to repeat it")
         return Body(
             program,
             tuple([(where, number) for where, number in places]),
             tuple([(tuple([dims.from_json(s) for s in shape]), dtype) for shape, dtype in types]),
             tuple([tensor(*constant) for constant in constants]),
             tuple(symbols),
+            repeat,
         )
 
     if kind == "branches":
@@ -87,12 +97,17 @@ def decode_control(
 
 def programs_of(program: Program) -> list[Program]:
     """A program and those of the bodies in it, at any depth."""
-    out = [program]
+    return [program, *(body.program for body in bodies_of(program))]
+
+
+def bodies_of(program: Program) -> list[Body]:
+    """The bodies of a program's loops and branches, at any depth."""
+    out: list[Body] = []
     for step in program.steps:
         function = getattr(step, "function", None)
         if isinstance(function, CONTROL):
             for body in _bodies(function):
-                out += programs_of(body.program)
+                out += [body, *bodies_of(body.program)]
     return out
 
 

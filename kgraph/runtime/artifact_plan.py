@@ -3,12 +3,15 @@
 Arrays rather than objects, in the order of the fields of `Buffer` and `NativeStep`; sizes as `dims.to_json` has them.
 `decode` takes nothing on trust. What the executor and the Python around it follow (buffer numbers, views, positions of
 operands, shapes of constants and weights) is checked here and in `Program`; what follows from run-time sizes is checked
-when a program is bound to them. What a kernel does with its operands, sizes and extent is the kernel's own: code and
-plan belong together, and both are covered by checksums.
+when a program is bound to them. What a kernel reads and writes follows from its code and from the types of operands,
+sizes and extent that it was made for: a digest of these stands with the code for every launch (`code_of`), and a plan
+with any other launch is refused. So all that has to be trusted is the code itself.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +20,14 @@ import numpy as np
 
 from kgraph import dims
 from kgraph.errors import ArtifactError
-from kgraph.runtime.artifact_control import CONTROL, decode_control, encode_control
+from kgraph.runtime.artifact_control import (
+    CONTROL,
+    bodies_of,
+    decode_control,
+    encode_control,
+    named_objects,
+    programs_of,
+)
 from kgraph.runtime.artifact_tensors import is_writable
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import Buffer, HostStep, NativeStep
@@ -28,6 +38,9 @@ _MAX_COUNT = 1 << 20
 _MAX_BYTES = 1 << 46
 _MAX_THREADS = 1 << 16
 _MAX_DEPTH = 16
+
+# Beside the kernels' objects, which have digests for names.
+_LAUNCHES = "launches"
 
 # From the text of a host step (a graph of one node) to its function.
 HostFunctions = Callable[[str], Callable]
@@ -82,6 +95,30 @@ def encode(
     }
 
 
+def code_of(program: Program) -> dict[str, bytes]:
+    """What a file holds as the code of a program: its objects by key, and the digests of its `launches`."""
+    digests = {
+        _launch(each.buffers, step)
+        for each in programs_of(program)
+        for step in each.steps
+        if isinstance(step, NativeStep)
+    }
+    digests |= {_repeats(body.repeat) for body in bodies_of(program)}
+    return {**named_objects(program), _LAUNCHES: b"".join(sorted(digests))}
+
+
+def _repeats(kernel: str) -> bytes:
+    """Digest that stands for a kernel that repeats a body."""
+    return hashlib.sha256(f"repeat {kernel}".encode()).digest()
+
+
+def _launch(buffers: Sequence[Buffer], step: NativeStep) -> bytes:
+    """Digest of what a kernel is launched on."""
+    operands = [[buffers[b].dtype, [dims.to_json(s) for s in buffers[b].shape]] for b in step.operands]
+    sizes = [dims.to_json(s) for s in (step.extent, step.scratch_bytes, *step.sizes)]
+    return hashlib.sha256(json.dumps([step.kernel, operands, step.outputs, sizes, step.inplace]).encode()).digest()
+
+
 def stored(array: np.ndarray) -> np.ndarray:
     """An array as it is put into the file: its bytes, where the file has no such dtype."""
     return array if is_writable(dtype_name(array.dtype)) else np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -103,7 +140,7 @@ def decode(
 ) -> Program:
     """The program that `encode` wrote, with its parameters.
 
-    tensors: by the names in the plan. objects: the object code of the kernels by key, and of the `executor`.
+    tensors: by the names in the plan. objects: what `code_of` gave.
     Raises ArtifactError for data that is not the plan of a program that can be run.
     """
     try:
@@ -117,7 +154,9 @@ def decode(
 class _Decoder:
     def __init__(self, data, tensors, objects, host_functions: HostFunctions, depth: int = 0):
         self.data, self.tensors, self.objects, self.host_functions = data, tensors, objects, host_functions
-        self.depth = depth
+        self.depth, self.buffers = depth, list[Buffer]()
+        code = objects[_LAUNCHES]
+        self.launches = {code[i : i + 32] for i in range(0, len(code), 32)}
         if depth > _MAX_DEPTH:
             raise ValueError("programs are nested too deeply")
         if type(data) is not dict:
@@ -125,7 +164,7 @@ class _Decoder:
 
     def program(self) -> Program:
         data, objects = self.data, self.objects
-        buffers = [self.buffer(*row) for row in _list(data["buffers"])]
+        buffers = self.buffers = [self.buffer(*row) for row in _list(data["buffers"])]
         self.num_buffers = len(buffers)
         self.keys = [_text(key) for key in _list(data["kernels"])]
         kernels = {key: objects[key] for key in self.keys}
@@ -202,7 +241,7 @@ class _Decoder:
         split = len(operands) - outputs
         last = len(operands) - 1
         pairs = tuple([(_integer(o, split, last), _integer(i, 0, split - 1)) for o, i in _list(inplace)])
-        return NativeStep(
+        made = NativeStep(
             kernel=self.keys[_integer(kernel, 0, len(self.keys) - 1)],
             operands=operands,
             outputs=outputs,
@@ -216,6 +255,9 @@ class _Decoder:
             layers=layers,
             max_threads=_integer(max_threads, 0, _MAX_THREADS),
         )
+        if _launch(self.buffers, made) not in self.launches:
+            raise ValueError(f"the kernel of {label!r} was not made for these operands and sizes")
+        return made
 
     def function(self, data: list, inputs: int, outputs: int) -> Callable:
         """The function of a step that Python runs."""
@@ -225,7 +267,7 @@ class _Decoder:
         def body(plan) -> Program:
             return _Decoder(plan, self.tensors, self.objects, self.host_functions, self.depth + 1).program()
 
-        return decode_control(data, inputs, outputs, body, self.tensor)
+        return decode_control(data, inputs, outputs, body, self.tensor, lambda key: _repeats(key) in self.launches)
 
 
 def _list(value, most: int = _MAX_COUNT) -> list:

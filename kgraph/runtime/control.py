@@ -115,7 +115,7 @@ class While:
         binding = self.body.bind([a.shape for a in given])
         types = self.body.result_types(sizes, binding)
         _check_carried(self.body, arrays, types[:-1])
-        if is_one_native_call(binding):
+        if self.body.repeat and is_one_native_call(binding):
             return self._on_addresses(binding, given, types)
         while True:
             *given, go_on = self.body.run(binding, given, types)
@@ -154,7 +154,7 @@ class Scan:
         if any(len(x) != count for x in xs):
             raise KGraphError(f"{self.body.program.name}: a sequence has another length than {count}")
         stacks = [np.empty((count, *shape), dtype) for shape, dtype in types[self.num_carry :]]
-        if count and is_one_native_call(binding):
+        if count and self.body.repeat and is_one_native_call(binding):
             return [*self._on_addresses(binding, carries, xs, rest, types, stacks, count), *stacks]
         for t in range(count)[:: -1 if self.reverse else 1]:
             results = self.body.run(binding, [*carries, *(np.asarray(x[t]) for x in xs), *rest], types)
@@ -210,7 +210,9 @@ def _check_carried(body: Body, arrays: Arrays, types: Sequence[tuple]) -> None:
     """Raises KGraphError where a carried value enters with another type than the body gives it."""
     for number, (a, (shape, dtype)) in enumerate(zip(arrays, types)):
         if a.shape != shape or a.dtype != dtype:
-            raise KGraphError(f"{body.program.name}: carry {number} is {a.dtype}{list(a.shape)}, not {dtype}{list(shape)}")
+            raise KGraphError(
+                f"{body.program.name}: carry {number} is {a.dtype}{list(a.shape)}, not {dtype}{list(shape)}"
+            )
 
 
 def is_one_native_call(binding: Binding) -> bool:
@@ -285,7 +287,10 @@ class NativeRuns:
         rows = {"sources": self._sources, "new": self._new, "toggle_rows": self._toggles, "move_rows": self._moves}
         rows["copy_rows"] = self._copies
         fields = {name: a.buffer_info()[0] for name, a in rows.items()}
-        fields |= {"run": ctypes.cast(self.binding._native, ctypes.c_void_p).value, "context": self.context.address}
+        fields |= {
+            "run": ctypes.cast(self.binding._native, ctypes.c_void_p).value or 0,
+            "context": self.context.address,
+        }
         fields |= {"cells": self.cells.buffer_info()[0], "count": count, "flag": flag, "first": self.first}
         fields |= {"carries": len(self._sources), "toggles": len(self._toggles) // PAIR_WORDS}
         fields |= {"moves": len(self._moves) // PAIR_WORDS, "copies": len(self._copies) // COPY_WORDS, "going": 0}

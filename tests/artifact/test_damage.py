@@ -221,7 +221,7 @@ ODD = NUMBERS | TEXTS | SIZES | st.sampled_from([None, "", [], {}, [[]], [0], [-
 @FUZZ
 @given(data=st.data())
 def test_plans(small, tmp_path, data):
-    """A plan with any one value replaced is refused, or can be bound with every operand inside of its memory."""
+    """A plan with any one value replaced is refused, or runs with every operand inside of its memory."""
     sections = contents(small, tmp_path)
     section = data.draw(st.sampled_from(["manifest", "plan/0/native"]))
     value = json.loads(sections[section])
@@ -239,6 +239,8 @@ def test_plans(small, tmp_path, data):
             except (KGraphError, ValueError, KeyError, OverflowError, MemoryError):
                 continue
             assert_within(program, binding)
+    with contextlib.suppress(KGraphError, ValueError, KeyError, OverflowError, MemoryError):
+        loaded(np.ones((3, 12), "float32"))
 
 
 def assert_within(program, binding):
@@ -328,3 +330,17 @@ def test_self_test_sees_another_result(small, tmp_path):
     with pytest.raises(ArtifactError, match="its self-test failed: output 0 is not what it was"):
         kgraph.load(path)
     assert kgraph.load(path, self_test=False)
+
+
+def test_a_kernel_for_other_operands(small, tmp_path):
+    """A launch that the code was not made for is refused, though its buffers exist and fit."""
+    sections = contents(small, tmp_path)
+    plan = json.loads(sections["plan/0/native"])
+    step = plan["steps"][0]
+    extent = next(i for i in range(5, len(step)) if step[i] != step[4])
+    assert step[extent]
+    for index, new in ((0, step[0][::-1]), (extent, 10**9)):
+        changed = replaced(plan, ("steps", 0, index), new)
+        path = rewritten(tmp_path, sections | {"plan/0/native": json.dumps(changed).encode()})
+        with pytest.raises(ArtifactError, match="was not made for these operands and sizes"):
+            kgraph.load(path)

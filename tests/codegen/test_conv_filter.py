@@ -99,6 +99,13 @@ def test_layers(name, symbols):
     check(shape, weight, geometry(len(shape) - 2, **options), symbols=symbols[: len(shape) - 1])
 
 
+@pytest.mark.parametrize("symbols", ["", "N", "NHW"])
+def test_where_no_window_fits_or_there_are_no_images(symbols):
+    for shape in ((2, 5, 2, 8), (2, 2, 5, 8), (0, 5, 5, 8)):
+        out = check(shape, (3, 3, 8, 20), geometry(2), symbols=symbols)
+        assert not out.any()
+
+
 @FEW
 @given(data=st.data())
 def test_any_geometry(data):

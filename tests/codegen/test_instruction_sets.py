@@ -1,4 +1,4 @@
-"""Elementwise, reduction and row kernels made for SSE4.2 and AVX2, on the samples of a few primitives."""
+"""Kernels made for SSE4.2 and AVX2 on the samples of primitives of each family that has no such test of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tests.codegen.samples import compare, make
 
 NAMES = (
     "add mul convert select gelu exp tanh sin floor_divide pow logistic is_nan round_nearest_even shift_right "
-    "reduce_sum reduce_max reduce_and argmax softmax logsumexp layer_norm group_norm"
+    "reduce_sum reduce_max reduce_and argmax softmax logsumexp layer_norm group_norm batch_norm rms_norm "
+    "transpose pad pad_mirror slice rev concatenate dynamic_slice dynamic_update_slice take take_along_axis gather_nd "
+    "scatter_nd scatter_along_axis sort argsort cumsum cummax reduce_window resize"
 ).split()
 
 

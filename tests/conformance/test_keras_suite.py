@@ -93,7 +93,7 @@ def test_entries_of_files_that_did_not_run_are_no_complaint():
 
 def test_counts_and_differences():
     ours = FileResult(FILE, {"a": ("passed", ""), "b": ("skipped", "no sparse tensors"), "c": ("crashed", "killed")})
-    peer = FileResult(FILE, {name: ("passed", "") for name in "abc"})
+    peer = FileResult(FILE, dict.fromkeys("abc", ("passed", "")))
     assert report.counts([ours]) == {"layers": Counter(passed=1, failed=1, skipped=1)}
     assert report.only_on([peer], [ours]) == {"no sparse tensors": 1, "crashed": 1}
     assert "| layers | 1 | 1 | 1 | 3 | 0 | 0 |" in report.table(

@@ -65,3 +65,13 @@ def test_a_declared_batch_size_does_not_bind_predict():
     model = keras.Model(inputs, layers.Dense(3)(inputs))
     model.compile("sgd", "mse")
     np.testing.assert_allclose(model.predict(X, batch_size=3, verbose=0), model(X), rtol=1e-5)
+
+
+def test_a_sequential_model_takes_other_sizes_than_it_was_built_with():
+    model = keras.Sequential([layers.Conv1D(3, 2), layers.GlobalAveragePooling1D()])
+    model.compile("sgd", "mse")
+    for length in (6, 4, 9):
+        x = np.linspace(-1, 1, 10 * length, dtype="float32").reshape(5, length, 2)
+        np.testing.assert_allclose(model.predict(x, batch_size=2, verbose=0), model(x), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="expected axis -1"):
+        model.predict(x[..., :1], verbose=0)

@@ -198,6 +198,16 @@ def test_derivatives_of_a_scan():
         check(compiled, graph, normal(4), normal(steps, 4), normal(4, seed=1))
 
 
+def test_long_loops_return_to_python_now_and_then(monkeypatch):
+    monkeypatch.setattr("kgraph.runtime.control._TURNS", 3)
+    graph = scanned(cell, [f32(N, 3), f32(N, 3)], [f32(T, N, 3)], [f32(3)], reverse=True)
+    compiled = compile_graph(graph)
+    for steps in (3, 4, 5, 8):
+        check(compiled, graph, normal(2, 3), normal(2, 3, seed=1), normal(steps, 2, 3, seed=2), normal(3, seed=3))
+    graph = doubling_until(1000)
+    check(compile_graph(graph), graph, np.ones(2, np.float32), np.array(0, np.int32), np.full(2, 2, np.float32))
+
+
 def test_calls_at_once_do_not_disturb_each_other():
     graph = scanned(cell, [f32(N, 3), f32(N, 3)], [f32(T, N, 3)], [f32(3)])
     compiled = compile_graph(graph)

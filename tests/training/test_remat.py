@@ -154,3 +154,19 @@ def test_second_derivatives_and_loops():
     looped, plain = (kgraph.value_and_grad(in_a_loop(s))(x) for s in (keras.remat(step), step))
     for a, b in zip(looped, plain):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_other_functions_keep_is_not_computed_again():
+    """Of two functions in a row, the first one's result is kept as the second one's input."""
+    w = np.eye(4, dtype="float32")
+
+    def first(x):
+        return ops.tanh(ops.matmul(x, w))
+
+    def both(wrap):
+        return lambda x: ops.sum(wrap(first)(wrap(first)(x)))
+
+    x = np.ones((3, 4), "float32")
+    # Two products forward, two backward, and one again: the second function's, whose result nothing keeps.
+    assert products(both(lambda f: f), x) == 4
+    assert products(both(keras.remat), x) == 5

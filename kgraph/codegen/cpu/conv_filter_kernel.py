@@ -172,7 +172,7 @@ class _Filter:
         self.copy, self.columns = b.scratch(plan.accumulate), b.scratch(plan.accumulate, plan.copy_bytes)
         self.panels = Panels(plan.filters, plan.vectors * plan.lanes, plan.lanes)
         self.all_channels, self.all_filters = plan.groups * plan.channels, plan.groups * plan.filters
-        self.pieces = b.ceil_div(self.out_sizes[2], plan.piece)
+        self.pieces = b.max(b.ceil_div(self.out_sizes[2], plan.piece), 1)  # one where no window fits: it divides
         self.row_pitch = plan.copied_pixels * plan.channel_block
         self.tiles = _Tiles(b, plan)
 

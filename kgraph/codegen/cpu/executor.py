@@ -259,6 +259,9 @@ def render(params: tuple, target: Target) -> str:
     return string.Template(functions + WAITING + STEPS + _CALLS).substitute(names)
 
 
+EXECUTOR = KernelSpec("executor", "executor:render", ())
+
+
 def executor_object(target: Target | None = None) -> bytes:
     """The executor's object code for this machine or `target`, from the disk cache where it is there."""
-    return compile_spec(KernelSpec("executor", "executor:render", ()), target)
+    return compile_spec(EXECUTOR, target)

@@ -5,8 +5,9 @@ layer has a dropout rate, even when it does not drop. Taking these apart only to
 would cost knowledge, so the finder of `frontend.install` calls `apply` on the modules in `install.COARSE` once they
 are loaded, and it replaces the functions in them. To be removed where Keras calls its backend for them.
 
-The same way `Operation.__call__` learns to report unsupported operations to a running capture, and an `Embedding` of
-packed weights takes LoRA, for which Keras sets an attribute of the unpacked tensor.
+The same way `Operation.__call__` learns to report unsupported operations to a running capture, an `Embedding` of packed
+weights takes LoRA, for which Keras sets an attribute of the unpacked tensor, and `Equalization` can be captured, whose
+histogram has a size that depends on values unless the backend's name is "jax".
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def apply(name: str, module) -> None:
         module.GroupNormalization.call = _group_normalization(module.GroupNormalization.call)
     elif name.endswith("core.embedding"):
         module.Embedding.enable_lora = _freezing_the_variable(module.Embedding.enable_lora)
+    elif name.endswith("equalization"):
+        module.Equalization._custom_histogram_fixed_width = _histogram
     elif name.endswith("_attention"):
         layer = getattr(module, "MultiHeadAttention", None) or module.GroupedQueryAttention
         layer._compute_attention = _without_idle_dropout(layer._compute_attention)
@@ -117,6 +120,16 @@ def _without_idle_dropout(original):
         return original(layer, query, key, value, attention_mask, training, *args, **kwargs)
 
     return compute_attention
+
+
+def _histogram(self, values, value_range, nbins):
+    """How many values lie in each of `nbins` bins around equally spaced centres from one bound to the other: int32."""
+    low, high = value_range
+    values = convert_to_tensor(values, "float32")
+    indices = cast((values - low) * (nbins - 1) / (high - low), "int32")
+    indices = reshape_to(backend.numpy.clip(indices, 0, nbins - 1), (-1, 1))
+    ones = filled((indices.shape[0],), 1, "int32")
+    return ops.scatter_nd(filled((nbins,), 0, "int32"), indices, ones, reduction="add")
 
 
 def _freezing_the_variable(original):

@@ -170,7 +170,8 @@ def convert_to_numpy(x):
 
 
 def is_tensor(x):
-    return isinstance(x, (np.ndarray, np.generic, TracedArray))
+    """Whether x is a value of this backend; arrays of strings are not, so that layers which take text convert them."""
+    return isinstance(x, TracedArray) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind not in "USO")
 
 
 def shape(x):

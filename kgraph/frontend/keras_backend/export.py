@@ -5,9 +5,9 @@ from __future__ import annotations
 from kgraph.errors import UnsupportedError
 
 _NO_EXPORT = (
-    "`export_saved_model` only currently supports the tensorflow, jax and torch backends. A SavedModel needs TensorFlow, "
-    "which kgraph does without: save the model with model.save(...) and export it in a process that runs Keras on one "
-    "of these."
+    "`export_saved_model` only currently supports the tensorflow, jax and torch backends. A SavedModel needs "
+    "TensorFlow, which kgraph does without: save the model with model.save(...) and export it in a process that runs "
+    "Keras on one of these."
 )
 
 

@@ -1,5 +1,64 @@
-"""The mixin that Keras' Layer inherits from its backend; kgraph needs nothing in it."""
+"""The mixin that Keras' Layer inherits from its backend: a layer's call leaves its caller's arrays as they are."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+from keras.src import tree
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+
+
+class LayerInput(np.ndarray):
+    """An array inside of a layer's call: `x += y` gives a new array, as it does for the tensors of other backends.
+
+    Shares its memory with the array that the layer was called with. Views of it are of its kind; what ufuncs compute
+    from it are plain arrays.
+    """
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+        if out is not None:
+            kwargs["out"] = tuple(_plain(x) for x in out)
+        return getattr(ufunc, method)(*(_plain(x) for x in inputs), **kwargs)
+
+
+def _plain(x):
+    return x.view(np.ndarray) if isinstance(x, LayerInput) else x
+
+
+def _not_in_place(function):
+    return lambda self, other: function(self, other)
+
+
+for _name in "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor".split():
+    _function = getattr(operator, _name, None) or getattr(operator, f"{_name}_")
+    setattr(LayerInput, f"__i{_name}__", _not_in_place(_function))
+
+
+def _as(kind: type, x: np.ndarray) -> np.ndarray:
+    """A view of another type, with the mask that Keras keeps for the array."""
+    view = x.view(kind)
+    mask = get_keras_mask(x)
+    if mask is not None:
+        set_keras_mask(view, mask)
+    return view
+
+
+def _guarded(x):
+    return _as(LayerInput, x) if type(x) is np.ndarray and x.flags.writeable else x
+
+
+def _released(x):
+    return _as(np.ndarray, x) if type(x) is LayerInput else x
 
 
 class NumpyLayer:
     """Base of every Keras layer in this process (the name is the one Keras imports)."""
+
+    def __call__(self, *args, **kwargs):
+        """The layer's `call`, on arrays that it does not change; Keras' `Layer.__call__` does it between its checks."""
+        if hasattr(self, "_functional") or hasattr(self, "_inputs_struct"):
+            # Functional and Sequential models only hand the arrays on to their layers.
+            return super().__call__(*args, **kwargs)
+        args, kwargs = tree.map_structure(_guarded, (args, kwargs))
+        return tree.map_structure(_released, super().__call__(*args, **kwargs))

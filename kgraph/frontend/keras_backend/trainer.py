@@ -17,7 +17,7 @@ from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils
 from keras.src.utils import traceback_utils
 from keras.src.utils.python_utils import pythonify_logs
 
-from kgraph.errors import KGraphError, UnsupportedError
+from kgraph.errors import InputError, KGraphError, UnsupportedError
 from kgraph.frontend.keras_backend.batches import Batches, batch_of, rows_of, weights_of_classes
 from kgraph.frontend.tracer import is_tracing
 
@@ -130,7 +130,15 @@ class NumpyTrainer(base_trainer.Trainer):
             return self._forward(x, training=False)
         if hasattr(self, "_inputs_struct"):
             self._maybe_warn_inputs_struct_mismatch(x)
-        return compiled(x)
+        try:
+            return compiled(x)
+        except InputError:
+            if not hasattr(self, "_functional"):
+                raise
+            # The layers of a Sequential model take what fits them, whatever sizes the model was built with.
+            self._compiled_forward[given] = None
+            self._compiled_predict_step = self._compiled_step("predict_step")
+            return self._run_step("predict_step", (x,))
 
     def _compile_forward(self, x):
         """The compiled model, or None where it runs eagerly."""
