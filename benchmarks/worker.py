@@ -140,9 +140,9 @@ class Inference:
 
 def load(engine: str, case: dict, folder: Path):
     if case["name"] == "train":
-        import training
+        import training_session
 
-        return training.Training(engine, case)
+        return training_session.Training(engine, case)
     return Inference(engine, case, folder)
 
 

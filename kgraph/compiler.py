@@ -19,7 +19,7 @@ from kgraph.decisions import Decision
 from kgraph.ir import Graph, Node, Value, live_nodes
 from kgraph.ir.interpreter import evaluate
 from kgraph.passes.manager import Pass, PassContext, run_passes
-from kgraph.passes.pipeline import INFERENCE, TRAINING
+from kgraph.passes.pipeline import INFERENCE, for_bodies
 from kgraph.passes.prologue import split_prologue
 from kgraph.runtime.plan import Program
 
@@ -140,7 +140,7 @@ def compile_graph(
     optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
-    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, TRAINING)[0])
+    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
     arrange_updates(lowered, donations, target)
     lowering_done = time.perf_counter()
     # The executor is compiled beside the kernels the first time.

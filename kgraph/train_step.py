@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from sys import getrefcount
 from typing import Any
 
@@ -49,7 +49,7 @@ class CompiledStep:
         self._specialised_because = None if symbolic_batch else "the model is declared for a fixed batch size"
         self._shapes = BatchShapes(symbolic_batch)
         self._by_key: dict[tuple, Variant] = {}  # a shortcut: the variant for every key seen
-        self._variants: dict[Hashable, Variant] = {}  # by kind and pattern; the one that ran last is at the end
+        self._variants: dict[tuple[tuple, Pattern], Variant] = {}
         self._last: Variant | None = None
         self._compiles = 0
         self._compile_seconds = 0.0

@@ -26,7 +26,7 @@ from kgraph.ir.printer import print_graph
 from kgraph.passes.manager import Pass
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.report import explain
-from kgraph.runtime import artifact_plan
+from kgraph.runtime import artifact_plan, layout
 from kgraph.runtime.artifact_control import CONTROL, programs_of
 from kgraph.runtime.artifact_file import write_file
 from kgraph.runtime.artifact_forms import State as StateVariable
@@ -142,6 +142,7 @@ class _Writer:
             "levels": [[name, requirement(_features(target)).to_json()] for name, target in targets.items()],
             "forms": forms,
             "host_steps": list(self.host_steps),
+            "layout": layout.version(),
         }
         if self.host_steps:
             steps = "; ".join(self.host_steps)

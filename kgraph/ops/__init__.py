@@ -255,6 +255,7 @@ __all__ = [
     "ne",
     "neg",
     "nextafter",
+    "optimization_barrier",
     "pack",
     "pad",
     "pad_mirror",

@@ -59,21 +59,19 @@ def pull_back(
     for value, cotangent in cotangents.items():
         add(value, cotangent)
 
-    def visit(start: int, stop: int, operand: Callable, ranges: Sequence[tuple[int, int]], forward: set[Value]) -> None:
+    def visit(start: int, stop: int, operand: Callable, ranges: Sequence[tuple[int, int]], forward: set) -> None:
         """Run the rules of nodes[start:stop], on the values that `operand` gives. forward: no results of rules."""
         ends = {hi: (lo, hi) for lo, hi in _outermost(ranges)}
         if ends:
-            forward = forward | {
-                x.value for node in nodes[start:stop] for o in node.outputs if _is_traced(x := operand(o))
-            }
-        read: set[Value] = set()
+            forward = forward | {_value_of(operand(o)) for node in nodes[start:stop] for o in node.outputs}
+        read: set[Value | None] = set()
         while stop > start:
             if stop in ends:
                 lo, hi = ends.pop(stop)
                 own = [o for node in nodes[lo:hi] for o in node.outputs]
                 if any(o in found for o in own):
                     _add_read(read, found.values(), forward)
-                    kept = {o for o in own if _is_traced(x := operand(o)) and x.value in read}
+                    kept = {o for o in own if _value_of(operand(o)) in read}
                     inner = [r for r in ranges if lo <= r[0] and r[1] <= hi and r != (lo, hi)]
                     visit(lo, hi, _replayed(nodes[lo:hi], operand, kept), inner, forward)
                 stop = lo
@@ -99,13 +97,14 @@ def _outermost(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     return out
 
 
-def _is_traced(x: Array) -> bool:
-    return isinstance(x, Traced)
+def _value_of(x: Array) -> Value | None:
+    """The value of a graph that an operand of the rules stands for; None for an array."""
+    return getattr(x, "value", None) if isinstance(x, Traced) else None
 
 
-def _add_read(read: set[Value], cotangents: Iterable[Array], forward: set[Value]) -> None:
+def _add_read(read: set[Value | None], cotangents: Iterable[Array], forward: set[Value | None]) -> None:
     """Add to `read` all values that cotangents have been computed from, up to and including those of `forward`."""
-    stack = [x.value for x in cotangents if isinstance(x, Traced)]
+    stack = [value for x in cotangents if (value := _value_of(x)) is not None]
     while stack:
         value = stack.pop()
         if value not in read:

@@ -174,13 +174,12 @@ def _joins(contraction: Contraction, node: Node, shape: tuple, positional: bool 
 
 
 def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, context: PassContext) -> list[int]:
-    """Appends elementwise readers of the anchors' results; gives the counts of nodes at which there is one live result,
-    or a few where these are reduced."""
+    """Appends elementwise readers of the anchors' results; gives the counts of nodes at which there are no more live
+    results than anchors (several reductions of one kernel, or just one)."""
     shape = anchor.output.shape
     checkpoints = [len(current)]
     anchors = [n for n in current if n is anchor or (anchor_kind(n) == "reduce" and n.output.shape == shape)]
     values = [n.output for n in anchors]
-    most = MOST_LOOP_OUTPUTS if anchor_kind(anchor) == "reduce" else 1
     while values and len(current) < LARGEST_REGION:
         value = values.pop(0)
         if value in contraction.outputs:
@@ -192,7 +191,7 @@ def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, c
                 continue
             current.append(user)
             values.append(user.output)
-            if len(contraction.live_outputs(current)) <= most:
+            if len(contraction.live_outputs(current)) <= len(anchors):
                 checkpoints.append(len(current))
     if len(checkpoints) == 1:
         _explain_no_epilogue(contraction, anchor, context)

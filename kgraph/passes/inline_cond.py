@@ -8,18 +8,15 @@ import numpy as np
 
 from kgraph import ops
 from kgraph.ir import Graph, Node, Rewriter, Value, append_graph, np_dtype
-from kgraph.ir.dims import evaluate, product
 from kgraph.ir.recorder import Recorder, inheriting
 from kgraph.passes.manager import Decision, PassContext
-from kgraph.passes.patterns import is_elementwise
+from kgraph.passes.patterns import estimated_elements, is_elementwise
 
 MOST_BRANCHES = 4
 # Elements that may always be computed in vain, and how many may be per element of the results: to run one branch alone
 # ends a native call, and copies every result.
 FREE_ELEMENTS = 1 << 16
 ELEMENTS_PER_RESULT = 48
-# What a symbolic size is taken for in these estimates.
-ASSUMED_SIZE = 256
 _DRAWS = frozenset({"random_words", "random_bits", "random_uniform", "random_normal", "truncated_normal"})
 _LINEAR = _DRAWS | frozenset(
     """constant full iota dim_value reshape transpose broadcast_to slice rev pad concatenate
@@ -64,14 +61,9 @@ def _refuses(node: Node, branches: list[Graph], context: PassContext) -> str | N
                 if reason is not None:
                     return f"{inner.name}: {reason}"
             if inner.name not in ("constant", "reshape"):
-                work += max(_elements(v) for v in (*inner.inputs, *inner.outputs))
-    allowed = max(FREE_ELEMENTS, ELEMENTS_PER_RESULT * sum(map(_elements, node.outputs)))
+                work += max(estimated_elements(v.shape) for v in (*inner.inputs, *inner.outputs))
+    allowed = max(FREE_ELEMENTS, ELEMENTS_PER_RESULT * sum(estimated_elements(v.shape) for v in node.outputs))
     return None if work <= allowed else f"the branches compute about {work} elements, {allowed} would do"
-
-
-def _elements(value: Value) -> int:
-    size = product(value.shape)
-    return size if isinstance(size, int) else evaluate(size, dict.fromkeys(size.symbols(), ASSUMED_SIZE))
 
 
 def _selected(index: Value, values: list[Value], rewriter: Rewriter, provenance: frozenset) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kgraph.ir import PRIMITIVES, Graph, Value, constant_value
+from kgraph.ir.dims import evaluate, product
 from kgraph.ir.primitive import Primitive
 from kgraph.ir.recorder import uniform_value
 
@@ -25,6 +26,16 @@ def is_elementwise(node) -> bool:
 def is_positional(node) -> bool:
     """Whether each element of a node's result is a function of its position, given operands of other shapes."""
     return node.primitive.name == "random_words"
+
+
+# What a symbolic size is taken for in estimates.
+ASSUMED_SIZE = 256
+
+
+def estimated_elements(shape: tuple) -> int:
+    """The number of elements of a shape, its symbols taken for ASSUMED_SIZE."""
+    size = product(shape)
+    return size if isinstance(size, int) else evaluate(size, dict.fromkeys(size.symbols(), ASSUMED_SIZE))
 
 
 def scalar_constant(value: Value):

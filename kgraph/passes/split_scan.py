@@ -17,10 +17,14 @@ from kgraph.passes.batching import batched, can_batch, contracted, contracts, su
 from kgraph.passes.canonicalise import canonicalise
 from kgraph.passes.common_subexpressions import common_subexpressions
 from kgraph.passes.manager import PassContext
+from kgraph.passes.patterns import estimated_elements
 
 # What is worth a sequence in memory.
 HEAVY = frozenset({"dot_general", "conv"})
 HEAVY_SUMS = HEAVY | {"conv_filter_gradient"}
+# How much larger than what the loop carries, reads and gives in a step a value may be that is kept for all steps: loops
+# also serve to keep large intermediate values, such as the scores of attention, from existing all at once.
+LARGEST_GROWTH = 16
 
 
 def split_scan(graph: Graph, context: PassContext | None = None) -> Graph:
@@ -59,6 +63,8 @@ class _Plan:
         held = self.num_carry + self.num_xs
         self.carries, self.xs = body.inputs[: self.num_carry], body.inputs[self.num_carry : held]
         self.constants = body.inputs[held:]
+        held_sizes = [estimated_elements(v.shape) for v in (*self.carries, *self.xs, *body.outputs)]
+        self.limit = LARGEST_GROWTH * max(held_sizes, default=0)
         self._classify()
         self.core: set[Node] = set()
         self.sums = {i: v for i in range(self.num_carry) if (v := self._summand(i)) is not None}
@@ -86,12 +92,20 @@ class _Plan:
             if all(v in self.fixed for v in node.inputs):
                 self.fixed.update(node.outputs)
             elif all(v in self.fixed or v in self.early for v in node.inputs):
-                if can_batch(node, [v in self.early for v in node.inputs]):
+                if can_batch(node, [v in self.early for v in node.inputs]) and self._fits(node.outputs):
                     self.early.update(node.outputs)
+
+    def _fits(self, values: Iterable[Value]) -> bool:
+        """Whether values may be kept for all steps."""
+        return all(v in self.fixed or estimated_elements(v.shape) <= self.limit for v in values)
 
     def varies(self, value: Value) -> bool:
         """Whether a value may differ between iterations."""
         return value not in self.fixed
+
+    def contracts(self, node: Node) -> bool:
+        """Whether a sum over the steps can be had from the node's operands in all of them."""
+        return contracts(node, self.varies) and self._fits(node.inputs)
 
     def _summand(self, i: int) -> Value | None:
         """v, where carry i does nothing but add v in every iteration."""
@@ -118,7 +132,7 @@ class _Plan:
         node = value.node
         if node is None or node in self.core or value in self.fixed or value in self.early:
             return False
-        return can_batch(node, [self.varies(v) for v in node.inputs])
+        return can_batch(node, [self.varies(v) for v in node.inputs]) and self._fits((*node.inputs, value))
 
     def _is_late_product(self, value: Value) -> bool:
         """Whether a result of the steps is one of a product that can be had for all of them at once."""
@@ -146,7 +160,7 @@ class _Plan:
             yield node
             for v in inner:
                 yield from self._sum_part(v)
-        elif contracts(node, self.varies):
+        elif self.contracts(node):
             yield node
 
     def sum_leaves(self, value: Value) -> list[Value]:
@@ -156,7 +170,7 @@ class _Plan:
             inner = sum_operands(node, self.varies)
             if inner is not None:
                 return [leaf for v in inner for leaf in self.sum_leaves(v)]
-            if contracts(node, self.varies):
+            if self.contracts(node):
                 return list(node.inputs)
         return [value]
 
@@ -223,7 +237,7 @@ class _Splitting:
             inner = sum_operands(node, plan.varies)
             if inner is not None:
                 return summed_node(node, [self.total(v) for v in inner], self.at)
-            if contracts(node, plan.varies):
+            if plan.contracts(node):
                 return contracted(node, [self.at(v) for v in node.inputs], self.length)
         return ops.reduce_sum(self.at(value), axes=(0,))
 

@@ -12,14 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kgraph.errors import ArtifactError, InputError, KGraphError
 from kgraph.report import Explanation, Profile, profile_of
-from kgraph.runtime import artifact_plan, artifact_self_test
+from kgraph.runtime import artifact_plan, artifact_self_test, layout
 from kgraph.runtime.artifact_file import ArtifactFile
 from kgraph.runtime.artifact_forms import DAMAGE, LoadedForm, as_text, read_form
 from kgraph.runtime.artifact_level import Requirement
@@ -36,7 +36,11 @@ class LevelError(ArtifactError):
 
 @dataclass
 class Manifest:
-    """What a file holds. levels: requirement of the code by level, best first. data: the rest as it stands."""
+    """What a file holds.
+
+    levels: requirement of the code by level, best first. forms: as they stand. host_steps: what runs on NumPy, and why.
+    layout: version of the tables that the native executor in the file reads.
+    """
 
     kind: str
     name: str
@@ -47,7 +51,8 @@ class Manifest:
     specialised: str | None
     levels: dict[str, Requirement]
     forms: list[dict[str, Any]]
-    host_steps: list[str] = field(default_factory=list)
+    host_steps: list[str]
+    layout: int
 
     @staticmethod
     def read(file: ArtifactFile) -> Manifest:
@@ -69,6 +74,7 @@ class Manifest:
                 levels,
                 forms,
                 list(map(as_text, steps)),
+                int(data["layout"]),
             )
         except DAMAGE as error:
             file.fail(f"its manifest is damaged: {error}")
@@ -78,6 +84,8 @@ class Manifest:
         if level is not None and level not in self.levels:
             stored = ", ".join(self.levels) or "none"
             raise ArtifactError(f"{file.path}: it has no code for {level!r}; there is code for {stored}")
+        if self.layout != layout.version():
+            raise LevelError(f"{file.path}: its code was made for the tables of another version, kgraph {self.kgraph}")
         lacking = {name: self.levels[name].missing() for name in self.levels if level in (None, name)}
         for name, missing in lacking.items():
             if not missing:

@@ -36,7 +36,7 @@ TABLE = tuple(
 )
 PAIR_WORDS, COPY_WORDS = 2, 4
 # Iterations between two looks at Python's signals.
-_TURNS = 1 << 16
+_TURNS = 256
 _REPEAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import kgraph  # isort: skip  (before Keras)
 
 import concurrent.futures
+import json
 import os
 
 import keras
@@ -13,6 +14,7 @@ import pytest
 from keras import layers
 
 from kgraph.errors import ArtifactError, CompileError, InputError
+from kgraph.runtime.artifact_file import ArtifactFile, write_file
 from tests.artifact.conftest import MODELS, assert_same, normal
 
 
@@ -58,6 +60,20 @@ def test_rebuilt(name, saved, monkeypatch):
     assert_same(loaded(x), compiled(x))
     assert len(loaded.explain().kernels) == len(compiled.explain().kernels)
     assert loaded.graph == str(compiled.graph)
+
+
+def test_code_of_another_version(saved, tmp_path):
+    """Code that reads tables of another layout is not used; the model is compiled again."""
+    compiled, x, path = saved("dense")
+    file = ArtifactFile(path)
+    manifest = json.dumps(file.read_json("manifest") | {"layout": 5}).encode()
+    sections = [(name, [manifest if name == "manifest" else file.view(name)]) for name in file.sections]
+    write_file(tmp_path / "m.kgraph", sections)
+    with pytest.raises(ArtifactError, match=r"made for the tables of another version, kgraph 0\."):
+        kgraph.load(tmp_path / "m.kgraph", level="native")
+    loaded = kgraph.load(tmp_path / "m.kgraph")
+    assert loaded.level == "rebuilt"
+    assert_same(loaded(x), compiled(x))
 
 
 def test_nothing_fits(saved, tmp_path, monkeypatch):

@@ -100,9 +100,10 @@ def test_layers(name, symbols):
 
 
 @pytest.mark.parametrize("symbols", ["", "N", "NHW"])
-def test_where_no_window_fits_or_there_are_no_images(symbols):
+@pytest.mark.parametrize("groups", [1, 8])
+def test_where_no_window_fits_or_there_are_no_images(symbols, groups):
     for shape in ((2, 5, 2, 8), (2, 2, 5, 8), (0, 5, 5, 8)):
-        out = check(shape, (3, 3, 8, 20), geometry(2), symbols=symbols)
+        out = check(shape, (3, 3, 8 // groups, 8), geometry(2, groups=groups), symbols=symbols)
         assert not out.any()
 
 

@@ -18,7 +18,6 @@ CATEGORIES = {
     "sparse": "sparse or ragged tensors",
     "network": "needs the network",
     "other-tensors": "expects tensors that are not NumPy arrays",
-    "framework": "differentiates or trains with functions of TensorFlow, JAX or PyTorch",
     "keras": "fails on every backend: a fault of the test or of Keras",
     "kgraph": "a gap of kgraph's",
 }

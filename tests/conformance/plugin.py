@@ -1,10 +1,11 @@
 """A pytest plugin under which Keras' own tests run outside of Keras' repository, on kgraph or on another backend.
 
 It does what the `conftest.py` of that repository does (the wheel leaves it out), limits each test's time, writes each
-test's outcome to a file as soon as it is known, and, on kgraph, changes two things for the tests alone:
+test's outcome to a file as soon as it is known, and, on kgraph, changes three things for the tests alone:
 
 - They see the backend's name "kgraph", where Keras itself sees "numpy": many tests skip themselves on a backend called
   "numpy" because Keras' own one cannot train. `NAMES` lists the exceptions.
+- Tests that differentiate with the backend's framework do so with kgraph's gradients (`jax_branch`).
 - Each layer that a test hands to `TestCase.run_layer_test` also goes through `kgraph.compile` (`compiled_layers`).
 
 Settings come from the environment, so that the plugin works in the peers' environments too:
@@ -25,6 +26,8 @@ import types
 from pathlib import Path
 
 import pytest
+
+from tests.conformance import jax_branch
 
 ON_KGRAPH = os.environ.get("KERAS_BACKEND") == "kgraph"
 TIMEOUT = float(os.environ.get("CONFORMANCE_TIMEOUT", "120"))
@@ -76,6 +79,17 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     known = {test for file in {_file(item.nodeid) for item in items} for test in _known(file)}
     items[:] = [item for item in items if item.nodeid not in known]
+    if ON_KGRAPH:
+        for item in filter(jax_branch.concerns, items):
+            jax_branch.take_off_skips(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if not (ON_KGRAPH and jax_branch.concerns(item)):
+        return (yield)
+    with jax_branch.stand_in():
+        return (yield)
 
 
 # -- the backend's name ------------------------------------------------------------------------------------------------
@@ -89,8 +103,11 @@ def _name_the_backend() -> None:
     def backend():
         frame = sys._getframe(1)
         caller = frame.f_globals.get("__name__", "")
-        if (caller, frame.f_code.co_name) in NAMES:
-            return NAMES[caller, frame.f_code.co_name]
+        place = (caller, frame.f_code.co_name)
+        if place in NAMES:
+            return NAMES[place]
+        if place in jax_branch.TESTS:
+            return "jax"
         of_a_test = caller.endswith("_test") or caller.startswith("keras.src.testing.")
         return "kgraph" if of_a_test else inner()
 

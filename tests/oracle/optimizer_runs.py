@@ -10,7 +10,8 @@ import numpy as np
 from keras import layers, optimizers
 from keras.optimizers import schedules
 
-from tests.oracle.training_runs import digest, initial_weights
+from tests.oracle import training_runs
+from tests.oracle.training_runs import initial_weights
 
 STEPS, BATCH = 10, 8
 # Classes of keras.optimizers that are no optimizers of their own.
@@ -91,10 +92,15 @@ def _cases() -> dict[str, Callable]:
 
 
 CASES = _cases()
-# One of every kind; every option on the optimizers of most use.
+# Every optimizer and every schedule once, every option on Adam.
 SHORT_CASES = [
-    case for case in CASES if case.startswith(("Adam(", "SGD(")) or not any(f"{option}=" in case for option in OPTIONS)
+    case
+    for case in CASES
+    if case.startswith(("Adam(", "LossScale", "Multi", "SGD("))
+    or case in {f"{name}({_title(variants[0])})" for name, variants in VARIANTS.items()}
 ]
+SHORT_CASES = [case for case in SHORT_CASES if not (case.startswith("SGD(") and any(o in case for o in OPTIONS))]
+SHORT_CASES = [case for case in SHORT_CASES if not (case.startswith("Adam(") and case[5:-1] in SCHEDULES)]
 
 
 def classes() -> set[str]:
@@ -105,7 +111,7 @@ def classes() -> set[str]:
 
 def stored_name(case: str) -> str:
     """The name under which the results of a case are kept."""
-    return f"optimizer.{case}@{digest(__file__)}"
+    return f"optimizer.{case}@{training_runs.digest(__file__, training_runs.__file__)}"
 
 
 def run(case: str, prepare: Callable = lambda x: x) -> dict[str, np.ndarray]:

@@ -12,7 +12,8 @@ from tests.oracle import comparison, objective_runs, optimizer_runs, training, t
 
 needs_jax = pytest.mark.skipif(not comparison.JAX_PYTHON.exists(), reason="no environment with JAX (see README, Tests)")
 OTHER_RUNS = [name for name in training_runs.RUNS if name not in training_runs.SHORT_RUNS]
-OTHER_CASES = [case for case in optimizer_runs.CASES if case not in optimizer_runs.SHORT_CASES]
+OTHER_OPTIMIZERS = [case for case in optimizer_runs.CASES if case not in optimizer_runs.SHORT_CASES]
+OTHER_OBJECTIVES = [case for case in objective_runs.CASES if case not in objective_runs.SHORT_CASES]
 # Run -> a primitive whose gradient is made wrong, and by what factor: what numbers of the run's precision can show.
 BROKEN = {
     **{f"convolution_1d-{optimizer}": ("tanh", 1.01) for optimizer in training_runs.OPTIMIZERS},
@@ -36,14 +37,16 @@ def by_jax() -> dict:
     """JAX's results for the ordinary tests, by one process per precision."""
     names = [*map(training_runs.stored_name, {*training_runs.SHORT_RUNS, *BROKEN})]
     names += map(optimizer_runs.stored_name, optimizer_runs.SHORT_CASES)
-    return training.references([*names, *map(objective_runs.stored_name, objective_runs.CASES)])
+    return training.references([*names, *map(objective_runs.stored_name, objective_runs.SHORT_CASES)])
 
 
 @pytest.fixture(scope="module")
 def all_by_jax(by_jax) -> dict:
     """JAX's results for the long tests."""
-    names = map(training_runs.stored_name, training_runs.RUNS)
-    return by_jax | training.references([*names, *map(optimizer_runs.stored_name, optimizer_runs.CASES)])
+    names = [*map(training_runs.stored_name, training_runs.RUNS)]
+    for runs in (optimizer_runs, objective_runs):
+        names += map(runs.stored_name, runs.CASES)
+    return by_jax | training.references(names)
 
 
 def assert_allowed(findings: list[training.Finding]) -> None:
@@ -112,15 +115,22 @@ def test_optimizers(case, by_jax):
 
 @needs_jax
 @pytest.mark.long
-@pytest.mark.parametrize("case", OTHER_CASES)
+@pytest.mark.parametrize("case", OTHER_OPTIMIZERS)
 def test_options_of_all_other_optimizers(case, all_by_jax):
     check_case(optimizer_runs, case, all_by_jax)
 
 
 @needs_jax
-@pytest.mark.parametrize("case", objective_runs.CASES)
+@pytest.mark.parametrize("case", objective_runs.SHORT_CASES)
 def test_losses_and_metrics(case, by_jax):
     check_case(objective_runs, case, by_jax)
+
+
+@needs_jax
+@pytest.mark.long
+@pytest.mark.parametrize("case", OTHER_OBJECTIVES)
+def test_options_of_losses_and_metrics(case, all_by_jax):
+    check_case(objective_runs, case, all_by_jax)
 
 
 def test_every_class_is_tried():

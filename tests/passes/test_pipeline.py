@@ -279,6 +279,22 @@ def test_fusion_never_makes_a_cycle():
     check_same(graph, after)
 
 
+def test_fusion_never_makes_a_cycle_through_a_region_that_spans_others():
+    """The sines and the last sum may join, on either side of both reductions; then the negation may no longer join the
+    product with the first of them."""
+
+    def function(x, y):
+        sine = ops.sin(x)
+        first = ops.reduce_sum(ops.mul(sine, y), axes=(1,), keepdims=True)
+        negative = ops.neg(x)
+        both = ops.mul(negative, first)
+        second = ops.reshape(ops.reduce_sum(ops.mul(negative, y), axes=(1,)), shape=(3, 1))
+        return both, ops.mul(ops.add(x, second), sine)
+
+    graph = traced(function, [f32(3, 5), f32(3, 5)])
+    check_same(graph, fuse(graph, PassContext(accepts=lambda node: None)))
+
+
 def test_loops_fuse_with_several_results():
     def function(x, y):
         a = ops.exp(ops.add(x, y))

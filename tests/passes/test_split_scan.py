@@ -192,6 +192,18 @@ def test_compiled_gradients(build, types):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_large_intermediate_values_stay_in_the_loop():
+    """Attention in chunks of queries: the scores of all chunks together are what the loop avoids."""
+
+    def build(q, k, v):
+        scores = dot(q, k, (1,), (1,))
+        return [dot(ops.softmax(scores, axis=1), v)]
+
+    graph = scanned(build, [], [f32(T, 8, 16)], [f32(2000, 16), f32(2000, 16)])
+    after = split_scan(graph)
+    assert inside(after) == inside(graph)
+
+
 def test_random_bodies_and_loops_within_keep_their_order():
     def build(h, seed, x, k):
         kept = ops.lt(ops.random_uniform(seed, shape=(N, 4)), np.float32(0.5))

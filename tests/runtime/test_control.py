@@ -232,6 +232,14 @@ def test_a_program_with_a_loop_can_be_pickled():
         np.testing.assert_array_equal(a, b)
 
 
+def test_bodies_go_through_the_passes_of_the_graph_around(monkeypatch):
+    graph = scanned(cell, [f32(N, 3), f32(N, 3)], [f32(T, N, 3)], [f32(3)])
+    arrays = [normal(2, 3), normal(2, 3, seed=1), normal(5, 2, 3, seed=2), normal(3, seed=3)]
+    for name in ("layout", "merge_scans", "fuse"):
+        monkeypatch.setenv("KGRAPH_STOP_AFTER", name)
+        check(compile_graph(graph), graph, *arrays)
+
+
 def test_explain_says_what_runs_in_the_loop():
     graph = scanned(cell, [f32(N, 3), f32(N, 3)], [f32(T, N, 3)], [f32(3)])
     (row,) = explain("model", compile_graph(graph)).host_steps

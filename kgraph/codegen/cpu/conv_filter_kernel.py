@@ -172,13 +172,14 @@ class _Filter:
         self.copy, self.columns = b.scratch(plan.accumulate), b.scratch(plan.accumulate, plan.copy_bytes)
         self.panels = Panels(plan.filters, plan.vectors * plan.lanes, plan.lanes)
         self.all_channels, self.all_filters = plan.groups * plan.channels, plan.groups * plan.filters
-        self.pieces = b.max(b.ceil_div(self.out_sizes[2], plan.piece), 1)  # one where no window fits: it divides
+        pieces = b.ceil_div(self.out_sizes[2], plan.piece)
+        self.lines = self.images * (self.out_sizes[0] * self.out_sizes[1] * pieces)
+        self.pieces = b.max(pieces, 1)  # it divides, also where no window fits
         self.row_pitch = plan.copied_pixels * plan.channel_block
         self.tiles = _Tiles(b, plan)
 
     def emit(self) -> None:
         b, plan = self.b, self.plan
-        lines = self.images * (self.out_sizes[0] * self.out_sizes[1] * self.pieces)
         tap_rows = plan.window[0] * plan.window[1]
         tap_groups = tap_rows // (plan.joined * plan.copies)
         channel_groups = plan.channels // plan.channel_block
@@ -193,7 +194,7 @@ class _Filter:
             last_panel = b.min(first_panel + plan.panels, self.panels.count())
             out = self.sums + chunk * (product(plan.window) * plan.channels * self.all_filters)
             begin = chunk * plan.chunk
-            end = b.min(begin + plan.chunk, lines)
+            end = b.min(begin + plan.chunk, self.lines)
             # An empty batch runs once, over no lines, to write zeros.
             with b.loop(begin, b.max(end, begin + 1), plan.lines) as line:
                 count = b.max(b.min(end - line, plan.lines), 0)

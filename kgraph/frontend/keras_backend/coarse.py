@@ -6,8 +6,8 @@ would cost knowledge, so the finder of `frontend.install` calls `apply` on the m
 are loaded, and it replaces the functions in them. To be removed where Keras calls its backend for them.
 
 The same way `Operation.__call__` learns to report unsupported operations to a running capture, an `Embedding` of packed
-weights takes LoRA, for which Keras sets an attribute of the unpacked tensor, and `Equalization` can be captured, whose
-histogram has a size that depends on values unless the backend's name is "jax".
+weights takes LoRA, for which Keras sets an attribute of the unpacked tensor, and `Equalization` can be captured, in
+which sizes depend on values unless the backend's name is "jax".
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def apply(name: str, module) -> None:
     elif name.endswith("core.embedding"):
         module.Embedding.enable_lora = _freezing_the_variable(module.Embedding.enable_lora)
     elif name.endswith("equalization"):
-        module.Equalization._custom_histogram_fixed_width = _histogram
+        layer = module.Equalization
+        layer._custom_histogram_fixed_width = _histogram(layer._custom_histogram_fixed_width)
+        layer._apply_equalization = _of_fixed_sizes(layer._apply_equalization)
     elif name.endswith("_attention"):
         layer = getattr(module, "MultiHeadAttention", None) or module.GroupedQueryAttention
         layer._compute_attention = _without_idle_dropout(layer._compute_attention)
@@ -122,14 +124,33 @@ def _without_idle_dropout(original):
     return compute_attention
 
 
-def _histogram(self, values, value_range, nbins):
+def _histogram(original):
     """How many values lie in each of `nbins` bins around equally spaced centres from one bound to the other: int32."""
-    low, high = value_range
-    values = convert_to_tensor(values, "float32")
-    indices = cast((values - low) * (nbins - 1) / (high - low), "int32")
-    indices = reshape_to(backend.numpy.clip(indices, 0, nbins - 1), (-1, 1))
-    ones = filled((indices.shape[0],), 1, "int32")
-    return ops.scatter_nd(filled((nbins,), 0, "int32"), indices, ones, reduction="add")
+
+    @functools.wraps(original)
+    def histogram(self, values, value_range, nbins):
+        if self.backend.name != "numpy":  # inside of another framework's data pipeline
+            return original(self, values, value_range, nbins)
+        low, high = value_range
+        values = convert_to_tensor(values, "float32")
+        indices = cast((values - low) * (nbins - 1) / (high - low), "int32")
+        indices = reshape_to(backend.numpy.clip(indices, 0, nbins - 1), (-1, 1))
+        ones = filled((indices.shape[0],), 1, "int32")
+        return ops.scatter_nd(filled((nbins,), 0, "int32"), indices, ones, reduction="add")
+
+    return histogram
+
+
+def _of_fixed_sizes(original):
+    """The way that Keras goes for JAX: the first count that is not 0 by argmax rather than by nonzero."""
+
+    @functools.wraps(original)
+    def apply_equalization(self, channel, hist):
+        if self.backend.name == "numpy":
+            self = _Seen(self, "backend", _Seen(self.backend, "name", "jax"))
+        return original(self, channel, hist)
+
+    return apply_equalization
 
 
 def _freezing_the_variable(original):

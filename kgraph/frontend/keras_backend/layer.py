@@ -37,7 +37,7 @@ for _name in "add sub mul matmul truediv floordiv mod pow lshift rshift and or x
 
 def _as(kind: type, x: np.ndarray) -> np.ndarray:
     """A view of another type, with the mask that Keras keeps for the array."""
-    view = x.view(kind)
+    view: np.ndarray = x.view(kind)
     mask = get_keras_mask(x)
     if mask is not None:
         set_keras_mask(view, mask)
