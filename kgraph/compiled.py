@@ -266,20 +266,25 @@ class CompiledModel(Model):
 
         return save(self._saved(), path, levels=levels, rebuildable=rebuildable, self_test=self_test)
 
-    def export(self, directory: str | os.PathLike, format: str = "c", **options):
-        """Write the model, with its weights as they are now, for programs without Python; gives the files' paths.
+    def export(self, path: str | os.PathLike, format: str = "c", **options):
+        """Write the model, with its weights as they are now, for programs without kgraph.
 
-        format: "c", a shared and a static library with a C header. options: `name`, `machine`, `levels`, `weights`,
-        `compiler` of `kgraph.c_export.export`. A model that is compiled for the sizes of each call is exported for
-        those sizes that it has been called with.
-        Raises ValueError for another format, UnsupportedError for a model with steps that run on NumPy, CompileError
-        where no C compiler is found, InputError where no sizes have been compiled yet.
+        format: "c", a directory with a shared and a static library and a C header (gives their paths; options: `name`,
+            `machine`, `levels`, `weights`, `compiler`, `keep_objects` of `kgraph.c_export.export`), or "onnx", one file
+            (option: `optimised`, of `kgraph.onnx_export.export_onnx`).
+        A model that is compiled for the sizes of each call is exported for those sizes that it has been called with.
+        Raises ValueError for another format, UnsupportedError for what the format has no place for, CompileError where
+        no C compiler is found, InputError where no sizes have been compiled yet.
         """
-        if format != "c":
-            raise ValueError(f"format={format!r}: expected 'c'")
-        from kgraph.c_export import export
+        if format == "c":
+            from kgraph.c_export import export
 
-        return export(self._saved(), directory, **options)
+            return export(self._saved(), path, **options)
+        if format == "onnx":
+            from kgraph.onnx_export import export_onnx
+
+            return export_onnx(self._saved(), path, **options)
+        raise ValueError(f"format={format!r}: expected 'c' or 'onnx'")
 
     def _saved(self):
         """The model as what is written of it."""

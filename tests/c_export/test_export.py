@@ -223,7 +223,7 @@ def test_the_best_level_that_the_processor_has_is_taken(tmp_path):
 
 def test_wrong_arguments(tmp_path):
     compiled = kgraph.compile(models.tiny_mlp())
-    with pytest.raises(ValueError, match="expected 'c'"):
+    with pytest.raises(ValueError, match="expected 'c' or 'onnx'"):
         compiled.export(tmp_path, format="tar")
     with pytest.raises(ValueError, match="cannot be part"):
         compiled.export(tmp_path, name="a b")
