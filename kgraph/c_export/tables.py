@@ -11,7 +11,7 @@ import numpy as np
 from kgraph.errors import UnsupportedError
 from kgraph.ir import Dim
 from kgraph.runtime.plan import Program
-from kgraph.runtime.steps import HostStep
+from kgraph.runtime.steps import HostStep, NativeStep
 
 ALIGNMENT = 64
 MAX_SYMBOLS = 16
@@ -92,9 +92,11 @@ class ProgramTables:
         self.symbols = sorted({symbol for symbol, *_ in program.solvers})
         if len(self.symbols) > MAX_SYMBOLS:
             raise UnsupportedError(f"{program.name}: more than {MAX_SYMBOLS} sizes that differ from call to call")
-        self.code, self.starts = _Pool(), []
+        self.code = _Pool()
+        self.starts: list[int] = []
         self.expressions: dict[int | Dim, int] = {}
-        self.shapes, self.operands, self.sizes, self.inplace = _Pool(), [], _Pool(), _Pool()
+        self.shapes, self.sizes, self.inplace = _Pool(), _Pool(), _Pool()
+        self.operands: list[int] = []
 
     def text(self) -> str:
         """The definition of `static const kg_program NAME` and all that it refers to."""
@@ -104,7 +106,7 @@ class ProgramTables:
         solvers = [
             f"{{{self.symbols.index(symbol)}, {', '.join(map(str, rest))}}}" for symbol, *rest in program.solvers
         ]
-        params = [self.weights.add(value) for value in program.values]
+        params = [self.weights.add(value) for value in program.values if value is not None]
         donations = [number for pair in program.donations for number in pair]
         n = self.name
         counts = [
@@ -113,7 +115,7 @@ class ProgramTables:
             len(buffers),
             len(steps),
             len(self.operands),
-            sum(len(step.sizes) for step in program.steps),
+            sum(len(step.sizes) for step in program.steps if isinstance(step, NativeStep)),
             len(program.inputs),
             len(program.outputs),
             len(params),

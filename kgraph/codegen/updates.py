@@ -30,7 +30,9 @@ def arrange_updates(lowered: Lowered, donations: Sequence[tuple[int, int]], targ
     for index in updates:
         step = lowered.steps[index]
         key = loop_group.group_key(lowered.specs[step.kernel])
-        count = step.sizes[0] if key is not None else None
+        if key is None:
+            continue
+        count = step.sizes[0]
         if isinstance(count, int) and count <= LARGEST_MEMBER:
             groups.setdefault(key, []).append(index)
     joined = {index for members in groups.values() if len(members) > 1 for index in members}

@@ -26,24 +26,30 @@ class Contraction:
         self.users = graph.uses()
         self.outputs = set(graph.outputs)
         self.region_of: dict[Node, Region] = {}
-        # The last place in the graph among a node, its region and all that they are computed from through regions.
-        self.reach = dict(self.index)
+        # Grows along every edge between regions, and is the same for all nodes of one: what a node is computed from is
+        # below it. Places in the graph would not do: a mask for the backward part stands late and joins an early region.
+        self.level: dict[Node, int] = {}
+        for node in graph.nodes:
+            self.level[node] = 1 + max([self.level[v.node] for v in node.inputs if v.node is not None], default=0)
 
     def claim(self, region: Region) -> None:
         """Contract the nodes of `region`: no other region may take them."""
+        level, region_of = self.level, self.region_of
         for node in region.nodes:
-            self.region_of[node] = region
-        reach = max(self.reach[node] for node in region.nodes)
-        stack = [node for node in region.nodes if self.reach[node] < reach]
-        self.reach.update(dict.fromkeys(region.nodes, reach))
-        while stack:
-            for value in stack.pop().outputs:
+            region_of[node] = region
+        top = max(level[node] for node in region.nodes)
+        raised = [node for node in region.nodes if level[node] < top]
+        level.update(dict.fromkeys(region.nodes, top))
+        while raised:
+            node = raised.pop()
+            own, above = region_of.get(node), level[node] + 1
+            for value in node.outputs:
                 for user in self.users.get(value, ()):
-                    if self.reach[user] < reach:
-                        joined = self.region_of.get(user)
+                    joined = region_of.get(user)
+                    if level[user] < above and (joined is None or joined is not own):
                         nodes = [user] if joined is None else joined.nodes
-                        self.reach.update(dict.fromkeys(nodes, reach))
-                        stack += nodes
+                        level.update(dict.fromkeys(nodes, above))
+                        raised += nodes
 
     def external_inputs(self, nodes: Iterable[Node]) -> list[Value]:
         """Values that the nodes read and do not make, in order of first use, scalar constants left out."""
@@ -71,15 +77,15 @@ class Contraction:
         It does if nothing that they read from outside is computed, through contracted regions, from a result of them.
         """
         inside = {node, *nodes}
-        reach, region_of = self.reach, self.region_of
-        first = min([self.index[n] for n in inside])
+        level, region_of = self.level, self.region_of
+        lowest = min([level[n] for n in inside])
         stack = [v.node for member in inside for v in member.inputs if v.node is not None and v.node not in inside]
         seen: set[Node] = set()
         while stack:
             current = stack.pop()
             if current in inside:
                 return False
-            if current in seen or reach[current] < first:
+            if current in seen or level[current] <= lowest:
                 continue
             region = region_of.get(current)
             members = [current] if region is None else region.nodes

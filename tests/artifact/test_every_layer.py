@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from kgraph.errors import ArtifactError
+from kgraph.runtime.artifact import LevelError
 from tests.artifact.conftest import assert_same
 from tests.models.layer_table import CASES
 from tests.models.test_every_layer import make_model
@@ -31,9 +31,8 @@ def test_layer(name, tmp_path):
         assert_same(loaded(x), compiled(x))
     try:
         loaded = kgraph.load(tmp_path / "m.kgraph", level=V3)
-    except ArtifactError as error:
-        assert "runs none of its object code" in str(error)
-        return
+    except LevelError as error:
+        pytest.skip(str(error))
     for got, wanted in zip(keras.tree.flatten(loaded(example)), keras.tree.flatten(compiled(example)), strict=True):
         scale = np.abs(wanted).max(initial=1)
         np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5 * scale)

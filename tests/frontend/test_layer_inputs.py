@@ -51,9 +51,11 @@ def test_masks_go_along():
         np.testing.assert_array_equal(keras.src.backend.get_keras_mask(layer(masked)), [[False, True]])
 
 
-def test_text_is_no_tensor():
-    assert not keras.ops.is_tensor(np.array(["a", "b"]))
-    assert keras.ops.is_tensor(np.zeros(2, "bool"))
+def test_text_has_a_dtype_of_its_own():
+    words = np.array(["a", "long word"])
+    assert keras.backend.standardize_dtype(words.dtype) == "string"
+    assert keras.backend.standardize_dtype(np.dtype("int8")) == "int8"
+    np.testing.assert_array_equal(layers.Identity()(words), words)
 
 
 def test_equalization_is_captured_like_it_runs():

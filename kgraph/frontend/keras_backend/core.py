@@ -20,7 +20,7 @@ import threading
 
 import numpy as np
 from keras.src import tree
-from keras.src.backend.common import KerasVariable, standardize_dtype
+from keras.src.backend.common import KerasVariable, dtypes, standardize_dtype
 from keras.src.backend.common.dtypes import result_type
 from keras.src.backend.common.keras_tensor import KerasTensor
 from keras.src.backend.common.stateless_scope import StatelessScope, get_stateless_scope
@@ -40,6 +40,17 @@ SUPPORTS_COMPLEX_DTYPES = True
 # Keras asks in one place: whether callbacks may run in a thread beside the training. Logs are ready when a step returns
 # here, so that handing them to a thread costs more (tens of microseconds a step) than calling back.
 IS_THREAD_SAFE = False
+
+
+class _DTypeNames(dict):
+    """Keras' names of dtypes that are no strings themselves, with "string" for NumPy's types of text of any length."""
+
+    def get(self, dtype, default=None):
+        return "string" if isinstance(dtype, np.dtype) and dtype.kind in "US" else super().get(dtype, default)
+
+
+# `standardize_dtype` looks names up here.
+dtypes.PYTHON_DTYPES_MAP = _DTypeNames(dtypes.PYTHON_DTYPES_MAP)
 
 # Counts every assignment to any variable of the process. A compiled model compares it with the count it last saw, and
 # looks at its own variables' versions only when it differs. Read it as `core.weights_version`.
@@ -170,8 +181,8 @@ def convert_to_numpy(x):
 
 
 def is_tensor(x):
-    """Whether x is a value of this backend; arrays of strings are not, so that layers which take text convert them."""
-    return isinstance(x, TracedArray) or (isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind not in "USO")
+    """Whether x is a value of this backend."""
+    return isinstance(x, (np.ndarray, np.generic, TracedArray))
 
 
 def shape(x):
