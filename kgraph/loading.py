@@ -29,7 +29,8 @@ def load(
 
     Gives a `LoadedModel`, called like the compiled model that was saved, or a `LoadedStep`. Where the machine runs none
     of the stored code, the model is compiled again from the graph in the file, if the compiler is installed.
-    Raises ArtifactError for a file that is damaged, of a newer format, or that cannot be used on this machine.
+    Raises ArtifactError for a file that is damaged, of a newer format, or that cannot be used on this machine, and
+    DTypeError where its arrays need ml_dtypes and that is not installed.
     """
     clock = Clock()
     file, manifest = open_file(path)

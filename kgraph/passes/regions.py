@@ -26,30 +26,34 @@ class Contraction:
         self.users = graph.uses()
         self.outputs = set(graph.outputs)
         self.region_of: dict[Node, Region] = {}
-        # Grows along every edge between regions, and is the same for all nodes of one: what a node is computed from is
-        # below it. Places in the graph would not do: a mask for the backward part stands late and joins an early region.
-        self.level: dict[Node, int] = {}
-        for node in graph.nodes:
-            self.level[node] = 1 + max([self.level[v.node] for v in node.inputs if v.node is not None], default=0)
+        # For each node the set of those that it is computed from, through regions, and itself: bit i is node number i.
+        self.sources: dict[Node, int] = {}
+        for number, node in enumerate(graph.nodes):
+            bits = 1 << number
+            for value in node.inputs:
+                if value.node is not None:
+                    bits |= self.sources[value.node]
+            self.sources[node] = 0 if node.name == "constant" else bits  # constants are in no region
 
     def claim(self, region: Region) -> None:
         """Contract the nodes of `region`: no other region may take them."""
-        level, region_of = self.level, self.region_of
+        sources, region_of = self.sources, self.region_of
+        bits = 0
         for node in region.nodes:
             region_of[node] = region
-        top = max(level[node] for node in region.nodes)
-        raised = [node for node in region.nodes if level[node] < top]
-        level.update(dict.fromkeys(region.nodes, top))
-        while raised:
-            node = raised.pop()
-            own, above = region_of.get(node), level[node] + 1
+            bits |= sources[node]
+        changed = [node for node in region.nodes if sources[node] != bits]
+        sources.update(dict.fromkeys(region.nodes, bits))
+        while changed:
+            node = changed.pop()
             for value in node.outputs:
                 for user in self.users.get(value, ()):
-                    joined = region_of.get(user)
-                    if level[user] < above and (joined is None or joined is not own):
+                    bits = sources[user] | sources[node]
+                    if bits != sources[user]:
+                        joined = region_of.get(user)
                         nodes = [user] if joined is None else joined.nodes
-                        level.update(dict.fromkeys(nodes, above))
-                        raised += nodes
+                        sources.update(dict.fromkeys(nodes, bits))
+                        changed += nodes
 
     def external_inputs(self, nodes: Iterable[Node]) -> list[Value]:
         """Values that the nodes read and do not make, in order of first use, scalar constants left out."""
@@ -77,21 +81,14 @@ class Contraction:
         It does if nothing that they read from outside is computed, through contracted regions, from a result of them.
         """
         inside = {node, *nodes}
-        level, region_of = self.level, self.region_of
-        lowest = min([level[n] for n in inside])
-        stack = [v.node for member in inside for v in member.inputs if v.node is not None and v.node not in inside]
-        seen: set[Node] = set()
-        while stack:
-            current = stack.pop()
-            if current in inside:
-                return False
-            if current in seen or level[current] <= lowest:
-                continue
-            region = region_of.get(current)
-            members = [current] if region is None else region.nodes
-            seen.update(members)
-            for member in members:
-                stack += [v.node for v in member.inputs if v.node is not None]
+        own = 0
+        for member in inside:
+            own |= 1 << self.index[member]
+        sources = self.sources
+        for member in inside:
+            for value in member.inputs:
+                if value.node is not None and value.node not in inside and sources[value.node] & own:
+                    return False
         return True
 
     def sorted(self, nodes: Iterable[Node]) -> list[Node]:

@@ -247,6 +247,8 @@ class Checking:
 
     def __init__(self, file: ArtifactFile, names: Iterable[str]):
         self._file, self._names = file, list(names)
+        for name in self._names:
+            file.expect(name)
         self._next = itertools.count()
         self._errors: list[BaseException] = []
         count = min(len(self._names), available_cpus(), MAX_CHECKING_THREADS)

@@ -119,6 +119,13 @@ class ArtifactFile:
         section = self.section(name)
         return self._view[section.offset : section.offset + section.length]
 
+    def expect(self, name: str) -> None:
+        """Tell the system that a section will be read soon."""
+        section = self.section(name)
+        if hasattr(mmap, "MADV_WILLNEED") and section.length:
+            start = section.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, section.offset + section.length - start)
+
     def check(self, name: str) -> None:
         """Compare a section's checksum. Raises ArtifactError if it differs."""
         if hashlib.sha256(self.view(name)).digest() != self.section(name).digest:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kgraph import dims
-from kgraph.errors import ArtifactError
+from kgraph.errors import ArtifactError, DTypeError
 from kgraph.runtime.artifact_control import (
     CONTROL,
     bodies_of,
@@ -141,11 +141,12 @@ def decode(
     """The program that `encode` wrote, with its parameters.
 
     tensors: by the names in the plan. objects: what `code_of` gave.
-    Raises ArtifactError for data that is not the plan of a program that can be run.
+    Raises ArtifactError for data that is not the plan of a program that can be run, and DTypeError for arrays that need
+    a package that is not installed.
     """
     try:
         return _Decoder(data, tensors, objects, host_functions).program()
-    except ArtifactError:
+    except (ArtifactError, DTypeError):
         raise
     except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
         raise ArtifactError(f"the plan is damaged: {error}") from error

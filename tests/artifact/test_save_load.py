@@ -7,6 +7,9 @@ import kgraph  # isort: skip  (before Keras)
 import concurrent.futures
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -82,7 +85,7 @@ def test_nothing_fits(saved, tmp_path, monkeypatch):
     monkeypatch.setattr("kgraph.runtime.artifact_level.Requirement.missing", lambda self: ["avx1024"])
     with pytest.raises(ArtifactError, match="saved without its graph"):
         kgraph.load(tmp_path / "m.kgraph")
-    monkeypatch.setitem(__import__("sys").modules, "kgraph.artifact.rebuild", None)
+    monkeypatch.setitem(sys.modules, "kgraph.artifact.rebuild", None)
     with pytest.raises(ArtifactError, match=r"native needs avx1024.* install kgraph"):
         kgraph.load(tmp_path / "m.kgraph")
     with pytest.raises(ArtifactError, match="no code for 'x86-64-v9'; there is code for native"):
@@ -209,7 +212,7 @@ def test_host_steps(tmp_path, monkeypatch):
         compiled.save(tmp_path / "m.kgraph", levels="native")
     data = normal(4, 3, 3)
     assert_same(kgraph.load(tmp_path / "m.kgraph")(data), compiled(data))
-    monkeypatch.setitem(__import__("sys").modules, "kgraph.artifact.host_steps", None)
+    monkeypatch.setitem(sys.modules, "kgraph.artifact.host_steps", None)
     with pytest.raises(ArtifactError, match="steps that run on NumPy, for which the runtime alone does not suffice"):
         kgraph.load(tmp_path / "m.kgraph")
 
@@ -278,3 +281,21 @@ def test_saving_again_leaves_the_mapped_file(saved, tmp_path):
     compiled.save(tmp_path / "m.kgraph", levels="x86-64-v2")
     assert_same(loaded(x), compiled(x))
     assert kgraph.load(tmp_path / "m.kgraph").level == "x86-64-v2"
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    """In every process, whatever order Python's sets have there."""
+    code = (
+        "import hashlib, pathlib, sys, kgraph, keras\n"
+        "from tests.artifact.conftest import MODELS\n"
+        "keras.utils.set_random_seed(7)\n"
+        "kgraph.compile(MODELS['several']()[0]).save(sys.argv[1])\n"
+        "print(hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest())\n"
+    )
+    digests = set()
+    for seed in "12":
+        command = [sys.executable, "-c", code, str(tmp_path / "m.kgraph")]
+        root, environment = Path(__file__).parents[2], os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        digests.add(done.stdout.split()[-1])
+    assert len(digests) == 1

@@ -28,7 +28,6 @@ NO_DERIVATIVE = {
 # Layers that draw in training what a compiled function has to know before. That they are refused is tested; outside
 # of training they are as compiled as the others.
 NOT_COMPILED = {
-    "RandAugment": "has an equalisation, which counts by a number of bins that it reads from the values",
     "RandomCrop": "slices with drawn Python indices",
     "RandomElasticTransform": "draws the size of a filter",
 }

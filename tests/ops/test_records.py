@@ -248,12 +248,14 @@ CHOICES = {
 }
 # The primitives between floats without a gradient rule; their records say why.
 NO_RULE = {
-    "bitcast_convert",
     "ctc_beam_search",
     "eig",
     "fusion",
     "nextafter",
     "pack",
+    "random_beta",
+    "random_binomial",
+    "random_gamma",
     "rnn_gradient",
     "select_and_scatter_add",
     "while_loop",

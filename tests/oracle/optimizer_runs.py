@@ -70,7 +70,7 @@ def _title(options: dict) -> str:
 def _cases() -> dict[str, Callable]:
     """Case -> function that makes the optimizer. A step that is not finite is part of the data where it says so."""
     found: dict[str, Callable] = {}
-    for name in (n for n in VARIANTS if hasattr(optimizers, n)):
+    for name in VARIANTS:
         create = lambda options, kind=name: getattr(optimizers, kind)(**{"learning_rate": 0.01, **options})
         for options in VARIANTS[name]:
             found[f"{name}({_title(options)})"] = lambda c=create, o=options: c(o)
@@ -94,13 +94,11 @@ def _cases() -> dict[str, Callable]:
 CASES = _cases()
 # Every optimizer and every schedule once, every option on Adam.
 SHORT_CASES = [
-    case
-    for case in CASES
-    if case.startswith(("Adam(", "LossScale", "Multi", "SGD("))
-    or case in {f"{name}({_title(variants[0])})" for name, variants in VARIANTS.items()}
+    *(f"{name}({_title(variants[0])})" for name, variants in VARIANTS.items()),
+    *(f"Adam({_title(options)})" for options in [*VARIANTS["Adam"][1:], *OPTIONS.values()]),
+    *(f"SGD({name})" for name in SCHEDULES),
+    *(case for case in CASES if case.startswith(("LossScaleOptimizer", "MultiOptimizer"))),
 ]
-SHORT_CASES = [case for case in SHORT_CASES if not (case.startswith("SGD(") and any(o in case for o in OPTIONS))]
-SHORT_CASES = [case for case in SHORT_CASES if not (case.startswith("Adam(") and case[5:-1] in SCHEDULES)]
 
 
 def classes() -> set[str]:

@@ -56,7 +56,7 @@ def judge(name: str, ours: Mapping, wide: Mapping, narrow: Mapping) -> list[Find
     if set(ours) != set(wide) or set(wide) != set(narrow):
         raise AssertionError(f"{name}: kgraph gives {sorted(ours)}, JAX {sorted(wide)}")
     findings = [*_curves(ours, wide, narrow), _weights(name.split("-")[-1], ours, wide, narrow)]
-    loosest = max(findings, key=lambda f: f.allowed)
+    loosest = max((f for f in findings if not f.what.endswith(COUNTING)), key=lambda f: f.allowed)
     if loosest.allowed > MOST_ALLOWED:
         raise AssertionError(f"{name}: JAX's own deviation is too large to compare with: {loosest}")
     return findings

@@ -46,8 +46,8 @@ def test_no_data(method):
 
 def test_data_of_the_wrong_kind():
     x, y = data(8)
-    fails(ValueError, "Invalid dtype: str", np.array(["a"] * 8), y)
-    fails(ValueError, "Invalid dtype: str", x, np.array(["a"] * 8))
+    fails(ValueError, "Invalid dtype: string", np.array(["a"] * 8), y)
+    fails(ValueError, "Invalid dtype: string", x, np.array(["a"] * 8))
     fails(ValueError, "Invalid dtype: object", x.astype(object), y)
     fails(ValueError, "Unrecognized data type", x.tolist(), y.tolist())
     fails(ValueError, "cardinality is ambiguous", x, y[:4])
@@ -194,3 +194,14 @@ def test_arguments_that_contradict_each_other():
         model.fit(((x, y) for _ in range(2)), y, verbose=0)
     with pytest.raises(ValueError, match="not recognized"):
         model.evaluate(x, y, no_such_argument=1)
+
+
+def test_a_wrong_batch_does_not_make_evaluation_slow():
+    x, _ = data(8)
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    model.compile("sgd", "mse")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"2.*3|3.*2"):
+            model.evaluate(x, x[:, :2], verbose=0)
+        model.evaluate(x, x[:, :3], verbose=0)
+        assert model._compiled_test_step is not None

@@ -42,7 +42,10 @@ def rows_of(x):
 
 
 def batch_of(*parts) -> tuple:
-    """Arguments of the `_on_batch` methods as arrays: numbers nested in lists too, floats in Keras' float type."""
+    """Arguments of the `_on_batch` methods as a batch of `fit`: arrays, and nothing for what is missing at the end.
+
+    Numbers nested in lists become arrays too, and floats have Keras' float type.
+    """
 
     def array(x):
         if x is None:
@@ -55,7 +58,8 @@ def batch_of(*parts) -> tuple:
             return array(part)
         return tree.map_structure(array, part)
 
-    return tuple(convert(part) for part in parts)
+    given = max((i for i, part in enumerate(parts) if part is not None), default=0) + 1
+    return tuple(convert(part) for part in parts[:given])
 
 
 def weights_of_classes(y, sample_weight, class_weight: dict | None):

@@ -28,7 +28,7 @@ from keras.src.backend.common.symbolic_scope import SymbolicScope
 from keras.src.backend.common.variables import standardize_shape as _standardize_shape
 
 from kgraph import ops
-from kgraph.errors import DimDecisionError, UnsupportedError
+from kgraph.errors import DimDecisionError, InputError, UnsupportedError
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
 from kgraph.ir.primitive import current_tracer
@@ -282,6 +282,8 @@ def _output_spec(fn, args, kwargs, unknown):
 
     def enter(x):
         if isinstance(x, KerasTensor):
+            if x.dtype == "string":
+                raise InputError("Invalid dtype: string. Text is no tensor: turn it into numbers ahead of the model.")
             sizes = tuple(unknown if d is None else d for d in x.shape)
             return tracer.add_input(TensorType(sizes, x.dtype))
         # Concrete tensors lose their values too, as in JAX: shapes must not depend on them.

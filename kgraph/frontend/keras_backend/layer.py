@@ -45,7 +45,10 @@ def _as(kind: type, x: np.ndarray) -> np.ndarray:
 
 
 def _guarded(x):
-    return _as(LayerInput, x) if type(x) is np.ndarray and x.flags.writeable else x
+    """An argument with its arrays guarded; a dict stays itself, because Keras' image layers write results into it."""
+    if type(x) in (tuple, list):
+        return type(x)(_guarded(item) for item in x)
+    return _as(LayerInput, x) if type(x) is np.ndarray else x
 
 
 def _released(x):
@@ -60,5 +63,6 @@ class NumpyLayer:
         if hasattr(self, "_functional") or hasattr(self, "_inputs_struct"):
             # Functional and Sequential models only hand the arrays on to their layers.
             return super().__call__(*args, **kwargs)
-        args, kwargs = tree.map_structure(_guarded, (args, kwargs))
-        return tree.map_structure(_released, super().__call__(*args, **kwargs))
+        kwargs = {name: _guarded(x) for name, x in kwargs.items()}
+        outputs = super().__call__(*_guarded(args), **kwargs)
+        return outputs if type(outputs) is np.ndarray else tree.map_structure(_released, outputs)

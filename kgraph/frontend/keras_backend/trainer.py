@@ -200,13 +200,15 @@ class NumpyTrainer(base_trainer.Trainer):
     def _run_step(self, name: str, batch):
         """A step on one batch: compiled, or eagerly from the first batch on that shows that it cannot be."""
         compiled = getattr(self, f"_compiled_{name}")
-        if compiled is not None:
-            try:
-                return compiled(batch)
-            except KGraphError as error:
-                self._warn_eager(f"the {name.replace('_', ' ')}", error)
-                setattr(self, f"_compiled_{name}", None)
-        return getattr(self, name)(batch)
+        if compiled is None:
+            return getattr(self, name)(batch)
+        try:
+            return compiled(batch)
+        except KGraphError as error:
+            results = getattr(self, name)(batch)  # raises if it is the batch that is wrong
+            self._warn_eager(f"the {name.replace('_', ' ')}", error)
+            setattr(self, f"_compiled_{name}", None)
+            return results
 
     def make_test_function(self, force=False):
         if self.test_function is not None and not force:
