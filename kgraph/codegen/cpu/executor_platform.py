@@ -104,9 +104,9 @@ define internal void @leave_float_state(i32 %old) #0 {
 
 
 def platform_functions(triple: str) -> tuple[str, dict[str, int]]:
-    """The IR for machines of an LLVM triple (`x86_64-unknown-linux-gnu`): futex_wait, futex_wake, now, pause, enter_default_float_state, leave_float_state.
+    """The IR for machines of an LLVM triple (`x86_64-unknown-linux-gnu`), and the numbers to be filled in.
 
-    Also gives the numbers that are to be filled in.
+    It defines futex_wait, futex_wake, now, pause, enter_default_float_state and leave_float_state.
     """
     machine = triple.partition("-")[0]
     x86 = machine in ("x86_64", "amd64")
@@ -115,4 +115,5 @@ def platform_functions(triple: str) -> tuple[str, dict[str, int]]:
         parts.append(_X86)
     else:
         parts += [_AARCH64 if machine in ("aarch64", "arm64") else _OTHER_MACHINE, _NO_FLOAT_STATE]
-    return "".join(parts), {"SYS_futex": 202 if x86 else 98, "CLOCK_MONOTONIC": 6 if "darwin" in triple or "apple" in triple else 1}
+    apple = "darwin" in triple or "apple" in triple
+    return "".join(parts), {"SYS_futex": 202 if x86 else 98, "CLOCK_MONOTONIC": 6 if apple else 1}
