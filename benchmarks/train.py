@@ -119,14 +119,20 @@ def first_steps(results: list[dict], engines: list[str]) -> str:
 
 
 def memory(results: list[dict], engines: list[str]) -> str:
-    """Peak resident memory of the processes, in MiB; the arena is where kgraph's intermediate values lie."""
-    head = ["peak memory, MiB", *engines, "kgraph's arena", "kernels"]
+    """Peak resident memory of the processes, in MiB; the arena is where kgraph's intermediate values lie.
+
+    Its bound is the most bytes of them that are alive at one step.
+    """
+    head = ["peak memory, MiB", *engines, "kgraph's arena", "arena / bound", "kernels"]
     rows = []
     for result in results:
         program = result["engines"].get("kgraph", {}).get("program", {})
         peaks = [_cell(result["engines"].get(e, {}).get("peak_mb"), ".0f") for e in engines]
-        arena = program["arena_bytes"] / 2**20 if "arena_bytes" in program else None
-        rows.append([result["case"], *peaks, _cell(arena, ".1f"), _cell(program.get("kernels"), "d")])
+        bytes_ = program.get("arena_bytes", 0) - program.get("scratch_bytes", 0)
+        ratio = bytes_ / program["arena_bound"] if program.get("arena_bound") else None
+        arena = bytes_ / 2**20 if bytes_ else None
+        cells = [_cell(arena, ".1f"), _cell(ratio, ".2f"), _cell(program.get("kernels"), "d")]
+        rows.append([result["case"], *peaks, *cells])
     return _markdown(head, rows)
 
 

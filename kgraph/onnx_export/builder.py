@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,23 @@ def element_type(dtype: str) -> int:
     if dtype not in _NAMES:
         raise UnsupportedError(f"ONNX has no type for {dtype}")
     return getattr(TensorProto, _NAMES[dtype])
+
+
+class Body:
+    """A graph inside of an operator."""
+
+    def __init__(self):
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def takes(self, *values: tuple[str, str, int]) -> None:
+        """Declares inputs: name, dtype, rank."""
+        self.inputs += [helper.make_tensor_value_info(n, element_type(d), [None] * r) for n, d, r in values]
+
+    def gives(self, *values: tuple[str, str, int]) -> None:
+        """Declares outputs: name, dtype, rank."""
+        self.outputs += [helper.make_tensor_value_info(n, element_type(d), [None] * r) for n, d, r in values]
 
 
 class Builder:
@@ -129,6 +147,34 @@ class Builder:
         if not any(isinstance(s, Dim) for s in sizes):
             return self.constant(np.array([int(s) for s in sizes], np.int64))
         return self.emit("Concat", *[self.size(s) for s in sizes], axis=0)
+
+    # -- steps of a loop --------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def body(self) -> Iterator[Body]:
+        """What is emitted meanwhile becomes the body of an operator; it may use names from around it."""
+        outer, sizes = self.nodes, dict(self._sizes)
+        body = Body()
+        self.nodes = body.nodes
+        try:
+            yield body
+        finally:
+            self.nodes, self._sizes = outer, sizes
+
+    def scan(self, body: Body, states: Sequence[str], sequences: Sequence[str], axis: int, backward: Sequence[int]):
+        """The last states, and what the steps give, one behind the other along `axis`. backward: per sequence."""
+        count = len(body.outputs) - len(states)
+        return self.emit(
+            "Scan",
+            *states,
+            *sequences,
+            outputs=len(body.outputs),
+            body=helper.make_graph(body.nodes, self.fresh("step"), body.inputs, body.outputs),
+            num_scan_inputs=len(sequences),
+            scan_input_axes=[axis] * len(sequences),
+            scan_input_directions=list(backward),
+            scan_output_axes=[axis] * count,
+            scan_output_directions=[backward[0]] * count,
+        )
 
     # -- common steps ---------------------------------------------------------------------------------------------
     def reshape(self, x: str, shape: Sequence[int | Dim]) -> str:

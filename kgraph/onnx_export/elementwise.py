@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from kgraph.errors import UnsupportedError
 from kgraph.ir import Node
+from kgraph.ir.types import np_dtype
 from kgraph.onnx_export.builder import RULES, Builder, rule
 
 _DIRECT = {
-    "neg": "Neg", "abs": "Abs", "sign": "Sign", "floor": "Floor", "ceil": "Ceil", "round_nearest_even": "Round",
+    "abs": "Abs", "sign": "Sign", "floor": "Floor", "ceil": "Ceil", "round_nearest_even": "Round",
     "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "sin": "Sin", "cos": "Cos", "tan": "Tan", "asin": "Asin",
     "acos": "Acos", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "asinh": "Asinh",
     "acosh": "Acosh", "atanh": "Atanh", "erf": "Erf", "logistic": "Sigmoid", "is_nan": "IsNaN", "is_inf": "IsInf",
     "logical_not": "Not", "bitwise_not": "BitwiseNot", "stop_gradient": "Identity", "optimization_barrier": "Identity",
-    "relu": "Relu", "softplus": "Softplus", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow",
-    "maximum": "Max", "minimum": "Min", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
-    "bitwise_and": "BitwiseAnd", "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor", "eq": "Equal", "lt": "Less",
-    "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual", "select": "Where",
+    "softplus": "Softplus", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
+    "bitwise_and": "BitwiseAnd", "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor", "eq": "Equal",
 }  # fmt: skip
+_ORDERS = {"lt": "Less", "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual"}
 
 
 def _direct(op: str):
@@ -28,9 +30,90 @@ def _direct(op: str):
 RULES.update({name: _direct(op) for name, op in _DIRECT.items()})
 
 
+def _order(op: str):
+    """A comparison; ONNX orders no bools."""
+
+    def emit(b: Builder, node: Node, inputs: list[str]):
+        return b.emit(op, *([b.cast(x, "int32") for x in inputs] if node.inputs[0].dtype == "bool" else inputs))
+
+    return emit
+
+
+RULES.update({name: _order(op) for name, op in _ORDERS.items()})
+
+
+@rule("maximum", "minimum")
+def _extremum(b: Builder, node: Node, inputs: list[str]):
+    larger = node.name == "maximum"
+    if node.output.dtype == "bool":
+        return b.emit("Or" if larger else "And", *inputs)
+    return b.emit("Max" if larger else "Min", *inputs)
+
+
+@rule("select")
+def _select(b: Builder, node: Node, inputs: list[str]):
+    if node.output.dtype != "bool":
+        return b.emit("Where", *inputs)
+    which, yes, no = inputs
+    return b.emit("Or", b.emit("And", which, yes), b.emit("And", b.emit("Not", which), no))
+
+
+@rule("custom_gradient")
+def _custom_gradient(b: Builder, node: Node, inputs: list[str]):
+    return [b.emit("Identity", x) for x in inputs[: node.attrs["num_results"]]]
+
+
+@rule("neg")
+def _neg(b: Builder, node: Node, inputs: list[str]):
+    if node.output.dtype.startswith("uint"):
+        return b.cast(b.emit("Neg", b.cast(inputs[0], "int64")), node.output.dtype)
+    return b.emit("Neg", inputs[0])
+
+
+@rule("relu")
+def _relu(b: Builder, node: Node, inputs: list[str]):
+    return b.emit("Identity" if node.output.dtype.startswith("uint") else "Relu", inputs[0])
+
+
+@rule("pow")
+def _pow(b: Builder, node: Node, inputs: list[str]):
+    if node.output.type.is_float:
+        return b.emit("Pow", *inputs)
+    # By squaring, bit after bit of the exponent: integers wrap around, where ONNX leaves open what happens.
+    base, exponent = (b.cast(x, "int64") for x in inputs)
+    known = b.arrays.get(inputs[1])
+    bits = 63 if known is None else max(int(known.max(initial=0)).bit_length(), 1)
+    one, two = b.like(1, "int64"), b.like(2, "int64")
+    result = one
+    for bit in range(bits):
+        odd = b.emit("Equal", b.emit("Mod", exponent, two), one)
+        result = b.emit("Mul", result, b.emit("Where", odd, base, one))
+        if bit + 1 < bits:
+            base, exponent = b.emit("Mul", base, base), b.emit("Div", exponent, two)
+    return b.cast(result, node.output.dtype)
+
+
 @rule("convert")
 def _convert(b: Builder, node: Node, inputs: list[str]):
-    return b.cast(inputs[0], node.output.dtype)
+    dtype = node.output.dtype
+    if not node.inputs[0].type.is_float or node.output.type.is_float or dtype == "bool":
+        return b.cast(inputs[0], dtype)
+    return _saturated(b, inputs[0], node.inputs[0].dtype, dtype)
+
+
+def _saturated(b: Builder, x: str, source: str, dtype: str) -> str:
+    """Floats as integers: what is out of range becomes the nearest integer that there is, NaN 0. ONNX says nothing."""
+    if dtype == "uint64":
+        raise UnsupportedError("floats as uint64")
+    if source in ("float16", "bfloat16"):
+        x, source = b.cast(x, "float32"), "float32"
+    x = b.emit("Where", b.emit("IsNaN", x), b.like(0.0, source), x)
+    limits = np.iinfo(np_dtype(dtype))
+    low, high = b.constant(limits.min, "int64"), b.constant(limits.max, "int64")
+    whole = b.cast(x, "int64")
+    whole = b.emit("Where", b.emit("GreaterOrEqual", x, b.like(float(limits.max), source)), high, whole)
+    whole = b.emit("Where", b.emit("LessOrEqual", x, b.like(float(limits.min), source)), low, whole)
+    return b.cast(whole, dtype) if dtype != "int64" else whole
 
 
 @rule("ne")
@@ -117,7 +200,10 @@ def _leaky_relu(b: Builder, node: Node, inputs: list[str]):
 @rule("floor_divide")
 def _floor_divide(b: Builder, node: Node, inputs: list[str]):
     if node.output.type.is_float:
-        return b.emit("Floor", b.emit("Div", *inputs))
+        # As in NumPy: the remainder first, so that the quotient is whole but for rounding.
+        whole = b.emit("Round", b.emit("Div", b.emit("Sub", inputs[0], _float_mod(b, node, inputs)), inputs[1]))
+        zero = b.emit("Equal", inputs[1], b.like(0.0, node.output.dtype))
+        return b.emit("Where", zero, b.emit("Div", *inputs), whole)
     # ONNX rounds integers towards zero; its remainder has the divisor's sign, and without it the division is exact.
     return b.emit("Div", b.emit("Sub", inputs[0], b.emit("Mod", *inputs)), inputs[1])
 
@@ -126,8 +212,16 @@ def _floor_divide(b: Builder, node: Node, inputs: list[str]):
 def _mod(b: Builder, node: Node, inputs: list[str]):
     if not node.output.type.is_float:
         return b.emit("Mod", *inputs)
-    whole = b.emit("Floor", b.emit("Div", *inputs))
-    return b.emit("Sub", inputs[0], b.emit("Mul", whole, inputs[1]))
+    return _float_mod(b, node, inputs)
+
+
+def _float_mod(b: Builder, node: Node, inputs: list[str]) -> str:
+    """The exact remainder of the division that rounds towards zero, moved to the divisor's sign."""
+    zero = b.like(0.0, node.output.dtype)
+    rest = b.emit("Mod", *inputs, fmod=1)
+    other = b.emit("Xor", b.emit("Less", rest, zero), b.emit("Less", inputs[1], zero))
+    moves = b.emit("And", other, b.emit("Not", b.emit("Equal", rest, zero)))
+    return b.emit("Where", moves, b.emit("Add", rest, inputs[1]), rest)
 
 
 @rule("rem")
@@ -137,34 +231,61 @@ def _rem(b: Builder, node: Node, inputs: list[str]):
 
 @rule("hypot")
 def _hypot(b: Builder, node: Node, inputs: list[str]):
-    return b.emit("Sqrt", b.emit("Add", *[b.emit("Mul", x, x) for x in inputs]))
+    # The larger one is taken out, so that no square overflows.
+    dtype = node.output.dtype
+    sides = [b.emit("Abs", x) for x in inputs]
+    larger, smaller = b.emit("Max", *sides), b.emit("Min", *sides)
+    one = b.like(1.0, dtype)
+    ratio = b.emit("Div", smaller, b.emit("Where", b.emit("Equal", larger, b.like(0.0, dtype)), one, larger))
+    length = b.emit("Mul", larger, b.emit("Sqrt", b.emit("Add", one, b.emit("Mul", ratio, ratio))))
+    infinite = b.emit("Or", *[b.emit("IsInf", x) for x in sides])
+    return b.emit("Where", infinite, b.like(math.inf, dtype), length)
 
 
 @rule("logaddexp")
 def _logaddexp(b: Builder, node: Node, inputs: list[str]):
     larger, smaller = b.emit("Max", *inputs), b.emit("Min", *inputs)
-    return b.emit("Add", larger, b.emit("Softplus", b.emit("Sub", smaller, larger)))
+    apart = b.emit("Sub", smaller, larger)
+    apart = b.emit("Where", b.emit("Equal", smaller, larger), b.like(0.0, node.output.dtype), apart)  # inf - inf
+    return b.emit("Add", larger, b.emit("Softplus", apart))
 
 
 @rule("atan2")
 def _atan2(b: Builder, node: Node, inputs: list[str]):
-    (y, x), dtype = inputs, node.output.dtype
+    dtype = node.output.dtype
     zero = b.like(0.0, dtype)
+    both = b.emit("And", *[b.emit("IsInf", v) for v in inputs])  # the direction of infinities is that of their signs
+    y, x = (b.emit("Where", both, b.emit("Sign", v), v) for v in inputs)
     steep = b.emit("Greater", b.emit("Abs", y), b.emit("Abs", x))
-    sign = b.emit("Where", b.emit("Less", y, zero), b.like(-1.0, dtype), b.like(1.0, dtype))
+    sign = b.emit("Where", _is_negative(b, y, zero), b.like(-1.0, dtype), b.like(1.0, dtype))
     flat = b.emit("Atan", b.emit("Div", y, b.emit("Where", b.emit("Equal", x, zero), b.like(1.0, dtype), x)))
     behind = b.emit("Mul", sign, b.like(math.pi, dtype))
-    flat = b.emit("Where", b.emit("Less", x, zero), b.emit("Add", flat, behind), flat)
+    flat = b.emit("Where", _is_negative(b, x, zero), b.emit("Add", flat, behind), flat)
     up = b.emit("Mul", sign, b.like(math.pi / 2, dtype))
     inverse = b.emit("Atan", b.emit("Div", x, b.emit("Where", b.emit("Equal", y, zero), b.like(1.0, dtype), y)))
     return b.emit("Where", steep, b.emit("Sub", up, inverse), flat)
 
 
+def _is_negative(b: Builder, x: str, zero: str) -> str:
+    """Whether numbers are negative, or the negative zero."""
+    return b.emit("Or", b.emit("Less", x, zero), b.emit("Less", b.emit("Reciprocal", x), zero))
+
+
 @rule("shift_left", "shift_right")
 def _shift(b: Builder, node: Node, inputs: list[str]):
-    if not node.output.dtype.startswith("uint"):
-        raise UnsupportedError("ONNX shifts unsigned integers only")
-    return b.emit("BitShift", *inputs, direction="LEFT" if node.name == "shift_left" else "RIGHT")
+    dtype = node.output.dtype
+    direction = "LEFT" if node.name == "shift_left" else "RIGHT"
+    if dtype.startswith("uint"):
+        return b.emit("BitShift", *inputs, direction=direction)
+    # ONNX shifts unsigned integers only. To the right, ones move in behind a sign where its complement gets zeros.
+    x, count = b.cast(inputs[0], "int64"), b.cast(b.cast(inputs[1], "int64"), "uint64")
+    negative = b.emit("Less", x, b.like(0, "int64"))
+    if direction == "RIGHT":
+        x = b.emit("Where", negative, b.emit("BitwiseNot", x), x)
+    x = b.cast(b.emit("BitShift", b.cast(x, "uint64"), count, direction=direction), "int64")
+    if direction == "RIGHT":
+        x = b.emit("Where", negative, b.emit("BitwiseNot", x), x)
+    return b.cast(x, dtype)
 
 
 @rule("erfc")

@@ -5,22 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from kgraph.ir import Node
-from kgraph.onnx_export.builder import RULES, Builder, rule
+from kgraph.onnx_export.builder import Builder, rule
 
-_DIRECT = {"reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"}
-
-
-def _reduction(op: str):
-    return lambda b, node, inputs: b.reduce(op, inputs[0], node.attrs["axes"], node.attrs["keepdims"])
-
-
-RULES.update({name: _reduction(op) for name, op in _DIRECT.items()})
+_OPERATORS = {
+    "reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
+    "reduce_and": "ReduceMin", "reduce_or": "ReduceMax",
+}  # fmt: skip
 
 
-@rule("reduce_and", "reduce_or")
-def _logical(b: Builder, node: Node, inputs: list[str]):
-    op = "ReduceMin" if node.name == "reduce_and" else "ReduceMax"
-    return b.cast(b.reduce(op, b.cast(inputs[0], "int32"), node.attrs["axes"], node.attrs["keepdims"]), "bool")
+@rule(*_OPERATORS)
+def _reduction(b: Builder, node: Node, inputs: list[str]):
+    (x,), dtype = inputs, node.output.dtype
+    axes, keepdims = node.attrs["axes"], node.attrs["keepdims"]
+    if dtype == "bool":
+        found = b.reduce(_OPERATORS[node.name], b.cast(x, "int32"), axes, keepdims)
+        return b.emit("Greater", found, b.like(0, "int32"))  # nothing at all gives the least or the greatest integer
+    if dtype in ("int8", "int16", "uint8", "uint16"):  # ONNX adds up 32 bits and more
+        return b.cast(b.reduce(_OPERATORS[node.name], b.cast(x, "int64"), axes, keepdims), dtype)
+    return b.reduce(_OPERATORS[node.name], x, axes, keepdims)
 
 
 @rule("logsumexp")
@@ -31,7 +33,8 @@ def _logsumexp(b: Builder, node: Node, inputs: list[str]):
 @rule("argmax", "argmin")
 def _arg(b: Builder, node: Node, inputs: list[str]):
     op = "ArgMax" if node.name == "argmax" else "ArgMin"
-    return b.cast(b.emit(op, inputs[0], axis=node.attrs["axis"], keepdims=0), node.output.dtype)
+    x = b.cast(inputs[0], "int32") if node.inputs[0].dtype == "bool" else inputs[0]
+    return b.cast(b.emit(op, x, axis=node.attrs["axis"], keepdims=0), node.output.dtype)
 
 
 @rule("cumsum")
@@ -40,27 +43,66 @@ def _cumsum(b: Builder, node: Node, inputs: list[str]):
     return b.emit("CumSum", inputs[0], axis, reverse=int(node.attrs["reverse"]))
 
 
-def _ordered(b: Builder, x: str, axis: int, count: str, largest: bool) -> list[str]:
-    return b.emit("TopK", x, count, outputs=2, axis=axis, largest=int(largest), sorted=1)
+def _ordered(b: Builder, node: Node, x: str, axis: int, count: str, largest: bool) -> list[str]:
+    """(values, indices) in order; of equal elements the first comes first."""
+    logical = node.inputs[0].dtype == "bool"
+    x = b.cast(x, "int32") if logical else x
+    values, indices = b.emit("TopK", x, count, outputs=2, axis=axis, largest=int(largest), sorted=1)
+    return [b.cast(values, "bool") if logical else values, indices]
 
 
 @rule("sort")
 def _sort(b: Builder, node: Node, inputs: list[str]):
     axis = node.attrs["axis"]
-    return _ordered(b, inputs[0], axis, b.size(node.inputs[0].shape[axis]), node.attrs["descending"])[0]
+    return _ordered(b, node, inputs[0], axis, b.size(node.inputs[0].shape[axis]), node.attrs["descending"])[0]
 
 
 @rule("argsort")
 def _argsort(b: Builder, node: Node, inputs: list[str]):
     axis = node.attrs["axis"]
-    order = _ordered(b, inputs[0], axis, b.size(node.inputs[0].shape[axis]), node.attrs["descending"])[1]
+    order = _ordered(b, node, inputs[0], axis, b.size(node.inputs[0].shape[axis]), node.attrs["descending"])[1]
     return b.cast(order, node.output.dtype)
 
 
 @rule("top_k")
 def _top_k(b: Builder, node: Node, inputs: list[str]):
-    values, indices = _ordered(b, inputs[0], -1, b.constant([node.attrs["k"]], "int64"), True)
+    values, indices = _ordered(b, node, inputs[0], -1, b.size(node.attrs["k"]), True)
     return values, b.cast(indices, node.outputs[1].dtype)
+
+
+# Operator that takes one more element in, and what it starts with.
+_CUMULATIVE = {"cumprod": ("Mul", 1.0), "cummax": ("Max", -np.inf), "cummin": ("Min", np.inf)}
+
+
+@rule(*_CUMULATIVE)
+def _cumulative(b: Builder, node: Node, inputs: list[str]):
+    op, start = _CUMULATIVE[node.name]
+    (x,), dtype, axis = inputs, node.output.dtype, node.attrs["axis"]
+    logical = dtype == "bool"
+    if not node.output.type.is_float:
+        limits = np.iinfo("int64")
+        start = 1 if op == "Mul" else (limits.min if op == "Max" else limits.max)
+        x, dtype = b.cast(x, "int64"), "int64"
+    shape = [s for a, s in enumerate(node.output.shape) if a != axis]
+    first = b.emit("Expand", b.constant(start, dtype), b.sizes(shape))
+    with b.body() as body:
+        state, element = b.fresh("state"), b.fresh("element")
+        body.takes((state, dtype, len(shape)), (element, dtype, len(shape)))
+        result = b.emit(op, state, element)
+        body.gives((result, dtype, len(shape)), (b.emit("Identity", result), dtype, len(shape)))
+    direction = [int(node.attrs["reverse"])]
+    _, y = b.scan(body, [first], [x], axis, direction)
+    return b.cast(y, "bool" if logical else node.output.dtype) if dtype != node.output.dtype else y
+
+
+@rule("searchsorted")
+def _searchsorted(b: Builder, node: Node, inputs: list[str]):
+    sequence, values = inputs
+    if node.inputs[0].dtype == "bool":
+        sequence, values = b.cast(sequence, "int32"), b.cast(values, "int32")
+    column = b.emit("Unsqueeze", values, b.constant([-1], "int64"))
+    before = b.emit("Less" if node.attrs["side"] == "left" else "LessOrEqual", sequence, column)
+    return b.cast(b.reduce("ReduceSum", b.cast(before, "int64"), [node.output.type.rank], False), node.output.dtype)
 
 
 # -- softmax and normalisation ----------------------------------------------------------------------------------------

@@ -255,6 +255,7 @@ class Program:
             "bindings": len(bindings),
             "contexts": sum(b.num_contexts() for b in bindings),
             "arena_bytes": sum(b.idle_bytes() for b in bindings),
+            "scratch_bytes": sum(b.num_contexts() * b.threads * b.scratch_bytes for b in bindings),
             "arena_bound": max([b.storage.arena_bound for b in bindings], default=0),
             "in_place_outputs": max([sum(d >= 0 for d in b.storage.donors) for b in bindings], default=0),
             "native_steps": native,

@@ -20,24 +20,30 @@ def folder_of(file: str) -> str:
 
 
 def counts(results: Iterable[FileResult]) -> dict[str, Counter]:
-    """folder -> outcome -> number of tests; a crashed test counts as failed."""
+    """folder -> outcome -> number of tests; a crashed test counts as failed. Folders that are not done are left out."""
     by_folder: dict[str, Counter] = {}
+    unfinished = set()
     for result in results:
-        counter = by_folder.setdefault(folder_of(result.file), Counter())
+        folder = folder_of(result.file)
+        counter = by_folder.setdefault(folder, Counter())
         counter.update("failed" if o == "crashed" else o for o, _ in result.tests.values())
-    return dict(sorted(by_folder.items()))
+        if not result.done:
+            unfinished.add(folder)
+    return {folder: counter for folder, counter in sorted(by_folder.items()) if folder not in unfinished}
 
 
 def table(by_backend: dict[str, dict[str, Counter]]) -> str:
-    """A Markdown table: a row per folder, three columns per backend."""
+    """A Markdown table: a row per folder, three columns per backend; the total is of the folders that all have."""
     backends = list(by_backend)
     head = ["folder", *(f"{b} {o}" for b in backends for o in OUTCOMES)]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
     folders = sorted({f for folders in by_backend.values() for f in folders})
     total: Counter = Counter()
     for folder in folders:
-        cells = [by_backend[b].get(folder, Counter())[o] for b in backends for o in OUTCOMES]
-        total.update(dict(enumerate(cells)))
+        found = [by_backend[b].get(folder) for b in backends]
+        cells = [counter[o] if counter is not None else "–" for counter in found for o in OUTCOMES]
+        if None not in found:
+            total.update(dict(enumerate(cells)))
         lines.append(f"| {folder} | " + " | ".join(map(str, cells)) + " |")
     lines.append("| **all** | " + " | ".join(f"**{total[i]}**" for i in range(len(head) - 1)) + " |")
     return "\n".join(lines)

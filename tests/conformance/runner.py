@@ -17,8 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / ".bench" / "conformance-results"
-# Seconds: of a test, and of the silence after which a process counts as hanging.
-TEST_TIMEOUT, SILENCE = 180, 420
+# Seconds: of the processor for a test, and of the silence after which a process counts as hanging.
+TEST_TIMEOUT, SILENCE = 180, 1000
 # Files that one process runs: starting one takes as long as the tests of several files.
 SHARE = 12
 

@@ -16,7 +16,6 @@ FILES = """
 activations/activations_test.py
 callbacks/early_stopping_test.py
 callbacks/lambda_callback_test.py
-callbacks/swap_ema_weights_test.py
 constraints/constraints_test.py
 initializers/constant_initializers_test.py
 initializers/random_initializers_test.py
