@@ -21,6 +21,7 @@ PACKAGES = {
     # needs.
     "conformance": [
         *["keras==3.15.1", "jax", "tensorflow-cpu", "torch==2.13.0", "tensorboard", "orbax-checkpoint", "grain"],
+        *["onnx", "onnxruntime"],
         *["pandas", "scikit-learn", "pillow", "pydot", "requests", "pytest", *_KGRAPH],
     ],
 }

@@ -1,4 +1,4 @@
-"""The command line: `kgraph compile|inspect|run|explain|bench`."""
+"""The command line: `kgraph compile|inspect|export|run|explain|bench`."""
 
 from __future__ import annotations
 
@@ -146,6 +146,50 @@ def inspect_command(
     from kgraph.runtime.artifact_inspect import describe
 
     typer.echo(describe(path, check=check))
+
+
+@application.command("export")
+def export_command(
+    model: ModelArgument,
+    path: Annotated[Path, typer.Argument(help="the directory of the C library; the .onnx file, or its directory")],
+    form: Annotated[str, typer.Option("--format", help="c (header, shared and static library) or onnx")] = "c",
+    name: Annotated[str | None, typer.Option(help="c: what functions and files are called")] = None,
+    machine: Annotated[str | None, typer.Option(help="c: x86_64 (default) or aarch64")] = None,
+    level: Annotated[
+        list[str] | None, typer.Option(help="c: instruction set (repeatable): x86-64-v4, x86-64-v3, x86-64-v2")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="c: inside of the library (default), in a file, or as state of the caller")
+    ] = None,
+    optimised: Annotated[bool, typer.Option(help="onnx: with normalisations folded, or as captured")] = True,
+) -> None:
+    """Write a model for programs without kgraph: as a C library, or as an ONNX file."""
+    import kgraph
+
+    given = {"name": name, "machine": machine, "levels": level or None, "weights": weights}
+    options = {key: value for key, value in given.items() if value is not None}
+    if form not in ("c", "onnx"):
+        raise typer.BadParameter(f"--format {form}: expected c or onnx")
+    if form == "onnx" and options:
+        raise typer.BadParameter(f"--format onnx takes no {', '.join(options)}")
+    if model.endswith(".kgraph"):
+        raise typer.BadParameter(f"{model} is compiled already; export takes the Keras model")
+    compiled = kgraph.compile(load_model(model))
+    try:
+        if form == "c":
+            files = compiled.export(path, **options)
+            written = [files.header, files.shared, files.static, files.source, files.weights]
+        else:
+            if path.suffix != ".onnx":
+                path.mkdir(parents=True, exist_ok=True)
+                path = path / f"{compiled.name}.onnx"
+            compiled.export(path, format="onnx", optimised=optimised)
+            written = [path]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    for file in written:
+        if file is not None:
+            typer.echo(f"wrote {file}: {file.stat().st_size:,} bytes")
 
 
 @application.command("run")

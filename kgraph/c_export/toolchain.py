@@ -29,17 +29,17 @@ class Toolchain:
     def compile(self, source: Path, target: Path, options: Sequence[str] = ()) -> None:
         """Compile a C file to an object. Raises CompileError with the compiler's own words."""
         common = ["-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        _run([*self.compiler, *common, *options, "-c", source.name, "-o", str(target)], source.parent)
+        _run([*self.compiler, *common, *options, "-c", source.name, "-o", str(target.resolve())], source.parent)
 
     def link_shared(self, objects: Sequence[Path], target: Path) -> None:
         """Link objects to a shared library."""
-        command = [*self.compiler, "-shared", f"-Wl,-soname,{target.name}", "-Wl,-z,noexecstack", "-o", str(target)]
-        _run([*command, *map(str, objects), "-lm", "-lpthread"], target.parent)
+        command = [*self.compiler, "-shared", f"-Wl,-soname,{target.name}", "-Wl,-z,noexecstack", "-o", target.name]
+        _run([*command, *(str(o.resolve()) for o in objects), "-lm", "-lpthread"], target.parent)
 
     def archive(self, objects: Sequence[Path], target: Path) -> None:
         """Put objects into a static library."""
         target.unlink(missing_ok=True)
-        _run([*self.archiver, "rcs", str(target), *map(str, objects)], target.parent)
+        _run([*self.archiver, "rcs", target.name, *(str(o.resolve()) for o in objects)], target.parent)
 
 
 def find_toolchain(machine: str, compiler: str | Sequence[str] | None = None) -> Toolchain:

@@ -11,8 +11,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kgraph.errors import UnsupportedError
-from kgraph.ir import Dim, Node, TensorType, Value
+from kgraph.ir import Dim, Graph, Node, TensorType, Value
 from kgraph.ir.types import np_dtype
+from kgraph.onnx_export.absent import ABSENT
 
 OPSET = 20
 _NAMES = {
@@ -47,7 +48,7 @@ def element_type(dtype: str) -> int:
 class Body:
     """A graph inside of an operator."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -64,20 +65,31 @@ class Body:
 class Builder:
     """Nodes and initializers in the making."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[Value, str] = {}
         self.arrays: dict[str, np.ndarray] = {}  # of names that stand for constants
+        self.uses: dict[Value, list[Node]] = {}  # of the values of the graph at hand
+        self.missing: dict[str, None] = {}  # what has no form, in order
         self._known: dict[tuple, str] = {}
         self._symbols: dict[str, str] = {}
         self._sizes: dict[Dim, str] = {}
         self._counter = 0
+        self._taken: set[str] = set()
 
     def fresh(self, stem: str) -> str:
         """A name that nothing else has."""
-        self._counter += 1
-        return f"{stem}_{self._counter}"
+        while True:
+            self._counter += 1
+            name = f"{stem}_{self._counter}"
+            if name not in self._taken:
+                self._taken.add(name)
+                return name
+
+    def reserve(self, names: Sequence[str]) -> None:
+        """Keeps names, those of inputs and outputs, from being used inside."""
+        self._taken.update(names)
 
     def emit(self, op: str, *inputs: str, outputs: int = 1, **attributes) -> Any:
         """A node; gives the name of its result, or the names of several. An input "" is left out."""
@@ -86,13 +98,38 @@ class Builder:
         self.nodes.append(helper.make_node(op, inputs, results, name=results[0], **attributes))
         return results[0] if outputs == 1 else results
 
+    # -- graphs -----------------------------------------------------------------------------------------------------
+    def inline(self, graph: Graph, inputs: Sequence[str]) -> list[str]:
+        """Emits the nodes of a graph without params; gives the names of its outputs. What has no form is noted."""
+        self.names.update(zip(graph.inputs, inputs, strict=True))
+        outer, self.uses = self.uses, graph.uses()
+        for node in graph.nodes:
+            if node.name == "constant":
+                self.names[node.output] = self.constant(node.attrs["value"], node.output.dtype)
+                continue
+            where = f" ({', '.join(sorted(node.provenance))})" if node.provenance else ""
+            results: Sequence[str] | str = [""] * len(node.outputs)
+            if node.name not in RULES:
+                self.missing.setdefault(f"{node.name}: {ABSENT[node.name]}{where}")
+            else:
+                try:
+                    results = RULES[node.name](self, node, [self.names[v] for v in node.inputs])
+                except UnsupportedError as error:
+                    self.missing.setdefault(f"{error}{where}")
+            self.names.update(zip(node.outputs, [results] if isinstance(results, str) else results, strict=True))
+        self.uses = outer
+        return [self.names[value] for value in graph.outputs]
+
     # -- constants ------------------------------------------------------------------------------------------------
     def constant(self, value, dtype: str | None = None, name: str = "") -> str:
         """The name of a constant; equal ones are stored once."""
         array = np.array(value, dtype=None if dtype is None else np_dtype(dtype), order="C")
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._known:
-            name = self._known[key] = name if name and name not in self.initializers else self.fresh("constant")
+            if not name or name in self._taken:
+                name = self.fresh(name or "constant")
+            self._taken.add(name)
+            self._known[key] = name
             element_type(array.dtype.name)
             if array.dtype.name == "bfloat16":
                 tensor = helper.make_tensor(name, TensorProto.BFLOAT16, array.shape, array.tobytes(), raw=True)
@@ -160,6 +197,10 @@ class Builder:
         finally:
             self.nodes, self._sizes = outer, sizes
 
+    def proto(self, body: Body) -> onnx.GraphProto:
+        """The body as an attribute's value."""
+        return helper.make_graph(body.nodes, self.fresh("body"), body.inputs, body.outputs)
+
     def scan(self, body: Body, states: Sequence[str], sequences: Sequence[str], axis: int, backward: Sequence[int]):
         """The last states, and what the steps give, one behind the other along `axis`. backward: per sequence."""
         count = len(body.outputs) - len(states)
@@ -168,7 +209,7 @@ class Builder:
             *states,
             *sequences,
             outputs=len(body.outputs),
-            body=helper.make_graph(body.nodes, self.fresh("step"), body.inputs, body.outputs),
+            body=self.proto(body),
             num_scan_inputs=len(sequences),
             scan_input_axes=[axis] * len(sequences),
             scan_input_directions=list(backward),

@@ -1,4 +1,4 @@
-"""Products, convolutions, pooling, resampling, attention and recurrent layers in ONNX.
+"""Products, convolutions, pooling, resampling and attention in ONNX.
 
 Images lie with their channels last in kgraph and first in ONNX: transposes stand around each operator, which the
 runtime that reads the file may cancel.
@@ -7,13 +7,17 @@ runtime that reads the file may cancel.
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import numpy as np
 
 from kgraph.errors import UnsupportedError
-from kgraph.ir import Node
+from kgraph.ir import Dim, Node
+from kgraph.ir.dims import product
 from kgraph.onnx_export.builder import Builder, rule
+from kgraph.onnx_export.movement import spread
 from kgraph.ops.attention import MASKED
+from kgraph.ops.resize import weight_matrix
 
 
 @rule("dot_general")
@@ -57,23 +61,49 @@ def channels_last(rank: int) -> list[int]:
 def _conv(b: Builder, node: Node, inputs: list[str]):
     attrs, rank = node.attrs, node.output.type.rank
     spatial = rank - 2
-    x = b.transpose(inputs[0], channels_first(rank))
-    kernel = [*range(spatial)]
-    low, high = ([p[side] for p in attrs["padding"]] for side in (0, 1))
-    common = {"group": attrs["feature_groups"], "dilations": list(attrs["rhs_dilation"])}
-    if all(d == 1 for d in attrs["lhs_dilation"]):
-        weights = b.transpose(inputs[1], [spatial + 1, spatial, *kernel])
-        y = b.emit("Conv", x, weights, strides=list(attrs["strides"]), pads=[*low, *high], **common)
-        return b.transpose(y, channels_last(rank))
-    if any(s != 1 for s in attrs["strides"]) or attrs["feature_groups"] != 1:
-        raise UnsupportedError("a transposed convolution with strides or groups")
-    # ONNX' transposed convolution slides the flipped kernel over the spread input.
+    x, gaps = inputs[0], attrs["lhs_dilation"]
+    if any(d != 1 for d in gaps):
+        y = _transposed(b, node, inputs)
+        if y:
+            return y
+        x = spread(b, x, node.inputs[0].shape, [0, *(d - 1 for d in gaps), 0], b.like(0.0, node.output.dtype))
+    padding = attrs["padding"]
+    if not _is_plain(padding):
+        edges = [(0, 0), *padding, (0, 0)]
+        x = b.emit("Pad", x, b.sizes([p[side] for side in (0, 1) for p in edges]))
+        padding = [(0, 0)] * spatial
+    x = b.transpose(x, channels_first(rank))
+    weights = b.transpose(inputs[1], [spatial + 1, spatial, *range(spatial)])
+    y = b.emit(
+        "Conv",
+        x,
+        weights,
+        strides=list(attrs["strides"]),
+        pads=[p[side] for side in (0, 1) for p in padding],
+        group=attrs["feature_groups"],
+        dilations=list(attrs["rhs_dilation"]),
+    )
+    return b.transpose(y, channels_last(rank))
+
+
+def _is_plain(padding) -> bool:
+    """Whether ONNX' convolution and pooling take it: known now, and nothing is cut off."""
+    return all(not isinstance(p, Dim) and p >= 0 for edges in padding for p in edges)
+
+
+def _transposed(b: Builder, node: Node, inputs: list[str]) -> str | None:
+    """A convolution over a spread input as ONNX' transposed one, which slides the flipped kernel; None if it is not."""
+    attrs, rank = node.attrs, node.output.type.rank
+    spatial = rank - 2
+    known = not any(isinstance(p, Dim) for edges in attrs["padding"] for p in edges)
+    if any(s != 1 for s in attrs["strides"]) or attrs["feature_groups"] != 1 or not known:
+        return None
     sizes = node.inputs[1].shape[:spatial]
     reach = [d * (k - 1) for d, k in zip(attrs["rhs_dilation"], sizes)]
-    begin, end = [r - p for r, p in zip(reach, low)], [r - p for r, p in zip(reach, high)]
+    begin, end = ([r - p[side] for r, p in zip(reach, attrs["padding"])] for side in (0, 1))
     more = [max(0, -e) for e in end]
     if min(begin) < 0 or any(m >= s for m, s in zip(more, attrs["lhs_dilation"])):
-        raise UnsupportedError("a transposed convolution with more padding than its kernel is long")
+        return None  # more padding than the kernel is long
     flipped = b.emit(
         "Slice",
         inputs[1],
@@ -82,67 +112,110 @@ def _conv(b: Builder, node: Node, inputs: list[str]):
         b.constant(np.arange(spatial)),
         b.constant(-np.ones(spatial, np.int64)),
     )
-    weights = b.transpose(flipped, [spatial, spatial + 1, *kernel])
-    pads = [*begin, *(max(0, e) for e in end)]
-    strides = list(attrs["lhs_dilation"])
-    y = b.emit("ConvTranspose", x, weights, strides=strides, pads=pads, output_padding=more, **common)
+    y = b.emit(
+        "ConvTranspose",
+        b.transpose(inputs[0], channels_first(rank)),
+        b.transpose(flipped, [spatial, spatial + 1, *range(spatial)]),
+        strides=list(attrs["lhs_dilation"]),
+        pads=[*begin, *(max(0, e) for e in end)],
+        output_padding=more,
+        dilations=list(attrs["rhs_dilation"]),
+    )
     return b.transpose(y, channels_last(rank))
 
 
 @rule("reduce_window")
 def _reduce_window(b: Builder, node: Node, inputs: list[str]):
-    attrs, rank = node.attrs, node.output.type.rank
-    outer = [0, rank - 1]
+    attrs, dtype, (x,) = node.attrs, node.output.dtype, inputs
+    shape, kind = list(node.inputs[0].shape), attrs["kind"]
+    rank = len(shape)
+    if not node.output.type.is_float:  # ONNX pools floats
+        if np.dtype(dtype).itemsize > 4:
+            raise UnsupportedError(f"windows over {dtype}")
+        x, dtype = b.cast(x, "float64"), "float64"
+    if kind == "min":
+        x = b.emit("Neg", x)
+    # Gaps, and padding that is longer than the window, are filled beforehand.
+    fill = b.like(0.0 if kind == "sum" else -np.inf, dtype)
+    base, padding = attrs["base_dilation"], list(attrs["padding"])
+    if any(d != 1 for d in base):
+        x = spread(b, x, shape, [d - 1 for d in base], fill)
+        shape = [(s - 1) * d + 1 for s, d in zip(shape, base)]
+    if not _is_plain(padding) or any(max(p) >= w for p, w in zip(padding, attrs["window"])):
+        x = b.emit("Pad", x, b.sizes([p[side] for side in (0, 1) for p in padding]), fill)
+        shape = [s + p[0] + p[1] for s, p in zip(shape, padding)]
+        padding = [(0, 0)] * rank
     keys = ("window", "strides", "window_dilation")
-    if (
-        rank < 3
-        or any(attrs[key][a] != 1 for key in keys for a in outer)
-        or any(d != 1 for d in attrs["base_dilation"])
-    ):
-        raise UnsupportedError("windows over the batch or the channels, or with gaps in what they slide over")
-    if any(attrs["padding"][a] != (0, 0) for a in outer) or attrs["kind"] == "min":
-        raise UnsupportedError("windows with such padding, or their minimum")
-    inner = slice(1, rank - 1)
-    x = b.transpose(inputs[0], channels_first(rank))
-    padding = attrs["padding"][inner]
-    shape = {
-        "kernel_shape": list(attrs["window"][inner]),
-        "strides": list(attrs["strides"][inner]),
-        "dilations": list(attrs["window_dilation"][inner]),
-        "pads": [p[0] for p in padding] + [p[1] for p in padding],
+    moved = [a for a in range(rank) if any(attrs[k][a] != 1 for k in keys) or padding[a] != (0, 0)]
+    still = [a for a in range(rank) if a not in moved]
+    if len(moved) > 3:
+        raise UnsupportedError("windows over more than three axes")
+    moved = moved or still[:1]
+    still = [a for a in still if a not in moved]
+    order = [*still, *moved]
+    x = b.transpose(x, order)
+    usual = len(still) == 2  # batch and channels
+    if not usual:
+        x = b.reshape(x, [product(shape[a] for a in still), 1, *(shape[a] for a in moved)])
+    options: dict[str, Any] = {
+        "kernel_shape": [attrs["window"][a] for a in moved],
+        "strides": [attrs["strides"][a] for a in moved],
+        "dilations": [attrs["window_dilation"][a] for a in moved],
+        "pads": [padding[a][side] for side in (0, 1) for a in moved],
     }
-    if attrs["kind"] == "max":
-        y = b.emit("MaxPool", x, **shape)
+    if kind == "sum":
+        count = b.like(float(np.prod(attrs["window"])), dtype)
+        y = b.emit("Mul", b.emit("AveragePool", x, count_include_pad=1, **options), count)
     else:
-        count = b.like(float(np.prod(attrs["window"])), node.output.dtype)
-        y = b.emit("Mul", b.emit("AveragePool", x, count_include_pad=1, **shape), count)
-    return b.transpose(y, channels_last(rank))
+        y = b.emit("MaxPool", x, **options)
+    if not usual:
+        y = b.reshape(y, [node.output.shape[a] for a in order])
+    y = b.transpose(y, [order.index(a) for a in range(rank)])
+    y = b.emit("Neg", y) if kind == "min" else y
+    return y if dtype == node.output.dtype else b.cast(y, node.output.dtype)
 
 
 @rule("resize")
 def _resize(b: Builder, node: Node, inputs: list[str]):
-    method, rank = node.attrs["method"], node.output.type.rank
-    modes = {"nearest": "nearest", "bilinear": "linear", "bicubic": "cubic"}
-    if method not in modes:
-        raise UnsupportedError(f"resize by {method!r}")
-    batch, *_, channels = node.inputs[0].shape
+    method, size = node.attrs["method"], node.attrs["size"]
+    batch, *spatial, channels = node.inputs[0].shape
+    rank = len(spatial) + 2
+    known = not any(isinstance(s, Dim) for s in (*spatial, *size))
+    smaller = not known or any(s < n for s, n in zip(size, spatial))
+    if method == "nearest":
+        options: dict[str, Any] = {"mode": "nearest", "nearest_mode": "round_prefer_ceil"}
+    elif method == "bilinear" and rank == 4 and not (node.attrs["antialias"] and smaller):
+        options = {"mode": "linear"}
+    elif known:
+        return _resize_by_products(b, node, inputs[0])
+    else:
+        raise UnsupportedError(f"resize by {method!r} from or to sizes that are known when it runs")
     x = b.transpose(inputs[0], channels_first(rank))
-    sizes = b.sizes([batch, channels, *node.attrs["size"]])
-    options = {"nearest_mode": "round_prefer_ceil"} if method == "nearest" else {}
-    if method == "bicubic":
-        options = {"cubic_coeff_a": -0.5, "exclude_outside": 1}
-    y = b.emit(
-        "Resize",
-        x,
-        "",
-        "",
-        sizes,
-        mode=modes[method],
-        coordinate_transformation_mode="half_pixel",
-        antialias=int(bool(node.attrs["antialias"]) and method != "nearest"),
-        **options,
-    )
+    sizes = b.sizes([batch, channels, *size])
+    y = b.emit("Resize", x, "", "", sizes, coordinate_transformation_mode="half_pixel", **options)
     return b.transpose(y, channels_last(rank))
+
+
+@rule("resize_weights")
+def _resize_weights(b: Builder, node: Node, inputs: list[str]):
+    attrs = node.attrs
+    if any(isinstance(attrs[size], Dim) for size in ("in_size", "out_size")):
+        raise UnsupportedError("weights of a resize from or to sizes that are known when it runs")
+    weights = weight_matrix(attrs["in_size"], attrs["out_size"], attrs["method"], attrs["antialias"])
+    return b.constant(weights, node.output.dtype)
+
+
+def _resize_by_products(b: Builder, node: Node, x: str) -> str:
+    """Resampling of one axis after the other by the matrix of its weights."""
+    shape, attrs = list(node.inputs[0].shape), node.attrs
+    for axis, size in enumerate(attrs["size"], start=1):
+        if size == shape[axis]:
+            continue
+        weights = weight_matrix(shape[axis], size, attrs["method"], attrs["antialias"])
+        flat = b.reshape(x, [product(shape[:axis]), shape[axis], product(shape[axis + 1 :])])
+        shape[axis] = size
+        x = b.reshape(b.emit("MatMul", b.constant(weights.T, node.output.dtype), flat), shape)
+    return x
 
 
 @rule("attention")
@@ -160,9 +233,7 @@ def _attention(b: Builder, node: Node, inputs: list[str]):
         if heads == key_heads:
             return x
         depth, share = value.shape[3], heads // key_heads
-        x = b.emit(
-            "Expand", b.reshape(x, [batch, key_heads, 1, keys, depth]), b.constant(np.int64([1, 1, share, 1, 1]))
-        )
+        x = b.emit("Expand", b.reshape(x, [batch, key_heads, 1, keys, depth]), b.constant([1, 1, share, 1, 1], "int64"))
         return b.reshape(x, [batch, heads, keys, depth])
 
     q = b.transpose(q, [0, 2, 1, 3])
@@ -184,69 +255,3 @@ def _attention(b: Builder, node: Node, inputs: list[str]):
 def _positions(b: Builder, size) -> str:
     scalar = b.emit("Squeeze", b.size(size), b.constant([0], "int64"))
     return b.emit("Range", b.constant(0, "int64"), scalar, b.constant(1, "int64"))
-
-
-# Name, alpha, beta.
-_ACTIVATIONS = {
-    "tanh": ("Tanh", 0.0, 0.0), "sigmoid": ("Sigmoid", 0.0, 0.0), "relu": ("Relu", 0.0, 0.0),
-    "hard_sigmoid": ("HardSigmoid", 1 / 6, 0.5), "softsign": ("Softsign", 0.0, 0.0),
-    "softplus": ("Softplus", 0.0, 0.0), "elu": ("Elu", 1.0, 0.0), "linear": ("Affine", 1.0, 0.0),
-}  # fmt: skip
-_CELLS = {"lstm": "LSTM", "gru": "GRU", "simple": "RNN"}
-# ONNX' order of the gates: input, output, forget, candidate.
-_GATES = {"lstm": (0, 3, 1, 2), "gru": (0, 1, 2), "simple": (0,)}
-
-
-@rule("rnn")
-def _rnn(b: Builder, node: Node, inputs: list[str]):
-    attrs = node.attrs
-    cell = attrs["cell"]
-    if attrs["has_mask"]:
-        raise UnsupportedError("a recurrent layer with a mask")
-    names = {
-        "lstm": ("recurrent_activation", "activation", "activation"),
-        "gru": ("recurrent_activation", "activation"),
-    }
-    wanted = [attrs[name] for name in names.get(cell, ("activation",))]
-    unknown = [a for a in wanted if a not in _ACTIVATIONS]
-    if unknown:
-        raise UnsupportedError(f"a recurrent layer with the activation {unknown[0]!r}")
-    functions = [_ACTIVATIONS[a] for a in wanted]
-    x, kernel, recurrent, bias, recurrent_bias, *states = inputs
-    units = node.inputs[2].shape[0]
-    features = node.inputs[0].shape[2]
-
-    def gates(weights: str, rows: int) -> str:
-        """[rows, G * U] as [1, G * U, rows], the gates in ONNX' order."""
-        parts = [_columns(b, weights, g * units, units) for g in _GATES[cell]]
-        return b.reshape(b.transpose(b.emit("Concat", *parts, axis=1), [1, 0]), [1, len(parts) * units, rows])
-
-    biases = []
-    for value in (bias, recurrent_bias):
-        row = b.reshape(value, [1, len(_GATES[cell]) * units])
-        biases += [_columns(b, row, g * units, units) for g in _GATES[cell]]
-    batch = node.inputs[0].shape[0]
-    initial = [b.reshape(s, [1, batch, units]) for s in states]
-    y, *last = b.emit(
-        _CELLS[cell],
-        b.transpose(x, [1, 0, 2]),
-        gates(kernel, features),
-        gates(recurrent, units),
-        b.emit("Concat", *biases, axis=1),
-        "",
-        *initial,
-        outputs=3 if cell == "lstm" else 2,
-        hidden_size=units,
-        direction="reverse" if attrs["reverse"] else "forward",
-        activations=[f for f, _, _ in functions],
-        activation_alpha=[alpha for _, alpha, _ in functions],
-        activation_beta=[beta for _, _, beta in functions],
-        linear_before_reset=int(attrs["reset_after"]) if cell == "gru" else None,
-    )
-    sequence = b.reshape(b.transpose(y, [2, 0, 1, 3]), [batch, node.inputs[0].shape[1], units])
-    return (sequence, *[b.reshape(s, [batch, units]) for s in last])
-
-
-def _columns(b: Builder, x: str, start: int, count: int) -> str:
-    parts = [b.constant([v], "int64") for v in (start, start + count, 1)]
-    return b.emit("Slice", x, *parts)

@@ -9,7 +9,7 @@ import numpy as np
 from kgraph.errors import UnsupportedError
 from kgraph.ir import Node
 from kgraph.ir.types import np_dtype
-from kgraph.onnx_export.builder import RULES, Builder, rule
+from kgraph.onnx_export.builder import RULES, Builder, element_type, rule
 
 _DIRECT = {
     "abs": "Abs", "sign": "Sign", "floor": "Floor", "ceil": "Ceil", "round_nearest_even": "Round",
@@ -17,8 +17,9 @@ _DIRECT = {
     "acos": "Acos", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "asinh": "Asinh",
     "acosh": "Acosh", "atanh": "Atanh", "erf": "Erf", "logistic": "Sigmoid", "is_nan": "IsNaN", "is_inf": "IsInf",
     "logical_not": "Not", "bitwise_not": "BitwiseNot", "stop_gradient": "Identity", "optimization_barrier": "Identity",
-    "softplus": "Softplus", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
-    "bitwise_and": "BitwiseAnd", "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor", "eq": "Equal",
+    "softplus": "Softplus", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div",
+    "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
+    "bitwise_and": "BitwiseAnd", "bitwise_or": "BitwiseOr", "bitwise_xor": "BitwiseXor",
 }  # fmt: skip
 _ORDERS = {"lt": "Less", "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual"}
 
@@ -80,22 +81,27 @@ def _pow(b: Builder, node: Node, inputs: list[str]):
     if node.output.type.is_float:
         return b.emit("Pow", *inputs)
     # By squaring, bit after bit of the exponent: integers wrap around, where ONNX leaves open what happens.
-    base, exponent = (b.cast(x, "int64") for x in inputs)
+    x, signed = (b.cast(x, "int64") for x in inputs)
     known = b.arrays.get(inputs[1])
-    bits = 63 if known is None else max(int(known.max(initial=0)).bit_length(), 1)
-    one, two = b.like(1, "int64"), b.like(2, "int64")
-    result = one
+    bits = 63 if known is None else max(int(abs(known.astype(int)).max(initial=0)).bit_length(), 1)
+    one, two, zero = (b.like(v, "int64") for v in (1, 2, 0))
+    base, exponent, result = x, b.emit("Abs", signed), one
     for bit in range(bits):
         odd = b.emit("Equal", b.emit("Mod", exponent, two), one)
         result = b.emit("Mul", result, b.emit("Where", odd, base, one))
         if bit + 1 < bits:
             base, exponent = b.emit("Mul", base, base), b.emit("Div", exponent, two)
+    if not node.output.dtype.startswith("uint"):  # 1 / x ** y towards zero is 0, but for 1 and -1
+        vanishes = b.emit("Not", b.emit("Equal", b.emit("Abs", x), one))
+        vanishes = b.emit("And", b.emit("Less", signed, zero), vanishes)
+        result = b.emit("Where", vanishes, zero, result)
     return b.cast(result, node.output.dtype)
 
 
 @rule("convert")
 def _convert(b: Builder, node: Node, inputs: list[str]):
     dtype = node.output.dtype
+    element_type(dtype)
     if not node.inputs[0].type.is_float or node.output.type.is_float or dtype == "bool":
         return b.cast(inputs[0], dtype)
     return _saturated(b, inputs[0], node.inputs[0].dtype, dtype)
@@ -114,6 +120,34 @@ def _saturated(b: Builder, x: str, source: str, dtype: str) -> str:
     whole = b.emit("Where", b.emit("GreaterOrEqual", x, b.like(float(limits.max), source)), high, whole)
     whole = b.emit("Where", b.emit("LessOrEqual", x, b.like(float(limits.min), source)), low, whole)
     return b.cast(whole, dtype) if dtype != "int64" else whole
+
+
+@rule("bitcast_convert")
+def _bitcast_convert(b: Builder, node: Node, inputs: list[str]):
+    asks = [_asks_for_negative_zero(use) for use in b.uses.get(node.output, [])]
+    if not asks or not all(asks):
+        raise UnsupportedError("bitcast_convert, as ONNX has no operator for the bits of numbers")
+    return ""  # only read by comparisons, which have another form
+
+
+def _asks_for_negative_zero(node: Node) -> bool:
+    """Whether a node compares the bits of floats with those of the negative zero."""
+    if node.name != "eq":
+        return False
+    bits, pattern = sorted(node.inputs, key=lambda v: v.node is None or v.node.name != "bitcast_convert")
+    if bits.node is None or bits.node.name != "bitcast_convert" or not bits.node.inputs[0].type.is_float:
+        return False
+    known = pattern.node.attrs.get("value") if pattern.node is not None else None
+    return known is not None and bool(np.all(np.asarray(known) == np.iinfo(np_dtype(bits.dtype)).min))
+
+
+@rule("eq")
+def _eq(b: Builder, node: Node, inputs: list[str]):
+    if not _asks_for_negative_zero(node):
+        return b.emit("Equal", *inputs)
+    (x,) = (v.node.inputs[0] for v in node.inputs if v.node is not None and v.node.name == "bitcast_convert")
+    zero = b.like(0.0, x.dtype)
+    return b.emit("And", b.emit("Equal", b.names[x], zero), _is_negative(b, b.names[x], zero))
 
 
 @rule("ne")
@@ -200,10 +234,13 @@ def _leaky_relu(b: Builder, node: Node, inputs: list[str]):
 @rule("floor_divide")
 def _floor_divide(b: Builder, node: Node, inputs: list[str]):
     if node.output.type.is_float:
-        # As in NumPy: the remainder first, so that the quotient is whole but for rounding.
-        whole = b.emit("Round", b.emit("Div", b.emit("Sub", inputs[0], _float_mod(b, node, inputs)), inputs[1]))
-        zero = b.emit("Equal", inputs[1], b.like(0.0, node.output.dtype))
-        return b.emit("Where", zero, b.emit("Div", *inputs), whole)
+        # As in NumPy: the remainder is taken off first, so that the quotient is whole but for rounding.
+        dtype = node.output.dtype
+        rest, moves = _remainder(b, node, inputs)
+        quotient = b.emit("Div", b.emit("Sub", inputs[0], rest), inputs[1])
+        quotient = b.emit("Where", moves, b.emit("Sub", quotient, b.like(1.0, dtype)), quotient)
+        zero = b.emit("Equal", inputs[1], b.like(0.0, dtype))
+        return b.emit("Where", zero, b.emit("Div", *inputs), b.emit("Round", quotient))
     # ONNX rounds integers towards zero; its remainder has the divisor's sign, and without it the division is exact.
     return b.emit("Div", b.emit("Sub", inputs[0], b.emit("Mod", *inputs)), inputs[1])
 
@@ -212,16 +249,16 @@ def _floor_divide(b: Builder, node: Node, inputs: list[str]):
 def _mod(b: Builder, node: Node, inputs: list[str]):
     if not node.output.type.is_float:
         return b.emit("Mod", *inputs)
-    return _float_mod(b, node, inputs)
+    rest, moves = _remainder(b, node, inputs)
+    return b.emit("Where", moves, b.emit("Add", rest, inputs[1]), rest)
 
 
-def _float_mod(b: Builder, node: Node, inputs: list[str]) -> str:
-    """The exact remainder of the division that rounds towards zero, moved to the divisor's sign."""
+def _remainder(b: Builder, node: Node, inputs: list[str]) -> tuple[str, str]:
+    """The exact remainder of a division of floats towards zero, and where its sign is not the divisor's."""
     zero = b.like(0.0, node.output.dtype)
     rest = b.emit("Mod", *inputs, fmod=1)
     other = b.emit("Xor", b.emit("Less", rest, zero), b.emit("Less", inputs[1], zero))
-    moves = b.emit("And", other, b.emit("Not", b.emit("Equal", rest, zero)))
-    return b.emit("Where", moves, b.emit("Add", rest, inputs[1]), rest)
+    return rest, b.emit("And", other, b.emit("Not", b.emit("Equal", rest, zero)))
 
 
 @rule("rem")
@@ -244,9 +281,14 @@ def _hypot(b: Builder, node: Node, inputs: list[str]):
 
 @rule("logaddexp")
 def _logaddexp(b: Builder, node: Node, inputs: list[str]):
+    return logaddexp(b, inputs, node.output.dtype)
+
+
+def logaddexp(b: Builder, inputs: list[str], dtype: str) -> str:
+    """log(exp(x) + exp(y)) of two floats."""
     larger, smaller = b.emit("Max", *inputs), b.emit("Min", *inputs)
     apart = b.emit("Sub", smaller, larger)
-    apart = b.emit("Where", b.emit("Equal", smaller, larger), b.like(0.0, node.output.dtype), apart)  # inf - inf
+    apart = b.emit("Where", b.emit("Equal", smaller, larger), b.like(0.0, dtype), apart)  # inf - inf
     return b.emit("Add", larger, b.emit("Softplus", apart))
 
 

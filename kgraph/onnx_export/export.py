@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,8 +15,16 @@ from kgraph.artifact.save import SavedModel
 from kgraph.errors import UnsupportedError
 from kgraph.ir import Dim, Graph, TensorType
 from kgraph.ir.interpreter import evaluate
-from kgraph.onnx_export import contractions, elementwise, movement, reductions  # noqa: F401  (they register rules)
-from kgraph.onnx_export.builder import OPSET, RULES, Builder, element_type
+from kgraph.onnx_export import (  # noqa: F401  (they register rules)
+    contractions,
+    control_flow,
+    elementwise,
+    indexing,
+    movement,
+    recurrent,
+    reductions,
+)
+from kgraph.onnx_export.builder import OPSET, Builder, element_type
 from kgraph.passes.fuse import fuse
 from kgraph.passes.group_recurrent import group_recurrent
 from kgraph.passes.layout import layout
@@ -23,6 +32,7 @@ from kgraph.passes.manager import PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE
 from kgraph.passes.prologue import split_prologue
 
+LARGEST = 2**31 - 2**20  # bytes of a protocol buffer, with room for what the checker adds
 IR_VERSION = 9  # what runtimes of the opset's time read
 # What makes kernels of this project's own is left out.
 PORTABLE = [pass_ for pass_ in INFERENCE if pass_ not in (fuse, layout, group_recurrent)]
@@ -30,6 +40,9 @@ PORTABLE = [pass_ for pass_ in INFERENCE if pass_ not in (fuse, layout, group_re
 
 def export_onnx(model: SavedModel, path: str | os.PathLike, *, optimised: bool = True) -> None:
     """Write a model as ONNX (opset 20), and check it with ONNX' own checker.
+
+    Free sizes keep their names (`N` is the batch) as the `dim_param` of inputs and outputs. Weights of more than two
+    gigabytes go into a file beside it.
 
     optimised: batch normalisation folded, constants computed, transposes moved; False writes what was captured.
     Raises UnsupportedError naming every operation that ONNX has no form for, and its layers.
@@ -42,10 +55,22 @@ def export_onnx(model: SavedModel, path: str | os.PathLike, *, optimised: bool =
         split = split_prologue(run_passes(graph, PORTABLE, PassContext()))
         values = evaluate(split.prologue, [], values)
         graph = split.main
-    names = [_plain(name) or f"output_{i}" for i, name in enumerate(form.outputs.names)]
-    proto = to_onnx(graph, values, [_plain(n) or f"input_{i}" for i, n in enumerate(model.inputs.names)], names)
-    onnx.checker.check_model(proto, full_check=True)
-    onnx.save(proto, os.fspath(path))
+    inputs = _distinct(model.inputs.names, "input", set())
+    outputs = _distinct(form.outputs.names, "output", set(inputs))
+    proto = to_onnx(graph, values, inputs, outputs)
+    _write(proto, Path(path))
+
+
+def _write(proto: onnx.ModelProto, path: Path) -> None:
+    """Writes and checks; weights that make a file too large for its format go into one beside it, `<name>.data`."""
+    if proto.ByteSize() <= LARGEST:
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.save(proto, path)
+        return
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)  # else it would be appended to
+    onnx.save(proto, path, save_as_external_data=True, location=beside.name)
+    onnx.checker.check_model(os.fspath(path), full_check=True)
 
 
 def to_onnx(
@@ -53,49 +78,63 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """The ONNX model of a graph. values: of its params; inputs, outputs: names."""
     b = Builder()
-    given = []
-    for value, name in zip(graph.inputs, inputs, strict=True):
-        b.names[value] = name
-        given.append((name, value.type))
+    b.reserve([*inputs, *outputs])
+    given = [(name, value.type) for value, name in zip(graph.inputs, inputs, strict=True)]
     b.define_symbols(given)
     for param, array in zip(graph.params, values, strict=True):
         b.names[param] = b.constant(array, param.dtype, _plain(param.name))
-    missing: dict[str, None] = {}
-    for node in graph.nodes:
-        if node.name == "constant":
-            b.names[node.output] = b.constant(node.attrs["value"], node.output.dtype)
-            continue
-        where = f" ({', '.join(sorted(node.provenance))})" if node.provenance else ""
-        if node.name not in RULES:
-            missing.setdefault(f"{node.name}{where}")
-            for out in node.outputs:
-                b.names[out] = ""
-            continue
-        try:
-            results = RULES[node.name](b, node, [b.names[v] for v in node.inputs])
-        except UnsupportedError as error:
-            missing.setdefault(f"{error}{where}")
-            results = [""] * len(node.outputs)
-        results = [results] if isinstance(results, str) else results
-        b.names.update(zip(node.outputs, results, strict=True))
-    if missing:
-        raise UnsupportedError(f"{graph.name}: ONNX export has no form for: " + "; ".join(missing))
-    for value, name in zip(graph.outputs, outputs, strict=True):
-        b.nodes.append(helper.make_node("Identity", [b.names[value]], [name], name=f"give_{name}"))
+    results = b.inline(graph, inputs)
+    if b.missing:
+        raise UnsupportedError(f"{graph.name}: ONNX export has no form for: " + "; ".join(b.missing))
+    for result, name in zip(results, outputs, strict=True):
+        b.nodes.append(helper.make_node("Identity", [result], [name], name=f"give_{name}"))
+    nodes, read = _needed(b.nodes, outputs)
     proto = helper.make_graph(
-        b.nodes,
+        nodes,
         graph.name,
         [_info(name, type_) for name, type_ in given],
         [_info(name, value.type) for name, value in zip(outputs, graph.outputs, strict=True)],
-        list(b.initializers.values()),
+        [tensor for name, tensor in b.initializers.items() if name in read],
     )
     opset = helper.make_opsetid("", OPSET)
     return helper.make_model(proto, opset_imports=[opset], ir_version=IR_VERSION, producer_name="kgraph")
 
 
+def _needed(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that outputs depend on, in order, and all names that they read."""
+    read, kept = set(outputs), []
+    for node in reversed(nodes):
+        if not read.isdisjoint(node.output):
+            kept.append(node)
+            read.update(_reads(node))
+    return kept[::-1], read
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """What a node reads, the bodies in it included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _reads(inner)
+
+
 def _info(name: str, type_: TensorType) -> onnx.ValueInfoProto:
     sizes = [str(s) if isinstance(s, Dim) else s for s in type_.shape]
     return helper.make_tensor_value_info(name, element_type(type_.dtype), sizes)
+
+
+def _distinct(names: Sequence[str], stem: str, taken: set[str]) -> list[str]:
+    """Names for inputs or outputs; numbers, and none at all, get a word in front, and repeated ones a number."""
+    found: list[str] = []
+    for position, given in enumerate(names):
+        plain = name = _plain(given) if given and not given.isdigit() else f"{stem}_{given or position}"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{plain}_{number}"
+        taken.add(name)
+        found.append(name)
+    return found
 
 
 def _plain(name: str) -> str:

@@ -1,6 +1,8 @@
-"""Shapes, slices, gathers and scatters in ONNX."""
+"""Shapes, creation, slices and padding in ONNX."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,7 +11,6 @@ from kgraph.ir import Dim, Node
 from kgraph.onnx_export.builder import Builder, rule
 
 _FURTHEST = np.iinfo(np.int64).min  # a slice with this end goes back to the first element
-_REDUCTIONS = {"update": "none", "add": "add", "mul": "mul", "max": "max", "min": "min"}
 
 
 @rule("reshape")
@@ -56,12 +57,12 @@ def _slice(b: Builder, node: Node, inputs: list[str]):
     if not axes:
         return b.emit("Identity", inputs[0])
     parts = [b.sizes([values[a] for a in axes]) for values in (start, limit)]
-    return b.emit("Slice", inputs[0], *parts, b.constant(np.int64(axes)), b.sizes([stride[a] for a in axes]))
+    return b.emit("Slice", inputs[0], *parts, b.constant(axes, "int64"), b.sizes([stride[a] for a in axes]))
 
 
 @rule("rev")
 def _rev(b: Builder, node: Node, inputs: list[str]):
-    axes = np.int64(node.attrs["axes"])
+    axes = np.array(node.attrs["axes"], np.int64)
     if not axes.size:
         return b.emit("Identity", inputs[0])
     ones = np.ones_like(axes)
@@ -74,31 +75,39 @@ def _rev(b: Builder, node: Node, inputs: list[str]):
 def _pad(b: Builder, node: Node, inputs: list[str]):
     x, value = inputs
     interior = node.attrs["interior"]
-    for axis, gap in enumerate(interior):
-        if gap:
-            x = _spread(b, node, x, value, axis, gap)
+    if any(interior):
+        x = spread(b, x, node.inputs[0].shape, interior, value)
     return b.emit("Pad", x, b.sizes([*node.attrs["low"], *node.attrs["high"]]), value)
 
 
-def _spread(b: Builder, node: Node, x: str, value: str, axis: int, gap: int) -> str:
-    """Puts `gap` values between neighbours along an axis: pads a new axis behind it, merges both, and cuts the end."""
-    shape = list(node.inputs[0].shape)
-    done = [(s - 1) * (g + 1) + 1 for s, g in zip(shape[:axis], node.attrs["interior"])]
-    behind = b.reshape(x, [*done, shape[axis], 1, *shape[axis + 1 :]])
-    ends = np.zeros(2 * (len(shape) + 1), np.int64)
-    ends[len(shape) + 1 + axis + 1] = gap
-    padded = b.emit("Pad", behind, b.constant(ends), value)
-    merged = b.reshape(padded, [*done, shape[axis] * (gap + 1), *shape[axis + 1 :]])
-    parts = [b.constant([0], "int64"), b.constant([-gap], "int64"), b.constant([axis], "int64")]
-    return b.emit("Slice", merged, *parts)
+def spread(b: Builder, x: str, shape: Sequence[int | Dim], gaps: Sequence[int], value: str) -> str:
+    """Puts `gaps` values between neighbours along each axis: pads a new axis behind it, merges both, cuts the end."""
+    sizes = list(shape)
+    for axis, gap in enumerate(gaps):
+        if not gap:
+            continue
+        behind = b.reshape(x, [*sizes[: axis + 1], 1, *sizes[axis + 1 :]])
+        ends = np.zeros(2 * (len(sizes) + 1), np.int64)
+        ends[len(sizes) + 1 + axis + 1] = gap
+        padded = b.emit("Pad", behind, b.constant(ends), value)
+        merged = b.reshape(padded, [*sizes[:axis], sizes[axis] * (gap + 1), *sizes[axis + 1 :]])
+        x = b.emit("Slice", merged, *[b.constant([v], "int64") for v in (0, -gap, axis)])
+        sizes[axis] = (sizes[axis] - 1) * (gap + 1) + 1
+    return x
 
 
 @rule("pad_mirror")
 def _pad_mirror(b: Builder, node: Node, inputs: list[str]):
-    mode = node.attrs["mode"]
-    if mode not in ("reflect", "edge", "wrap"):
-        raise UnsupportedError(f"ONNX has no padding of mode {mode!r}")
-    return b.emit("Pad", inputs[0], b.sizes([*node.attrs["low"], *node.attrs["high"]]), mode=mode)
+    (x,), mode = inputs, node.attrs["mode"]
+    low, high, shape = node.attrs["low"], node.attrs["high"], node.inputs[0].shape
+    if not any(isinstance(s, Dim) for s, *ends in zip(shape, low, high) if ends != [0, 0]):
+        for axis, (size, *ends) in enumerate(zip(shape, low, high)):
+            if ends != [0, 0]:
+                x = b.emit("Gather", x, b.constant(np.pad(np.arange(size), ends, mode)), axis=axis)
+        return x
+    if mode != "edge":  # the others repeat where the padding is longer than the axis, which ONNX does not
+        raise UnsupportedError(f"padding of mode {mode!r} along an axis whose size is known when it runs")
+    return b.emit("Pad", x, b.sizes([*low, *high]), mode=mode)
 
 
 @rule("concatenate")
@@ -109,78 +118,30 @@ def _concatenate(b: Builder, node: Node, inputs: list[str]):
 @rule("dynamic_slice")
 def _dynamic_slice(b: Builder, node: Node, inputs: list[str]):
     x, *starts = inputs
-    shape, whole = node.attrs["shape"], node.inputs[0].shape
-    zero = b.constant([0], "int64")
-    begins = []
-    for start, size, full in zip(starts, shape, whole, strict=True):
-        at = b.reshape(b.cast(start, "int64"), [1])
-        begins.append(b.emit("Max", b.emit("Min", at, b.size(full - size)), zero))
-    begin = b.emit("Concat", *begins, axis=0)
+    shape = node.attrs["shape"]
+    begin = _starts(b, starts, node.inputs[0].shape, shape)
     end = b.emit("Add", begin, b.sizes(shape))
     return b.emit("Slice", x, begin, end, b.constant(np.arange(len(shape), dtype=np.int64)))
 
 
-def _within(b: Builder, indices: str, size: int | Dim) -> str:
-    """Indices as int64: negative ones count from the end, once; what is still out of range is clamped."""
-    wide, count, zero = b.cast(indices, "int64"), b.size(size), b.constant([0], "int64")
-    wide = b.emit("Where", b.emit("Less", wide, zero), b.emit("Add", wide, count), wide)
-    last = b.emit("Sub", count, b.constant([1], "int64"))
-    return b.emit("Max", b.emit("Min", wide, last), zero)
+def _starts(b: Builder, starts: Sequence[str], whole: Sequence, window: Sequence) -> str:
+    """Where a window begins, inside of the whole."""
+    begins = []
+    for start, size, full in zip(starts, window, whole, strict=True):
+        at = b.reshape(b.cast(start, "int64"), [1])
+        begins.append(b.emit("Max", b.emit("Min", at, b.size(full - size)), b.constant([0], "int64")))
+    return b.emit("Concat", *begins, axis=0)
 
 
-@rule("take")
-def _take(b: Builder, node: Node, inputs: list[str]):
-    x, indices = inputs
-    axis, mode = node.attrs["axis"], node.attrs["mode"]
-    size = node.inputs[0].shape[axis]
-    if mode == "fill":
-        raise UnsupportedError("take with mode 'fill'")
-    if mode == "wrap":
-        wide = b.emit("Mod", b.cast(indices, "int64"), b.size(size))
-    else:
-        wide = _within(b, indices, size)
-    if not node.inputs[1].shape:
-        wide = b.reshape(wide, [])
-    return b.emit("Gather", x, wide, axis=axis)
-
-
-@rule("take_along_axis")
-def _take_along_axis(b: Builder, node: Node, inputs: list[str]):
-    axis = node.attrs["axis"]
-    x, indices = node.inputs
-    rest = [s for a, s in enumerate(x.shape) if a != axis], [s for a, s in enumerate(indices.shape) if a != axis]
-    if rest[0] != rest[1]:
-        raise UnsupportedError("take_along_axis that broadcasts")
-    return b.emit("GatherElements", inputs[0], _within(b, inputs[1], x.shape[axis]), axis=axis)
-
-
-@rule("gather_nd")
-def _gather_nd(b: Builder, node: Node, inputs: list[str]):
-    return b.emit("GatherND", inputs[0], _within_each(b, node, inputs[1]))
-
-
-def _within_each(b: Builder, node: Node, indices: str) -> str:
-    """Indices [..., k] into the first k axes, clamped per axis."""
-    sizes = b.sizes(node.inputs[0].shape[: node.inputs[1].shape[-1]])
-    wide, zero = b.cast(indices, "int64"), b.constant([0], "int64")
-    wide = b.emit("Where", b.emit("Less", wide, zero), b.emit("Add", wide, sizes), wide)
-    return b.emit("Max", b.emit("Min", wide, b.emit("Sub", sizes, b.constant([1], "int64"))), zero)
-
-
-@rule("scatter_nd")
-def _scatter_nd(b: Builder, node: Node, inputs: list[str]):
-    reduction = _REDUCTIONS[node.attrs["reduction"]]
-    return b.emit("ScatterND", inputs[0], b.cast(inputs[1], "int64"), inputs[2], reduction=reduction)
-
-
-@rule("scatter_along_axis")
-def _scatter_along_axis(b: Builder, node: Node, inputs: list[str]):
-    reduction = _REDUCTIONS[node.attrs["reduction"]]
-    return b.emit(
-        "ScatterElements",
-        inputs[0],
-        b.cast(inputs[1], "int64"),
-        inputs[2],
-        axis=node.attrs["axis"],
-        reduction=reduction,
-    )
+@rule("dynamic_update_slice")
+def _dynamic_update_slice(b: Builder, node: Node, inputs: list[str]):
+    x, update, *starts = inputs
+    whole, window = node.inputs[0].shape, node.inputs[1].shape
+    if not starts:
+        return b.emit("Identity", update)
+    begin = _starts(b, starts, whole, window)
+    end = b.emit("Sub", b.emit("Sub", b.sizes(whole), begin), b.sizes(window))
+    ends = b.emit("Concat", begin, end, axis=0)
+    inside = b.emit("Pad", b.emit("Expand", b.constant(1, "int32"), b.sizes(window)), ends, b.constant(0, "int32"))
+    moved = b.emit("Pad", update, ends)
+    return b.emit("Where", b.cast(inside, "bool"), moved, x)

@@ -6,6 +6,7 @@ import numpy as np
 
 from kgraph.ir import Node
 from kgraph.onnx_export.builder import Builder, rule
+from kgraph.onnx_export.elementwise import logaddexp
 
 _OPERATORS = {
     "reduce_sum": "ReduceSum", "reduce_prod": "ReduceProd", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
@@ -71,7 +72,9 @@ def _top_k(b: Builder, node: Node, inputs: list[str]):
 
 
 # Operator that takes one more element in, and what it starts with.
-_CUMULATIVE = {"cumprod": ("Mul", 1.0), "cummax": ("Max", -np.inf), "cummin": ("Min", np.inf)}
+_CUMULATIVE = {
+    "cumprod": ("Mul", 1.0), "cummax": ("Max", -np.inf), "cummin": ("Min", np.inf), "cumlogsumexp": ("", -np.inf),
+}  # fmt: skip
 
 
 @rule(*_CUMULATIVE)
@@ -88,7 +91,7 @@ def _cumulative(b: Builder, node: Node, inputs: list[str]):
     with b.body() as body:
         state, element = b.fresh("state"), b.fresh("element")
         body.takes((state, dtype, len(shape)), (element, dtype, len(shape)))
-        result = b.emit(op, state, element)
+        result = b.emit(op, state, element) if op else logaddexp(b, [state, element], dtype)
         body.gives((result, dtype, len(shape)), (b.emit("Identity", result), dtype, len(shape)))
     direction = [int(node.attrs["reverse"])]
     _, y = b.scan(body, [first], [x], axis, direction)
@@ -101,7 +104,14 @@ def _searchsorted(b: Builder, node: Node, inputs: list[str]):
     if node.inputs[0].dtype == "bool":
         sequence, values = b.cast(sequence, "int32"), b.cast(values, "int32")
     column = b.emit("Unsqueeze", values, b.constant([-1], "int64"))
-    before = b.emit("Less" if node.attrs["side"] == "left" else "LessOrEqual", sequence, column)
+    if node.attrs["side"] == "left":
+        before = b.emit("Less", sequence, column)
+        if node.inputs[0].type.is_float:  # NaN comes last
+            before = b.emit("Or", before, b.emit("And", b.emit("IsNaN", column), b.emit("Equal", sequence, sequence)))
+    else:
+        before = b.emit("LessOrEqual", sequence, column)
+        if node.inputs[0].type.is_float:
+            before = b.emit("Or", before, b.emit("IsNaN", column))
     return b.cast(b.reduce("ReduceSum", b.cast(before, "int64"), [node.output.type.rank], False), node.output.dtype)
 
 

@@ -33,7 +33,7 @@ def main() -> int:
     files = suites["kgraph"].files(options.folders)
     if options.show or options.readme:
         ours, peer = ([suites[name].result(file) for file in files] for name in ("kgraph", "jax"))
-        print(report.table({"kgraph": report.counts(ours), "JAX": report.counts(peer)}))
+        print(report.comparison(ours, peer))
         print("\nPassed on JAX only, by the reason on kgraph:")
         for reason, number in report.only_on(peer, ours).most_common():
             print(f"{number:6d}  {reason}")
@@ -41,7 +41,7 @@ def main() -> int:
             report.write_readme(report.readme_section(ours, peer))
         return 0
     results = suites[options.backend].run(files, options.processes, options.again, announce)
-    print(report.table({options.backend: report.counts(results)}))
+    print(report.table(results))
     if options.backend != "kgraph":
         return 0
     entries = gaps.load()

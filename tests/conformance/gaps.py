@@ -25,7 +25,10 @@ CATEGORIES = {
 
 @dataclass(frozen=True)
 class Gap:
-    """Tests that do not pass. tests: a test's id below `keras/src`, or a pattern (`*`) of ids; all of them fail."""
+    """Tests that do not pass. tests: a test's id below `keras/src`, or a pattern (`*`) of ids; none of them passes.
+
+    Those that need the network may pass, since some machines have one.
+    """
 
     tests: str
     category: str
@@ -56,7 +59,7 @@ def complaints(results: Iterable[FileResult], gaps: list[Gap]) -> list[str]:
                 hit.add(gap)
             if gap is None and outcome in ("failed", "crashed"):
                 found.append(f"{test} {outcome} and has no entry: {reason}")
-            elif gap is not None and outcome == "passed":
+            elif gap is not None and outcome == "passed" and gap.category != "network":
                 found.append(f"{test} passed; the entry {gap.tests!r} says that it does not")
     for gap in gaps:
         if gap not in hit and any(fnmatch.fnmatchcase(name, gap.tests.partition("::")[0]) for name in names):

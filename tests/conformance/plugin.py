@@ -19,6 +19,7 @@ import collections
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -78,7 +79,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     known = {test for file in {_file(item.nodeid) for item in items} for test in _known(file)}
-    items[:] = [item for item in items if item.nodeid not in known]
+    items[:] = [item for item in items if _id(item.nodeid) not in known]
     for item in items:
         if item.get_closest_marker("multi_device"):
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
@@ -136,7 +137,7 @@ def pytest_runtest_protocol(item, nextitem):
     signal.setitimer(signal.ITIMER_PROF, TIMEOUT)
     faulthandler.dump_traceback_later(5 * TIMEOUT, exit=True)
     file = _file(item.nodeid)
-    _write(file, test=item.nodeid, outcome="crashed", reason="the process ended during the test")
+    _write(file, test=_id(item.nodeid), outcome="crashed", reason="the process ended during the test")
     start = time.perf_counter()
     try:
         return (yield)
@@ -149,6 +150,11 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 # -- outcomes ----------------------------------------------------------------------------------------------------------
+def _id(test: str) -> str:
+    """A test's id without the addresses that the parameters of some print."""
+    return re.sub("0x[0-9a-f]+", "0x", test)
+
+
 def _file(test: str) -> str:
     return test.partition("::")[0]
 
@@ -194,10 +200,10 @@ def pytest_runtest_logreport(report):
             _worst[report.nodeid] = (report.outcome, _reason(report))
     if report.when == "teardown":
         outcome, reason = _worst.pop(report.nodeid)
-        _write(_file(report.nodeid), test=report.nodeid, outcome=outcome, reason=reason)
+        _write(_file(report.nodeid), test=_id(report.nodeid), outcome=outcome, reason=reason)
 
 
 def pytest_collectreport(report):
     if report.outcome != "passed" and report.nodeid:
         outcome = "skipped" if report.skipped else "failed"
-        _write(_file(report.nodeid), test=report.nodeid, outcome=outcome, reason=_reason(report))
+        _write(_file(report.nodeid), test=_id(report.nodeid), outcome=outcome, reason=_reason(report))

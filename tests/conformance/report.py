@@ -20,33 +20,39 @@ def folder_of(file: str) -> str:
 
 
 def counts(results: Iterable[FileResult]) -> dict[str, Counter]:
-    """folder -> outcome -> number of tests; a crashed test counts as failed. Folders that are not done are left out."""
+    """folder -> outcome -> number of tests, of the files that are done; a crashed test counts as failed."""
     by_folder: dict[str, Counter] = {}
-    unfinished = set()
     for result in results:
-        folder = folder_of(result.file)
-        counter = by_folder.setdefault(folder, Counter())
-        counter.update("failed" if o == "crashed" else o for o, _ in result.tests.values())
-        if not result.done:
-            unfinished.add(folder)
-    return {folder: counter for folder, counter in sorted(by_folder.items()) if folder not in unfinished}
+        if result.done:
+            counter = by_folder.setdefault(folder_of(result.file), Counter())
+            counter.update("failed" if o == "crashed" else o for o, _ in result.tests.values())
+    return dict(sorted(by_folder.items()))
 
 
-def table(by_backend: dict[str, dict[str, Counter]]) -> str:
-    """A Markdown table: a row per folder, three columns per backend; the total is of the folders that all have."""
-    backends = list(by_backend)
-    head = ["folder", *(f"{b} {o}" for b in backends for o in OUTCOMES)]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
-    folders = sorted({f for folders in by_backend.values() for f in folders})
-    total: Counter = Counter()
-    for folder in folders:
-        found = [by_backend[b].get(folder) for b in backends]
-        cells = [counter[o] if counter is not None else "–" for counter in found for o in OUTCOMES]
-        if None not in found:
-            total.update(dict(enumerate(cells)))
-        lines.append(f"| {folder} | " + " | ".join(map(str, cells)) + " |")
-    lines.append("| **all** | " + " | ".join(f"**{total[i]}**" for i in range(len(head) - 1)) + " |")
-    return "\n".join(lines)
+def _markdown(head: list[str], rows: list[list]) -> str:
+    """A Markdown table with a row of totals, of the columns that hold numbers."""
+    columns = list(zip(*rows))[1:]
+    total = ["**all**", *(f"**{sum(column)}**" if isinstance(column[0], int) else "" for column in columns)]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows, total]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def table(results: Iterable[FileResult]) -> str:
+    """The counts of one backend per folder, as Markdown."""
+    rows = [[folder, *(counter[o] for o in OUTCOMES)] for folder, counter in counts(results).items()]
+    return _markdown(["folder", *OUTCOMES], rows)
+
+
+def comparison(ours: list[FileResult], peer: list[FileResult]) -> str:
+    """The counts of kgraph and JAX per folder, as Markdown, of the files that are done on both."""
+    both = [(a, b) for a, b in zip(ours, peer, strict=True) if a.done and b.done]
+    left, right = counts(a for a, _ in both), counts(b for _, b in both)
+    files, compared = Counter(folder_of(r.file) for r in ours), Counter(folder_of(a.file) for a, _ in both)
+    rows = []
+    for folder in sorted(left):
+        cells = [counter[folder][o] for counter in (left, right) for o in OUTCOMES]
+        rows.append([folder, f"{compared[folder]} of {files[folder]}", *cells])
+    return _markdown(["folder", "files", *(f"{b} {o}" for b in ("kgraph", "JAX") for o in OUTCOMES)], rows)
 
 
 def by_category(results: Iterable[FileResult], entries: list[gaps.Gap]) -> Counter:
@@ -57,22 +63,43 @@ def by_category(results: Iterable[FileResult], entries: list[gaps.Gap]) -> Count
 
 
 def only_on(peer: Iterable[FileResult], ours: Iterable[FileResult]) -> Counter:
-    """Reasons for which tests that pass on the peer's backend do not on ours."""
-    own = {t: outcome for r in ours for t, outcome in r.tests.items()}
-    passing = [t for r in peer for t, (o, _) in r.tests.items() if o == "passed" and t in own]
-    return Counter(own[t][1][:110] if own[t][0] == "skipped" else own[t][0] for t in passing if own[t][0] != "passed")
+    """Reasons for which tests that pass on the peer's backend do not on ours, in files that are done on ours."""
+    own = {r.file: r.tests for r in ours if r.done}
+    # Some tests exist only where the backend says that it has sparse tensors.
+    absent = ("absent", "no such test without sparse tensors")
+    found: Counter = Counter()
+    for result in peer:
+        for test, (outcome, _) in result.tests.items():
+            here, reason = own[result.file].get(test, absent) if result.file in own else ("passed", "")
+            if outcome == "passed" != here:
+                found[here if here in ("failed", "crashed") else reason[:110]] += 1
+    return found
+
+
+def _kind(reason: str) -> str:
+    """What a reason of `only_on` amounts to."""
+    if "sparse" in reason or "ragged" in reason:
+        return "need sparse or ragged tensors"
+    return "test JAX itself" if "jax" in reason.lower() else reason
 
 
 def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
     """The section's text, from the results of all files on both backends."""
     entries = gaps.load()
-    categories = by_category(ours, entries)
+    all_ours = sum(counts(ours).values(), Counter())
+    kinds: Counter = Counter()
+    for reason, number in only_on(peer, ours).items():
+        kinds[_kind(reason)] += number
     lines = [
         BEGIN,
-        table({"kgraph": counts(ours), "JAX": counts(peer)}),
+        comparison(ours, peer),
         "",
-        "Tests that fail on kgraph, by reason (`tests/conformance/gaps.toml` names each): "
-        + "; ".join(f"{gaps.CATEGORIES[c]}: {n}" for c, n in categories.most_common())
+        f"On kgraph {sum(r.done for r in ours)} of {len(ours)} files have run: "
+        + ", ".join(f"{all_ours[o]} {o}" for o in OUTCOMES)
+        + ". Failing, by reason: "
+        + "; ".join(f"{gaps.CATEGORIES.get(c, c)}: {n}" for c, n in by_category(ours, entries).most_common())
+        + ". Passed on JAX and not on kgraph: "
+        + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
         + ".",
         END,
     ]

@@ -6,9 +6,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
-from tests.conformance import gaps, report
+from tests.conformance import compiled_layers, gaps, report
 from tests.conformance.runner import FileResult, Suite
 
 # Files that need nothing but Keras' own dependencies, and are done in seconds.
@@ -63,6 +65,25 @@ def test_every_file_ran(results):
     assert tally["passed"] > 10 * tally["skipped"], tally
 
 
+# -- layers, compiled --------------------------------------------------------------------------------------------------
+class Counting(keras.Layer):
+    """Gives something else at each trace and at each eager call, which no compiled layer can follow."""
+
+    calls = 0
+
+    def call(self, x):
+        self.calls += 1
+        return x + self.calls
+
+
+def test_a_layer_that_differs_when_compiled_is_found():
+    x = np.ones((2, 3), "float32")
+    compiled_layers.check(keras.layers.BatchNormalization, {}, {"training": True}, x)
+    compiled_layers.check(keras.layers.Dropout, {"rate": 0.5}, {"training": True}, x)
+    with pytest.raises(AssertionError, match="Counting, compiled"):
+        compiled_layers.check(Counting, {}, {}, x)
+
+
 # -- the check itself --------------------------------------------------------------------------------------------------
 FILE = "keras/src/layers/some_test.py"
 ENTRY = gaps.Gap("layers/some_test.py::Some::test_*_sparse", "sparse", "sparse tensors")
@@ -91,10 +112,27 @@ def test_entries_of_files_that_did_not_run_are_no_complaint():
 
 
 def test_counts_and_differences():
-    ours = FileResult(FILE, {"a": ("passed", ""), "b": ("skipped", "no sparse tensors"), "c": ("crashed", "killed")})
-    peer = FileResult(FILE, dict.fromkeys("abc", ("passed", "")))
+    ours = FileResult(
+        FILE, {"a": ("passed", ""), "b": ("skipped", "no sparse tensors"), "c": ("crashed", "killed")}, done=True
+    )
+    peer = FileResult(FILE, dict.fromkeys("abc", ("passed", "")), done=True)
     assert report.counts([ours]) == {"layers": Counter(passed=1, failed=1, skipped=1)}
     assert report.only_on([peer], [ours]) == {"no sparse tensors": 1, "crashed": 1}
-    assert "| layers | 1 | 1 | 1 | 3 | 0 | 0 |" in report.table(
-        {"kgraph": report.counts([ours]), "JAX": report.counts([peer])}
-    )
+    assert "| layers | 1 | 1 | 1 |" in report.table([ours])
+    assert "| layers | 1 of 1 | 1 | 1 | 1 | 3 | 0 | 0 |" in report.comparison([ours], [peer])
+    peer.done = False
+    assert "layers" not in report.comparison([ours], [peer])
+
+
+def test_the_section_of_the_readme_is_replaced(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{report.BEGIN}\nyesterday's\n{report.END}\nafter\n")
+    result = FileResult(FILE, {f"{FILE}::a": ("passed", "")}, done=True)
+    report.write_readme(report.readme_section([result], [result]), path)
+    text = path.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n| folder")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "yesterday" not in text
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="no place"):
+        report.write_readme("", path)

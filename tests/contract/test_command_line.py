@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 import numpy as np
 import pytest
@@ -92,6 +93,42 @@ def test_what_is_no_model_is_named(run, model, words):
     code, output = run("run", model)
     assert code == 2
     assert words in " ".join(output.split())
+
+
+def test_export_writes_libraries(run):
+    if which("cc") is None:
+        pytest.skip("no C compiler")
+    options = ["--name", "adder", "--level", "x86-64-v3", "--weights", "file"]
+    code, output = run("export", "own_models:pair", "library", *options)
+    assert code == 0, output
+    for name in ("adder.h", "libadder.so", "libadder.a", "adder.c", "adder.weights"):
+        assert (Path("library") / name).stat().st_size > 0
+        assert name in output
+
+
+def test_export_writes_onnx_files(run):
+    onnx = pytest.importorskip("onnx")
+    for target, written in (("models", "models"), ("pair.onnx", "pair.onnx")):
+        code, output = run("export", "own_models:pair", target, "--format", "onnx", "--no-optimised")
+        assert code == 0, output
+        assert f"wrote {written}" in output
+    assert [i.name for i in onnx.load("pair.onnx").graph.input] == ["zeta", "alpha"]
+    assert len(list(Path("models").glob("*.onnx"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "tflite"], "expected c or onnx"),
+        (["--format", "onnx", "--name", "x"], "takes no name"),
+        (["--level", "x86-64-v9"], "x86-64-v9"),
+        (["--weights", "nowhere"], "nowhere"),
+    ],
+)
+def test_export_names_what_is_wrong(run, options, words):
+    code, output = run("export", "own_models:pair", "out", *options)
+    assert code == 2
+    assert words in " ".join(output.replace("│", " ").split())
 
 
 def test_missing_files_are_named(run):

@@ -125,7 +125,8 @@ def test_a_real_interrupt_signal_during_the_step():
 
     before = signal.signal(signal.SIGALRM, handler)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        # Again every second: Python drops an exception that a signal raises inside of a finaliser.
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 1.0)
         with pytest.raises(KeyboardInterrupt):
             model.fit(x, y, epochs=10**6, **OPTIONS)
     finally:
