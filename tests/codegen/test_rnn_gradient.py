@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgraph.codegen.cpu import rnn_gradient
+from kgraph.codegen.cpu import rnn, rnn_gradient
 from kgraph.ir import TensorType, Value, make_node
 from kgraph.ops import recurrent
 from kgraph.ops.recurrent_cells import STATES
@@ -41,7 +41,7 @@ def test_gradient(cell, reset, reverse, mask, zeros, units):
         np.testing.assert_array_equal(result, whole)
 
 
-@pytest.mark.parametrize("activation", sorted(rnn_gradient.DERIVATIVES))
+@pytest.mark.parametrize("activation", sorted(rnn.ACTIVATIONS))
 def test_gradient_activations(activation):
     arrays = operands("simple", 3, 2, 5, 18)
     attrs = attributes("simple", activation=activation)
@@ -50,5 +50,20 @@ def test_gradient_activations(activation):
     node = make_node(recurrent.RNN_GRADIENT, values, attrs)
     results = run_node(rnn_gradient.lower, node, [*arrays, *cotangents])
     wide = [a.astype(np.float64) for a in (*arrays, *cotangents)]
+    for result, wanted in zip(results, recurrent.RNN_GRADIENT.reference(*wide, **attrs), strict=True):
+        compare(result, wanted, 2e-5)
+
+
+@pytest.mark.parametrize(("cell", "reset"), [("lstm", True), ("gru", True), ("gru", False)])
+def test_gradient_of_an_activation_that_is_not_monotonous(cell, reset):
+    batch, steps, features, units = 5, 4, 3, 18
+    arrays = operands(cell, batch, steps, features, units)
+    attrs = attributes(cell, activation="silu", recurrent_activation="silu", reset_after=reset)
+    rng = np.random.default_rng(5)
+    shapes = [(batch, steps, units)] + [(batch, units)] * STATES[cell]
+    everything = [*arrays, *[rng.standard_normal(s).astype("float32") for s in shapes]]
+    node = make_node(recurrent.RNN_GRADIENT, [Value(TensorType(a.shape, "float32")) for a in everything], attrs)
+    results = run_node(rnn_gradient.lower, node, everything)
+    wide = [a.astype(np.float64) for a in everything]
     for result, wanted in zip(results, recurrent.RNN_GRADIENT.reference(*wide, **attrs), strict=True):
         compare(result, wanted, 2e-5)

@@ -18,7 +18,7 @@ CATEGORIES = {
     "sparse": "sparse or ragged tensors",
     "network": "needs the network",
     "other-tensors": "expects tensors that are not NumPy arrays",
-    "keras": "fails on every backend: a fault of the test or of Keras",
+    "keras": "a fault of the test, or a file that the wheel leaves out",
     "kgraph": "a gap of kgraph's",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,8 +57,8 @@ def comparison(ours: list[FileResult], peer: list[FileResult]) -> str:
 
 
 def by_category(results: Iterable[FileResult], entries: list[gaps.Gap]) -> Counter:
-    """Number of tests that do not pass, by the category of their entry."""
-    failing = [t for r in results for t, (o, _) in r.tests.items() if o in ("failed", "crashed")]
+    """Number of tests that do not pass, by the category of their entry, of the files that are done."""
+    failing = [t for r in results if r.done for t, (o, _) in r.tests.items() if o in ("failed", "crashed")]
     found = (next((g.category for g in entries if g.matches(test)), "no entry") for test in failing)
     return Counter(found)
 
@@ -71,7 +72,7 @@ def only_on(peer: Iterable[FileResult], ours: Iterable[FileResult]) -> Counter:
     for result in peer:
         for test, (outcome, _) in result.tests.items():
             here, reason = own[result.file].get(test, absent) if result.file in own else ("passed", "")
-            if outcome == "passed" != here:
+            if outcome == "passed" and here != "passed":
                 found[here if here in ("failed", "crashed") else reason[:110]] += 1
     return found
 
@@ -80,7 +81,7 @@ def _kind(reason: str) -> str:
     """What a reason of `only_on` amounts to."""
     if "sparse" in reason or "ragged" in reason:
         return "need sparse or ragged tensors"
-    return "test JAX itself" if "jax" in reason.lower() else reason
+    return "test JAX itself" if "jax" in reason.lower() else "other"
 
 
 def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
@@ -90,20 +91,17 @@ def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
     kinds: Counter = Counter()
     for reason, number in only_on(peer, ours).items():
         kinds[_kind(reason)] += number
-    lines = [
-        BEGIN,
-        comparison(ours, peer),
-        "",
+    failing = by_category(ours, entries).most_common()
+    text = (
         f"On kgraph {sum(r.done for r in ours)} of {len(ours)} files have run: "
         + ", ".join(f"{all_ours[o]} {o}" for o in OUTCOMES)
-        + ". Failing, by reason: "
-        + "; ".join(f"{gaps.CATEGORIES.get(c, c)}: {n}" for c, n in by_category(ours, entries).most_common())
+        + ". Failing: "
+        + "; ".join(f"{n} ({gaps.CATEGORIES.get(c, c)})" for c, n in failing)
         + ". Passed on JAX and not on kgraph: "
         + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        + ".",
-        END,
-    ]
-    return "\n".join(lines)
+        + "."
+    )
+    return "\n".join([BEGIN, comparison(ours, peer), "", *textwrap.wrap(text, 118), END])
 
 
 def write_readme(section: str, path: Path = ROOT / "README.md") -> None:

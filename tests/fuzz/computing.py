@@ -205,7 +205,7 @@ def norm(b: Builder):
     size, dtype = x.shape[-1], b.dtype_of(x)
     x, _ = small(b, x, 8)
     gamma, beta = vector(b, size, dtype), vector(b, size, dtype)
-    name = b.choice(("layer_norm", "rms_norm", "group_norm", "batch_norm"))
+    name = b.choice(("layer_norm", "rms_norm", "group_norm", "batch_norm", "moments"))
     if name == "layer_norm":
         y = ops.layer_norm(x, gamma, beta, axes=(len(x.shape) - 1,), epsilon=0.5)
     elif name == "rms_norm":
@@ -214,6 +214,11 @@ def norm(b: Builder):
         if any(isinstance(s, Dim) for s in x.shape[1:]):
             raise SkipOperation
         y = ops.group_norm(x, gamma, beta, groups=b.choice([g for g in (1, 2, 4) if size % g == 0]), epsilon=0.5)
+    elif name == "moments":
+        if any(isinstance(s, Dim) for s in x.shape):
+            raise SkipOperation  # of no rows there are none
+        mean, variance = ops.moments(x, axes=(len(x.shape) - 1,))
+        y = ops.add(mean, ops.sqrt(ops.add(variance, b.constant(0.5, dtype))))
     else:
         variance = ops.add(ops.abs(vector(b, size, dtype)), b.constant(0.5, dtype))
         mean = vector(b, size, dtype)

@@ -42,8 +42,9 @@ SMOOTH = {
     "neg": (32, lambda m: m),
     "abs": (32, lambda m: m),
     "stop_gradient": (32, lambda m: m),
+    "optimization_barrier": (32, lambda m: m),
 }
-KEEPS_GRID = {"relu", "neg", "abs", "stop_gradient"}
+KEEPS_GRID = {"relu", "neg", "abs", "stop_gradient", "optimization_barrier"}
 
 
 @operation(6)

@@ -4,7 +4,7 @@ One kernel runs the steps of a block of sequences again, keeping the gates in sc
 It leaves the cotangents of the gates and the states before each step; the cotangents of x, of the weights and of the
 biases are ordinary products and sums of those over all sequences and steps.
 
-Derivatives of the activations are taken at their results.
+Derivatives of the activations are taken at their results, where these tell them; else the argument is kept.
 """
 
 from __future__ import annotations
@@ -45,6 +45,38 @@ DERIVATIVES = {
     "exponential": lambda b, y: y,
 }
 
+
+def _silu_derivative(b: KernelBuilder, x):
+    gate = vector_math.logistic(b, x)
+    return b.mul(gate, b.fma(x, b.sub(1.0, gate), 1.0))
+
+
+# f'(x) in terms of x, where f is not monotonous.
+DERIVATIVES_AT_ARGUMENT = {"silu": _silu_derivative}
+
+
+class Activation:
+    """An activation of the forward steps and what the way back knows of it: its result, or its argument."""
+
+    def __init__(self, b: KernelBuilder, name: str):
+        self.b, self.rule = b, rnn.ACTIVATIONS[name]
+        self.keeps_argument = name in DERIVATIVES_AT_ARGUMENT
+        self._derivative = (DERIVATIVES_AT_ARGUMENT if self.keeps_argument else DERIVATIVES)[name]
+
+    def __call__(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """(f(x), what is kept of it)"""
+        y = self.rule(self.b, x)
+        return y, x if self.keeps_argument else y
+
+    def result(self, kept: ir.Value) -> ir.Value:
+        """f(x)"""
+        return self.rule(self.b, kept) if self.keeps_argument else kept
+
+    def derivative(self, kept: ir.Value) -> ir.Value:
+        """f'(x)"""
+        return self._derivative(self.b, kept)
+
+
 # What is kept of a step, per unit: the gates' results and what else the way back reads.
 KEPT = {"lstm": 6, "gru": 5, "simple": 1}
 
@@ -58,9 +90,9 @@ def accepts(node: Node) -> str | None:
         return f"no recurrent kernel for {x.dtype}"
     if isinstance(x.shape[2], Dim) or isinstance(recurrent_kernel.shape[0], Dim):
         return "symbolic features or units"
-    missing = {attrs["activation"], attrs["recurrent_activation"]} - DERIVATIVES.keys()
+    missing = {attrs["activation"], attrs["recurrent_activation"]} - DERIVATIVES.keys() - DERIVATIVES_AT_ARGUMENT.keys()
     if missing:
-        return f"no derivative of {sorted(missing)[0]} in terms of its result"
+        return f"no derivative of {sorted(missing)[0]}"
     return None
 
 
@@ -182,8 +214,7 @@ class GradientKernel(RecurrentKernel):
     def __init__(self, params, target):
         super().__init__(params, target)
         shape, layout, b = self.shape, self.layout, self.b
-        self.activation_derivative = DERIVATIVES[shape.activation]
-        self.recurrent_derivative = DERIVATIVES[shape.recurrent_activation]
+        self.inner, self.outer = Activation(b, shape.recurrent_activation), Activation(b, shape.activation)
         self.resets_before = _resets_before(shape)
         block = layout.rows * layout.padded
         at = layout.total
@@ -250,33 +281,32 @@ class GradientKernel(RecurrentKernel):
         b.store(self.before, number * (2 * units) + units + unit, scaled, mask)
 
     def simple(self, row, unit) -> list[ir.Value]:
-        new = super().simple(row, unit)
-        self.keep(row, unit, *new)
-        return new
+        new, kept = self.outer(self.gate(row, unit, 0))
+        self.keep(row, unit, kept)
+        return [new]
 
     def lstm(self, row, unit) -> list[ir.Value]:
-        b, inner, outer = self.b, self.recurrent_activation, self.activation
-        enter, forget, candidate, leave = (
-            rule(b, self.gate(row, unit, g)) for g, rule in enumerate((inner, inner, outer, inner))
-        )
+        b, inner, outer = self.b, self.inner, self.outer
+        gates = [rule(self.gate(row, unit, g)) for g, rule in enumerate((inner, inner, outer, inner))]
+        (enter, forget, candidate, leave), kept = zip(*gates)
         old = self.state(row, unit, 1)
         cell = b.fma(enter, candidate, b.mul(forget, old))
-        squashed = outer(b, cell)
-        self.keep(row, unit, enter, forget, candidate, leave, old, squashed)
+        squashed, kept_cell = outer(cell)
+        self.keep(row, unit, *kept, old, kept_cell)
         return [b.mul(leave, squashed), cell]
 
     def gru(self, row, unit) -> list[ir.Value]:
         b, layout = self.b, self.layout
-        update, reset = (self.recurrent_activation(b, self.gate(row, unit, g)) for g in range(2))
+        (update, kept_update), (reset, kept_reset) = (self.inner(self.gate(row, unit, g)) for g in range(2))
         recurrent, old = self.gate(row, unit, 2), self.state(row, unit)
         if self.resets_before:
-            candidate = self.activation(b, recurrent)
-            self.keep(row, unit, update, reset, candidate, b.mul(reset, old), old)
+            candidate, kept_candidate = self.outer(recurrent)
+            self.keep(row, unit, kept_update, kept_reset, kept_candidate, b.mul(reset, old), old)
             return [b.fma(update, b.sub(old, candidate), candidate)]
         at = row * (layout.steps * layout.width) + (unit + 2 * layout.padded)
         projected = b.load(self.projected_step, at, layout.lanes)
-        candidate = self.activation(b, b.fma(reset, recurrent, projected))
-        self.keep(row, unit, update, reset, candidate, recurrent, old)
+        candidate, kept_candidate = self.outer(b.fma(reset, recurrent, projected))
+        self.keep(row, unit, kept_update, kept_reset, kept_candidate, recurrent, old)
         return [b.fma(update, b.sub(old, candidate), candidate)]
 
     # -- back -----------------------------------------------------------------------------------------------------
@@ -323,7 +353,7 @@ class GradientKernel(RecurrentKernel):
     def step_back_with_reset_before(self, first, rows) -> None:
         """The same for a GRU whose candidate reads reset * state: its cotangent takes a product of its own."""
         b, shape, layout = self.b, self.shape, self.layout
-        padded, units, inner = layout.padded, shape.units, self.recurrent_derivative
+        padded, units, inner, outer = layout.padded, shape.units, self.inner, self.outer
         zero = b.constant(0, shape.dtype, layout.lanes)
 
         def place(row, unit, gate: int):
@@ -331,13 +361,14 @@ class GradientKernel(RecurrentKernel):
 
         def enter(row, unit, mask) -> None:
             number = (first + row) * self.steps + self.time
-            update, _, candidate, _, old = self.recall(row, unit)
+            kept_update, _, kept_candidate, _, old = self.recall(row, unit)
+            update, candidate = inner.result(kept_update), outer.result(kept_candidate)
             to_out = b.load(self.cotangents[0], number * units + unit, layout.lanes, mask)
             at = row * padded + unit
             behind = b.load(self.to_states[0], at, layout.lanes)
             to_new = b.add(behind, to_out)
-            to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner(b, update))
-            to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), self.activation_derivative(b, candidate))
+            to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner.derivative(kept_update))
+            to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), outer.derivative(kept_candidate))
             passed = b.mul(to_new, update)
             if shape.has_mask:
                 valid = b.load(self.inputs[5 + shape.states], number)
@@ -349,10 +380,11 @@ class GradientKernel(RecurrentKernel):
 
         def reset(row, unit, mask) -> None:
             number = (first + row) * self.steps + self.time
-            _, gate, _, _, old = self.recall(row, unit)
+            _, kept_gate, _, _, old = self.recall(row, unit)
+            gate = inner.result(kept_gate)
             at = row * padded + unit
             to_scaled = b.load(self.to_hidden, at, layout.lanes)
-            to_reset = b.mul(b.mul(to_scaled, old), inner(b, gate))
+            to_reset = b.mul(b.mul(to_scaled, old), inner.derivative(kept_gate))
             b.store(self.gates, place(row, unit, 1), to_reset)
             b.store(self.to_states[0], at, b.fma(to_scaled, gate, b.load(self.to_states[0], at, layout.lanes)))
             to_update, to_candidate = (b.load(self.gates, place(row, unit, g), layout.lanes) for g in (0, 2))
@@ -377,29 +409,33 @@ class GradientKernel(RecurrentKernel):
     # product), and the states' cotangents that do not pass through the recurrent product.
     def simple_back(self, row, unit, to_new: list):
         b = self.b
-        (y,) = self.recall(row, unit)
-        return [[b.mul(to_new[0], self.activation_derivative(b, y))]], [b.constant_of(y.type, 0.0)]
+        (kept,) = self.recall(row, unit)
+        return [[b.mul(to_new[0], self.outer.derivative(kept))]], [b.constant_of(kept.type, 0.0)]
 
     def lstm_back(self, row, unit, to_new: list):
-        b, inner, outer = self.b, self.recurrent_derivative, self.activation_derivative
-        enter, forget, candidate, leave, old, squashed = self.recall(row, unit)
+        b, inner, outer = self.b, self.inner, self.outer
+        *kept, old, kept_cell = self.recall(row, unit)
+        rules = (inner, inner, outer, inner)
+        enter, forget, candidate, leave = (rule.result(k) for rule, k in zip(rules, kept, strict=True))
+        slopes = [rule.derivative(k) for rule, k in zip(rules, kept, strict=True)]
         to_out, to_cell = to_new
-        to_cell = b.fma(b.mul(to_out, leave), outer(b, squashed), to_cell)
+        to_cell = b.fma(b.mul(to_out, leave), outer.derivative(kept_cell), to_cell)
         gates = [
-            b.mul(b.mul(to_cell, candidate), inner(b, enter)),
-            b.mul(b.mul(to_cell, old), inner(b, forget)),
-            b.mul(b.mul(to_cell, enter), outer(b, candidate)),
-            b.mul(b.mul(to_out, squashed), inner(b, leave)),
+            b.mul(b.mul(to_cell, candidate), slopes[0]),
+            b.mul(b.mul(to_cell, old), slopes[1]),
+            b.mul(b.mul(to_cell, enter), slopes[2]),
+            b.mul(b.mul(to_out, outer.result(kept_cell)), slopes[3]),
         ]
         return [gates], [b.constant_of(enter.type, 0.0), b.mul(to_cell, forget)]
 
     def gru_back(self, row, unit, to_new: list):
-        b, inner, outer = self.b, self.recurrent_derivative, self.activation_derivative
-        update, reset, candidate, recurrent, old = self.recall(row, unit)
+        b, inner, outer = self.b, self.inner, self.outer
+        kept_update, kept_reset, kept_candidate, recurrent, old = self.recall(row, unit)
+        update, reset, candidate = inner.result(kept_update), inner.result(kept_reset), outer.result(kept_candidate)
         (to_new,) = to_new
-        to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner(b, update))
-        to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), outer(b, candidate))
-        to_reset = b.mul(b.mul(to_candidate, recurrent), inner(b, reset))
+        to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner.derivative(kept_update))
+        to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), outer.derivative(kept_candidate))
+        to_reset = b.mul(b.mul(to_candidate, recurrent), inner.derivative(kept_reset))
         gates = [to_update, to_reset, to_candidate]
         return [gates, [to_update, to_reset, b.mul(to_candidate, reset)]], [b.mul(to_new, update)]
 
