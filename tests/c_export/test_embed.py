@@ -124,6 +124,16 @@ def test_no_memory_fault(folder):
     run(*command, "convnet.input", "convnet.expected", 2, 3, folder=folder)
 
 
+@needs("valgrind", "cc")
+def test_calls_allocate_nothing(folder):
+    program = build_c(folder, "tiny_mlp", "run", "-g")
+    text = [
+        run("valgrind", program, "tiny_mlp.input", "tiny_mlp.c_output", 2, calls, folder=folder) for calls in (1, 1000)
+    ]
+    once, often = (t.split("total heap usage:")[1].split("allocs")[0].strip() for t in text)
+    assert once == often
+
+
 @needs("cc")
 def test_training_in_c(tmp_path):
     pytest.importorskip("sklearn")
