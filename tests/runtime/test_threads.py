@@ -23,6 +23,7 @@ def run(script, timeout=40, **environment):
 
 # -- how many --------------------------------------------------------------------------------------------------------
 def test_set_and_get(num_threads, monkeypatch):
+    num_threads(None)
     monkeypatch.setenv("KGRAPH_NUM_THREADS", "3")
     assert threads.get_num_threads() == 3
     num_threads(5)
