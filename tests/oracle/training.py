@@ -173,6 +173,11 @@ def _judge_values(what: str, runs) -> int:
 
 def main() -> int:
     wanted = sys.argv[1:]
+    known = {"optimizers", "objectives", *training_runs.RUNS, *(w for n in training_runs.RUNS for w in n.split("-"))}
+    unknown = [w for w in wanted if w not in known]
+    if unknown:
+        print(f"unknown: {', '.join(unknown)}; runs, models, optimizers and sets: {', '.join(sorted(known))}")
+        return 2
     names = [n for n in training_runs.RUNS if not wanted or n in wanted or set(n.split("-")) & set(wanted)]
     failed = _judge_curves(names) if names else 0
     for what, runs in (("optimizers", optimizer_runs), ("objectives", objective_runs)):
