@@ -153,6 +153,8 @@ def export_command(
     model: ModelArgument,
     path: Annotated[Path, typer.Argument(help="the directory of the C library; the .onnx file, or its directory")],
     form: Annotated[str, typer.Option("--format", help="c (header, shared and static library) or onnx")] = "c",
+    as_c: Annotated[bool, typer.Option("--c", help="the same as --format c")] = False,
+    as_onnx: Annotated[bool, typer.Option("--onnx", help="the same as --format onnx")] = False,
     name: Annotated[str | None, typer.Option(help="c: what functions and files are called")] = None,
     machine: Annotated[str | None, typer.Option(help="c: x86_64 (default) or aarch64")] = None,
     level: Annotated[
@@ -168,6 +170,9 @@ def export_command(
 
     given = {"name": name, "machine": machine, "levels": level or None, "weights": weights}
     options = {key: value for key, value in given.items() if value is not None}
+    if as_c and as_onnx:
+        raise typer.BadParameter("--c and --onnx: expected one of them")
+    form = "c" if as_c else "onnx" if as_onnx else form
     if form not in ("c", "onnx"):
         raise typer.BadParameter(f"--format {form}: expected c or onnx")
     if form == "onnx" and options:
