@@ -22,15 +22,26 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Engine:
-    """environment: of `environments.PACKAGES`; None for the running interpreter. backend: that Keras runs on."""
+    """environment: of `environments.PACKAGES`; None for the running interpreter. backend: that Keras runs on.
+
+    variables: environment variables of its process.
+    """
 
     environment: str | None
     backend: str
     packages: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_peer(self) -> bool:
+        return self.environment is not None
 
 
 ENGINES = {
     "kgraph": Engine(None, "kgraph"),
+    # The same program on one thread, for the scaling, and the saved model in a process without Keras and compiler.
+    "kgraph-one-thread": Engine(None, "kgraph", variables=(("KGRAPH_NUM_THREADS", "1"),)),
+    "kgraph-saved": Engine(None, "kgraph"),
     "jax": Engine("peers", "jax", ("jax",)),
     "onnxruntime": Engine("peers", "jax", ("onnxruntime",)),
     "openvino": Engine("peers", "jax", ("openvino",)),
@@ -49,7 +60,7 @@ class Worker:
         self.engine = engine
         where = ENGINES[engine]
         if where.environment is None:
-            environment = dict(os.environ, KERAS_BACKEND=where.backend)
+            environment = dict(os.environ, KERAS_BACKEND=where.backend, **dict(where.variables))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
             if cache is not None:
                 environment["KGRAPH_CACHE_DIR"] = str(cache)

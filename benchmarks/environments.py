@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent / ".bench"
@@ -50,13 +51,11 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return environment
 
 
-def onnx_folder() -> Path:
+def onnx_folder(names: Iterable[str]) -> Path:
     """The folder of exported models; missing ones are exported, by TensorFlow first and by PyTorch where that fails."""
     folder = ROOT / "onnx"
     script = Path(__file__).resolve().parent / "export_onnx.py"
-    import models
-
-    missing = [name for name in models.MODELS if not (folder / f"{name}.onnx").exists()]
+    missing = [name for name in names if not (folder / f"{name}.onnx").exists()]
     for name, backend in (("export", "tensorflow"), ("export-torch", "torch")):
         if missing:
             environment = clean_environment(KERAS_BACKEND=backend)

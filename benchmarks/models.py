@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import architectures
 import numpy as np
 
 
@@ -163,6 +164,11 @@ MODELS: dict[str, Callable] = {
     "resnet50": _application("ResNet50"),
     "mobilenetv2": _application("MobileNetV2"),
     "efficientnetb0": _application("EfficientNetB0"),
+    "densenet121": _application("DenseNet121"),
+    "convnexttiny": _application("ConvNeXtTiny"),
+    "efficientnetv2b0": _application("EfficientNetV2B0"),
+    "vgg16": _application("VGG16"),
+    **architectures.MODELS,
 }
 
 CASES = [
@@ -197,10 +203,27 @@ TRAINING_CASES = [
     ]
 ]
 
-# Losses of models that do not classify with a softmax.
-LOSSES = {"tiny_mlp": "mean_squared_error", "lstm": "binary_crossentropy"}
+# Architectures that came later, under the same bounds.
+FURTHER_CASES = [Case("infer", model, batch) for model, batch in architectures.INFERENCE]
+FURTHER_TRAINING_CASES = [Case("train", model, batch) for model, batch in architectures.TRAINING]
 
-VOCABULARY = {"transformer": 8000, "lstm": 20000}
+# Losses of models that do not classify with a softmax.
+LOSSES = {
+    "tiny_mlp": "mean_squared_error",
+    **dict.fromkeys(("lstm", "gru", "unet"), "binary_crossentropy"),
+}
+
+# Length of a row of tokens, and how many tokens there are.
+TOKENS = {"transformer": (128, 8000), "lstm": (100, 20000), **architectures.TOKENS}
+SHAPES = {
+    "tiny_mlp": (32,),
+    "mlp": (784,),
+    "convnet": (28, 28, 1),
+    "resnet20": (32, 32, 3),
+    **architectures.INPUTS,
+}
+# Models that scale their inputs themselves take bytes' values.
+PIXELS = ("efficientnetb0", "efficientnetv2b0", "convnexttiny")
 
 
 def build(name: str):
@@ -237,17 +260,19 @@ def fill_weights(model, seed: int = 0) -> None:
 def example_inputs(name: str, batch: int, seed: int = 0) -> np.ndarray:
     """The array of one call."""
     rng = np.random.default_rng(seed)
-    shapes = {"tiny_mlp": (32,), "mlp": (784,), "convnet": (28, 28, 1), "resnet20": (32, 32, 3)}
-    if name in VOCABULARY:
-        length = 128 if name == "transformer" else 100
-        return rng.integers(0, VOCABULARY[name], (batch, length)).astype("int32")
-    shape = shapes.get(name, (224, 224, 3))
-    scale = 255.0 if name == "efficientnetb0" else 1.0
-    return (rng.random((batch, *shape)) * scale).astype("float32")
+    if name in TOKENS:
+        length, vocabulary = TOKENS[name]
+        return rng.integers(0, vocabulary, (batch, length)).astype("int32")
+    scale = 255.0 if name in PIXELS else 1.0
+    return (rng.random((batch, *SHAPES.get(name, (224, 224, 3)))) * scale).astype("float32")
 
 
-def loss(name: str) -> str:
-    """The name of the loss that a model is trained with."""
+def loss(name: str):
+    """The loss that a model is trained with, or its name."""
+    if name == "gpt":
+        import keras
+
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     return LOSSES.get(name, "sparse_categorical_crossentropy")
 
 
@@ -257,6 +282,10 @@ def training_data(name: str, classes: int, rows: int, seed: int = 0) -> tuple[np
     rng = np.random.default_rng([seed, 1])
     if name == "tiny_mlp":
         return x, rng.normal(0, 1, (rows, 1)).astype("float32")
+    if name == "gpt":
+        return x, np.roll(x, -1, axis=1)
+    if name == "unet":
+        return x, rng.integers(0, 2, (rows, 128, 128, 1)).astype("float32")
     if classes == 1:
         return x, rng.integers(0, 2, (rows, 1)).astype("float32")
     return x, rng.integers(0, classes, rows).astype("int32")

@@ -157,6 +157,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="", help="comma-separated, such as resnet20@64; all by default")
+    parser.add_argument("--further", action="store_true", help="the further architectures instead")
     parser.add_argument("--engines", default=",".join(("kgraph", *PEERS)))
     parser.add_argument("--rounds", type=int, default=5, help="0 measures first steps, memory and losses only")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per engine, case and round")
@@ -168,13 +169,15 @@ def main() -> None:
     arguments = parser.parse_args()
     engines = arguments.engines.split(",")
     results = []
-    for case in selected(models.TRAINING_CASES, arguments.cases):
+    cases = models.FURTHER_TRAINING_CASES if arguments.further else models.TRAINING_CASES
+    for case in selected(cases, arguments.cases):
         start = time.perf_counter()
         results.append(measure(case, engines, arguments.rounds, arguments.seconds, arguments.limit))
         print(table(results[-1:], engines).splitlines()[2], f"({time.perf_counter() - start:.0f} s)", flush=True)
     print("\n" + table(results, engines))
     if arguments.output:
-        store(arguments.output, "Training, side by side", results, engines, table, arguments.merge)
+        title = "Training of further architectures" if arguments.further else "Training"
+        store(arguments.output, f"{title}, side by side", results, engines, table, arguments.merge)
 
 
 if __name__ == "__main__":

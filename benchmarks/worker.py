@@ -6,6 +6,7 @@ Only NumPy and the engine itself are imported.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -39,6 +40,42 @@ def load_kgraph(case: dict, folder: Path):
     extra = {"import_s": import_seconds, "keras_import_s": second - first, "stats": stats}
     del keras
     return compiled, seconds, extra
+
+
+def load_saved(case: dict, folder: Path):
+    """A model that `Inference.save` has written; neither Keras nor the compiler is imported."""
+    start = time.perf_counter()
+    import kgraph
+
+    call = kgraph.load(case["saved"])
+    call(models.example_inputs(case["model"], case["batch"]))
+    return call, time.perf_counter() - start, {"keras_imported": "keras" in sys.modules}
+
+
+def load_tensorflow(case: dict, folder: Path, jit: bool = False):
+    import tensorflow as tf
+
+    model = models.build(case["model"])
+    start = time.perf_counter()
+    forward = tf.function(lambda x: model(x, training=False), jit_compile=jit)
+    call = lambda x: forward(tf.constant(x)).numpy()
+    call(models.example_inputs(case["model"], case["batch"]))
+    return call, time.perf_counter() - start, {}
+
+
+def load_torch(case: dict, folder: Path, jit: bool = False):
+    import torch
+
+    model = models.build(case["model"])
+    start = time.perf_counter()
+    forward = torch.compile(model) if jit else model
+
+    def call(x):
+        with torch.no_grad():
+            return forward(torch.from_numpy(x), training=False).numpy()
+
+    call(models.example_inputs(case["model"], case["batch"]))
+    return call, time.perf_counter() - start, {}
 
 
 def load_jax(case: dict, folder: Path):
@@ -94,6 +131,12 @@ def load_openvino(case: dict, folder: Path):
 
 LOADERS = {
     "kgraph": load_kgraph,
+    "kgraph-one-thread": load_kgraph,
+    "kgraph-saved": load_saved,
+    "tensorflow": load_tensorflow,
+    "tensorflow-xla": functools.partial(load_tensorflow, jit=True),
+    "torch": load_torch,
+    "torch-compile": functools.partial(load_torch, jit=True),
     "jax": load_jax,
     "onnxruntime": load_onnxruntime,
     "openvino": load_openvino,
@@ -131,11 +174,20 @@ class Inference:
         np.save(path, np.asarray(self.call(self.x)))
         return {}
 
+    def save(self, path: str) -> dict:
+        """Write kgraph's model to a file."""
+        self.call.save(path)
+        return {}
+
     def roofline(self) -> dict:
-        """Sum of floating-point operations and bytes of one call, from kgraph's own accounting."""
-        profile = self.call.profile(self.x)
+        """Floating-point operations and bytes of one call, together and by kernel, from kgraph's own accounting."""
+        profile = self.call.profile(self.x, repeats=20)
         sums = {"flops": profile.flops, "bytes": profile.bytes, "kernel_ms": profile.milliseconds}
-        return {"flops": self.call.stats().get("flops"), "profile": sums}
+        kernels = [
+            {"kernel": k.label, "us": k.microseconds, "flops": k.flops, "bytes": k.bytes, "result": k.output}
+            for k in profile.kernels
+        ]
+        return {"profile": sums, "kernels": kernels}
 
 
 def load(engine: str, case: dict, folder: Path):
@@ -161,7 +213,7 @@ def main() -> None:
                 reply = session.loaded
             elif do == "memory":
                 reply = {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-            elif do in ("time", "result", "roofline", "program"):
+            elif do in ("time", "result", "save", "roofline", "program"):
                 reply = getattr(session, do)(**request)
             else:
                 reply = {"error": f"unknown request {do}"}

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
+from kgraph.errors import InputError
+
 X = np.linspace(-1, 1, 14, dtype="float32").reshape(7, 2)
 
 
@@ -75,3 +77,20 @@ def test_a_sequential_model_takes_other_sizes_than_it_was_built_with():
         np.testing.assert_allclose(model.predict(x, batch_size=2, verbose=0), model(x), rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="expected axis -1"):
         model.predict(x[..., :1], verbose=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_one_batch_predicts_as_several_do(dtype, rows):
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(3), layers.Dropout(0.5)])
+    x = (3 * X[:rows]).astype(dtype)
+    one = model.predict(x, verbose=0)
+    assert one.dtype == "float32"
+    np.testing.assert_allclose(one, model(x.astype("float32")), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(one, model.predict(x, batch_size=2, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_predict_without_rows_is_refused():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(3)])
+    with pytest.raises(InputError, match="no rows"):
+        model.predict(X[:0], verbose=0)

@@ -46,6 +46,13 @@ def _takes_one_argument(function) -> bool:
     return True
 
 
+def _is_one_batch(x, batch_size: int | None) -> bool:
+    """Whether `predict` would take the data as it is in one step: then it needs no iterator, slower than a model."""
+    if type(x) is not np.ndarray or not (x.dtype.kind in "iub" or x.dtype == backend.floatx()):
+        return False
+    return x.ndim > 0 and 0 < len(x) <= (batch_size or 32)
+
+
 class NumpyTrainer(base_trainer.Trainer):
     """`fit`, `evaluate` and `predict` of Keras models (the name is the one Keras imports).
 
@@ -416,6 +423,8 @@ class NumpyTrainer(base_trainer.Trainer):
     @traceback_utils.filter_traceback
     def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
         """Outputs for all rows of the data, computed batch by batch."""
+        if verbose == 0 and not callbacks and steps is None and _is_one_batch(x, batch_size):
+            return self.predict_on_batch(x)
         batches = self._batches(x, batch_size=batch_size, steps_per_epoch=steps, shuffle=False)
         callbacks = self._callbacks(callbacks, verbose, batches.num_batches)
         run = self.make_predict_function()
