@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import environments
+import limits
 
 HERE = Path(__file__).resolve().parent
 
@@ -145,6 +146,7 @@ def machine(engines: list[str]) -> dict:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
+        "limits": limits.measured(),
         "versions": versions(engines),
         "commit": commit.strip(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -167,6 +169,10 @@ def store(name: str, title: str, results: list[dict], engines: list[str], table,
     target.write_text(json.dumps({"machine": info, "results": results}, indent=1) + "\n")
     header = f"{info['date']}, commit {info['commit']}, {info['cpu']} x {info['cores']}, Python {info['python']}, "
     header += ", ".join(f"{k} {v}" for k, v in info["versions"].items())
+    found = info["limits"]
+    header += f". Measured in the same run: {found['gflops']:.0f} GFLOP/s of multiply-adds in registers of "
+    header += f"{found['vector_bytes']} bytes, copies at {found['cache_gbs']:.0f} GB/s in the cache and "
+    header += f"{found['memory_gbs']:.0f} GB/s in memory, all cores together."
     target.with_suffix(".md").write_text(f"# {title}\n\n{header}\n\n{table(results, engines)}\n")
 
 

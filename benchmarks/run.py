@@ -8,7 +8,6 @@ machine and the versions.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import environments
+import limits
 import models
 from engines import ENGINES, Worker, selected, store
 
@@ -75,14 +75,10 @@ def time_rounds(workers: dict[str, Worker], running: list[str], rounds: int, sec
     return {engine: ms for engine, ms in samples.items() if ms}
 
 
-PEAK_GFLOPS_PER_CORE = 115.0  # AVX-512 FMA at 3.5 GHz on the reference machine
-BANDWIDTH_GBS = 92.0  # copy bandwidth of a core, read and write
-
-
 def bound_ms(flops: float, bytes_: float) -> float:
-    """The least time that the machine's arithmetic and memory allow, in milliseconds, on all cores."""
-    cores = len(os.sched_getaffinity(0))
-    return max(flops / (PEAK_GFLOPS_PER_CORE * cores * 1e6), bytes_ / (BANDWIDTH_GBS * cores * 1e6))
+    """The least time that the machine's arithmetic and caches allow, in milliseconds, on all cores."""
+    measured = limits.measured()
+    return max(flops / (measured["gflops"] * 1e6), bytes_ / (measured["cache_gbs"] * 1e6))
 
 
 def table(results: list[dict], engines: list[str]) -> str:

@@ -10,7 +10,8 @@ test's outcome to a file as soon as it is known, and, on kgraph, changes three t
 
 Settings come from the environment, so that the plugin works in the peers' environments too:
 KERAS_BACKEND; CONFORMANCE_RESULTS, the folder in which each test file has a file of outcomes (one JSON object a line);
-CONFORMANCE_TIMEOUT, the seconds of the processor that a test may take.
+CONFORMANCE_TIMEOUT, the seconds of the processor that a test may take; CONFORMANCE_GIVEN, a folder of outcomes on
+another backend: a test that passed there is not run, its outcome is "given".
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from tests.conformance import jax_branch
 ON_KGRAPH = os.environ.get("KERAS_BACKEND") == "kgraph"
 TIMEOUT = float(os.environ.get("CONFORMANCE_TIMEOUT", "120"))
 RESULTS = os.environ.get("CONFORMANCE_RESULTS")
+GIVEN = os.environ.get("CONFORMANCE_GIVEN")
 # Places in the tests (module, function or class) that ask for the backend's name for what kgraph shares with another
 # one, and know no "kgraph": the name that fits there.
 NAMES = {
@@ -80,12 +82,30 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     known = {test for file in {_file(item.nodeid) for item in items} for test in _known(file)}
     items[:] = [item for item in items if _id(item.nodeid) not in known]
+    if GIVEN:
+        items[:] = _without_given(items)
     for item in items:
         if item.get_closest_marker("multi_device"):
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
     if ON_KGRAPH:
         for item in filter(jax_branch.concerns, items):
             jax_branch.take_off_skips(item)
+
+
+def _without_given(items: list) -> list:
+    """The tests that have not passed elsewhere; the others are noted."""
+    passed: dict[str, set[str]] = {}
+    left = []
+    for item in items:
+        file, test = _file(item.nodeid), _id(item.nodeid)
+        if file not in passed:
+            outcomes = _outcomes(Path(GIVEN) / _results_of(file).name)
+            passed[file] = {name for name, outcome in outcomes.items() if outcome == "passed"}
+        if test in passed[file]:
+            _write(file, test=test, outcome="given", reason="")
+        else:
+            left.append(item)
+    return left
 
 
 @pytest.hookimpl(wrapper=True)
@@ -166,10 +186,13 @@ def _results_of(file: str) -> Path:
 
 def _known(file: str) -> set[str]:
     """The tests of a file that an earlier process has run."""
-    path = _results_of(file)
-    return (
-        {json.loads(line).get("test") for line in path.read_text().splitlines()} if RESULTS and path.exists() else set()
-    )
+    return set(_outcomes(_results_of(file))) if RESULTS else set()
+
+
+def _outcomes(path: Path) -> dict[str, str]:
+    """Test id -> its last outcome in a file of outcomes."""
+    records = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return {record["test"]: record["outcome"] for record in records if "test" in record}
 
 
 def _write(file: str, **record) -> None:

@@ -46,11 +46,21 @@ class FileResult:
 
 
 class Suite:
-    """Keras' tests on one backend, with the interpreter whose site-packages hold Keras."""
+    """Keras' tests on one backend, with the interpreter whose site-packages hold Keras.
 
-    def __init__(self, backend: str, python: Path, results: Path = RESULTS, flags: tuple[str, ...] = ()):
-        self.backend, self.python, self.flags = backend, python, flags
-        self.folder = results / backend
+    given: a suite on another backend; what passed there is not run here, its outcome is "given".
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        python: Path,
+        results: Path = RESULTS,
+        flags: tuple[str, ...] = (),
+        given: Suite | None = None,
+    ):
+        self.backend, self.python, self.flags, self.given = backend, python, flags, given
+        self.folder = results / (backend if given is None else f"{backend}-beside-{given.backend}")
         self.folder.mkdir(parents=True, exist_ok=True)
         where = "import importlib.util as u; print(u.find_spec('keras').submodule_search_locations[0])"
         found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
@@ -122,6 +132,7 @@ class Suite:
             "JAX_PLATFORMS": "cpu",
             "CONFORMANCE_RESULTS": str(self.folder),
             "CONFORMANCE_TIMEOUT": str(TEST_TIMEOUT),
+            **({} if self.given is None else {"CONFORMANCE_GIVEN": str(self.given.folder)}),
         }
         settings = [
             "-c",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -111,6 +112,21 @@ def test_entries_of_files_that_did_not_run_are_no_complaint():
     assert gaps.complaints([FileResult("keras/src/other_test.py")], [ENTRY]) == []
 
 
+def test_what_passed_elsewhere_is_not_run_again(tmp_path):
+    ours = Suite("kgraph", Path(sys.executable), tmp_path)
+    file = ours.files(["constraints/constraints_test.py"])[0]
+    tests = [f"{file}::ConstraintsTest::{name}" for name in ("test_max_norm", "test_non_neg")]
+    ours.path_of(file).write_text(
+        "".join(json.dumps({"test": t, "outcome": "passed", "reason": ""}) + "\n" for t in tests)
+    )
+    beside = Suite("kgraph", ours.python, tmp_path, given=ours).run([file])[0]
+    outcomes = Counter(outcome for outcome, _ in beside.tests.values())
+    assert {t: o for t, (o, _) in beside.tests.items() if t in tests} == dict.fromkeys(tests, "given")
+    assert beside.done
+    assert outcomes["passed"] > 10
+    assert report.counts([beside])["constraints"]["passed"] == outcomes["passed"] + 2
+
+
 def test_counts_and_differences():
     ours = FileResult(
         FILE, {"a": ("passed", ""), "b": ("skipped", "no sparse tensors"), "c": ("crashed", "killed")}, done=True
@@ -119,7 +135,7 @@ def test_counts_and_differences():
     assert report.counts([ours]) == {"layers": Counter(passed=1, failed=1, skipped=1)}
     assert report.only_on([peer], [ours]) == {"no sparse tensors": 1, "crashed": 1}
     assert "| layers | 1 | 1 | 1 |" in report.table([ours])
-    assert "| layers | 1 of 1 | 1 | 1 | 1 | 3 | 0 | 0 |" in report.comparison([ours], [peer])
+    assert "| layers | 1 of 1 | 1 | 1 | 1 | 3 | 0 | 0 | 2 |" in report.comparison([ours], [peer])
     peer.done = False
     assert "layers" not in report.comparison([ours], [peer])
 
