@@ -9,7 +9,7 @@ from typing import Any
 from kgraph.config import Options
 from kgraph.frontend.install import foreign_backend
 
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "cuda", "cuda-simulator")
 
 
 def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = None, progress: bool | None = None):
@@ -18,7 +18,8 @@ def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = 
     Args:
         model: a built Keras model or layer (Functional, Sequential, subclassed, nested). A subclassed model that has
             not been called yet needs `example`.
-        target: "cpu".
+        target: "cpu", "cuda" (the GPU that `kgraph.set_device` names, else the first), or "cuda-simulator": GPU kernels
+            interpreted on the CPU by Numba, for tests.
         freeze: bake the weights in as they are now.
         example: inputs of one call, for models that do not state their input shapes.
         progress: show a progress bar for compiles over a second; by default only on a terminal.
@@ -26,7 +27,7 @@ def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = 
     Gives a `CompiledModel`: call it like the model, with NumPy arrays. Where Keras runs on another backend in this
     process, a helper process compiles the model, and the result is a `kgraph.foreign.ForeignModel`.
     Raises UnsupportedError naming each operation without support and its layer, CaptureError where the model cannot
-    be captured, TypeError for what is no model.
+    be captured, TypeError for what is no model, DeviceError where the target is "cuda" and no GPU can be used.
     """
     _check_target(target)
     import keras

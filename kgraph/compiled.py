@@ -21,6 +21,7 @@ from kgraph.garbage import earlier_objects_set_aside
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.runtime.model import Model, sizes_of
+from kgraph.targets import resolve
 
 
 class Variant:
@@ -120,7 +121,7 @@ class CompiledModel(Model):
                     # Arrays of variables never change, so that keeping them keeps the weights of this moment.
                     self._baked = {id(v): v._value for v in self._variables()}
             with CompileProgress(self.name, self._options.progress) as progress:
-                compiled = compile_graph(captured.graph, progress)
+                compiled = compile_graph(captured.graph, progress, target=resolve(self._options.target))
         variant = Variant(captured, compiled, self._baked)
         variant.refresh_weights()
         self._compiles += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from kgraph.codegen import families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.compiler import compile_specs
 from kgraph.codegen.cpu.executor import EXECUTOR
+from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.lower import lower
 from kgraph.codegen.target import Target, host_target
 from kgraph.codegen.updates import arrange_updates
@@ -21,6 +24,8 @@ from kgraph.ir.interpreter import evaluate
 from kgraph.passes.manager import Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE, for_bodies
 from kgraph.passes.prologue import split_prologue
+from kgraph.runtime.cuda.device import device_for
+from kgraph.runtime.cuda.program import CudaProgram
 from kgraph.runtime.plan import Program
 
 
@@ -118,7 +123,8 @@ def _is_constant(value: Value) -> bool:
 
 def optimise(graph: Graph, target, passes: Sequence[Pass] = INFERENCE) -> tuple[Graph, PassContext]:
     """Run the passes for a target; gives the graph and the passes' decisions and times."""
-    context = PassContext(accepts=families.accepts, packing=lambda node: families.packing_for(node, target))
+    kernels = families.for_target(target)
+    context = PassContext(accepts=kernels.accepts, packing=lambda node: kernels.packing_for(node, target))
     return run_passes(graph, passes, context), context
 
 
@@ -127,33 +133,41 @@ def compile_graph(
     progress=None,
     passes: Sequence[Pass] = INFERENCE,
     donations: Sequence[tuple[int, int]] = (),
-    target: Target | None = None,
+    target: Target | CudaTarget | None = None,
 ) -> CompiledGraph:
     """Compile a captured graph for this machine, or for `target`.
 
     progress: called as `progress(done, total)` while kernels are compiled.
     passes: `pipeline.INFERENCE`, or `pipeline.TRAINING` for a graph with a backward part.
     donations: pairs (input number, output number): the program may write the output into the input's array.
+    Raises DeviceError where the target is a GPU that cannot be used.
     """
     target = target or host_target()
     start = time.perf_counter()
     optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
-    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
-    arrange_updates(lowered, donations, target)
+    if isinstance(target, Target):
+        lowered = lower(
+            split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0]
+        )
+        arrange_updates(lowered, donations, target)
+    else:
+        lowered = lower(split.main, target, context.decisions)
     lowering_done = time.perf_counter()
-    # The executor is compiled beside the kernels the first time.
-    objects = compile_specs([EXECUTOR, *lowered.all_specs().values()], progress=progress, target=target)
-    kernels_done = time.perf_counter()
-    program = lowered.program(
-        graph.name,
-        objects,
-        objects[spec_key(EXECUTOR, target)],
-        input_names=tuple(v.name for v in graph.inputs),
-        donations=donations,
-        foreign=target.machine != host_target().machine,
-    )
+    specs = list(lowered.all_specs().values())
+    fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
+    if isinstance(target, Target):
+        # The executor is compiled beside the kernels the first time.
+        objects = compile_specs([EXECUTOR, *specs], progress=progress, target=target)
+        kernels_done = time.perf_counter()
+        make: Callable[..., Program] = functools.partial(Program, executor=objects[spec_key(EXECUTOR, target)])
+        fields["foreign"] = target.machine != host_target().machine
+    else:
+        objects = compile_specs(specs, progress=progress, target=target)
+        kernels_done = time.perf_counter()
+        make = functools.partial(CudaProgram, device=device_for(target.machine))
+    program = lowered.program(graph.name, objects, make, **fields)
     seconds = {
         **{f"pass {name}": t for name, t in context.seconds.items()},
         "passes": passes_done - start,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Options:
     """What `kgraph.compile` may be told.
 
-    target: "cpu".
+    target: "cpu", "cuda" or "cuda-simulator".
     freeze: bake the weights in as they are now; later changes of the model's weights are not seen.
     progress: show progress of a compile that takes longer than a second; None shows it on a terminal only.
     """

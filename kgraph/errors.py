@@ -46,5 +46,13 @@ class CompileError(KGraphError, RuntimeError):
     """Kernel generation failed."""
 
 
+class DeviceError(KGraphError, RuntimeError):
+    """A GPU cannot be used: there is none, its driver is missing or too old, or it was lost; the message says what."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """The memory of a GPU does not suffice; the message says how much was wanted and how much is free."""
+
+
 class ArtifactError(KGraphError, ValueError):
     """A cached or saved object is damaged, truncated, or does not fit this machine."""

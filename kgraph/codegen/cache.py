@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import llvmlite
 import platformdirs
 
+from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.kernel import KernelSpec, template_module
 from kgraph.codegen.target import Target, host_target
 
@@ -34,22 +34,22 @@ _TOUCH_SECONDS = 3600.0
 _WRITES_PER_SWEEP = 200
 
 
-# Sources outside of kgraph.codegen that kernels' code depends on.
-_COMMON_SOURCES = ("kgraph.types", "kgraph.codegen.compiler", "kgraph.runtime.layout")
 _IMPORT = re.compile(
     r"^\s*(?:from\s+(kgraph[\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+(kgraph[\w.]*))", re.MULTILINE
 )
 
 
 @functools.cache
-def source_digest(template: str) -> str:
+def source_digest(template: str, common: tuple[str, ...] = ()) -> str:
     """Digest of the sources behind a template's module: itself and what it imports of kgraph.codegen, at any depth,
     with the modules of kgraph.ops that these name (tables and layouts that kernels are made from).
+
+    common: further modules, which the kernels of all templates depend on.
 
     Any change of them makes the earlier entries of its kernels unreachable.
     """
     digests: dict[str, bytes] = {}
-    todo = [template_module(template), *_COMMON_SOURCES]
+    todo = [template_module(template), *common]
     while todo:
         name = todo.pop()
         if name not in digests:
@@ -79,13 +79,13 @@ def _source(module: str) -> tuple[bytes, tuple[str, ...]]:
 
 
 @functools.cache
-def _environment_digest(template: str, target: Target) -> bytes:
-    parts = (source_digest(template), llvmlite.__version__, sys.platform, target)
+def _environment_digest(template: str, target: Target | CudaTarget) -> bytes:
+    parts = (source_digest(template, target.sources), target.toolchain, sys.platform, target)
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def spec_key(spec: KernelSpec, target: Target | None = None) -> str:
-    """Name of a kernel's entry: equal for equal specs, sources, LLVM and target, different otherwise."""
+def spec_key(spec: KernelSpec, target: Target | CudaTarget | None = None) -> str:
+    """Name of a kernel's entry: equal for equal specs, sources, toolchain and target, different otherwise."""
     digest = hashlib.sha256(_environment_digest(spec.template, target or host_target()))
     digest.update(repr((spec.name, spec.template, spec.params)).encode())
     return digest.hexdigest()[:40]

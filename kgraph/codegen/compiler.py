@@ -25,10 +25,13 @@ from dataclasses import dataclass
 import llvmlite.binding as llvm
 
 from kgraph.codegen.cache import disk_cache, spec_key
+from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.kernel import KernelSpec
 from kgraph.codegen.target import Target, host_target, initialize_llvm
 from kgraph.errors import CompileError
 from kgraph.runtime.threads import available_cpus
+
+AnyTarget = Target | CudaTarget
 
 # Below this many kernels a fork costs more than it saves.
 _MIN_KERNELS_PER_PROCESS = 3
@@ -67,7 +70,7 @@ def stats() -> dict:
     return dict(vars(_stats))
 
 
-def compile_spec(spec: KernelSpec, target: Target | None = None) -> bytes:
+def compile_spec(spec: KernelSpec, target: AnyTarget | None = None) -> bytes:
     """Object code of one kernel, for this machine or `target`."""
     return compile_specs([spec], target=target)[spec_key(spec, target)]
 
@@ -75,7 +78,7 @@ def compile_spec(spec: KernelSpec, target: Target | None = None) -> bytes:
 def compile_specs(
     specs: Iterable[KernelSpec],
     progress: Callable[[int, int], None] | None = None,
-    target: Target | None = None,
+    target: AnyTarget | None = None,
 ) -> dict[str, bytes]:
     """Object code of all `specs` by `spec_key`, from the disk cache or compiled now (and then stored), for this machine
     or `target`.
@@ -155,8 +158,8 @@ def _pipeline(target: Target, vectorize: bool):
     return machine, llvm.create_pass_builder(machine, options), llvm.create_pass_builder(machine, simple)
 
 
-def render(spec: KernelSpec, target: Target) -> str:
-    """The kernel's LLVM IR text. Raises CompileError with the renderer's fault as its cause."""
+def render(spec: KernelSpec, target: AnyTarget) -> str:
+    """The kernel's text, LLVM IR or source. Raises CompileError with the renderer's fault as its cause."""
     try:
         renderer = getattr(importlib.import_module(spec.module), spec.template.partition(":")[2])
         return renderer(spec.params, target)
@@ -164,17 +167,36 @@ def render(spec: KernelSpec, target: Target) -> str:
         raise CompileError(f"kernel {spec.name}: its renderer {spec.template} failed: {error}") from error
 
 
-def _compile_one(spec: KernelSpec, target: Target) -> bytes:
+def _compile_one(spec: KernelSpec, target: AnyTarget) -> bytes:
     start = time.perf_counter()
     text = render(spec, target)
     rendered = time.perf_counter()
-    payload = compile_ir(text, name=spec.name, target=target)
+    payload = _compile_text(text, spec.name, target)
     _stats.seconds_rendering += rendered - start
     _stats.seconds_compiling += time.perf_counter() - rendered
     return payload
 
 
-def _compile_all(missing: dict[str, KernelSpec], target: Target):
+def _compile_text(text: str, name: str, target: AnyTarget) -> bytes:
+    if isinstance(target, Target):
+        return compile_ir(text, name=name, target=target)
+    from kgraph.codegen.cuda.compiler import compile_text
+
+    return compile_text(text, name, target)
+
+
+def _prepare(target: AnyTarget) -> None:
+    """Make ready once what every process that compiles needs."""
+    if isinstance(target, Target):
+        initialize_llvm()
+        _pipeline(target, True)
+    else:
+        from kgraph.codegen.cuda.compiler import prepare
+
+        prepare(target)
+
+
+def _compile_all(missing: dict[str, KernelSpec], target: AnyTarget):
     """Yields (key, object bytes) in any order."""
     keys = sorted(missing, key=lambda key: _compile_rank(missing[key]))
     processes = min(_num_processes(), len(keys) // _MIN_KERNELS_PER_PROCESS)
@@ -206,15 +228,14 @@ def _num_processes() -> int:
 _FRAME = struct.Struct("<IddI?")
 
 
-def _compile_forked(keys: list[str], missing: dict[str, KernelSpec], target: Target, processes: int):
+def _compile_forked(keys: list[str], missing: dict[str, KernelSpec], target: AnyTarget, processes: int):
     # What every child needs is made ready once, before the fork.
     for spec in missing.values():
         try:
             importlib.import_module(spec.module)
         except ImportError as error:
             raise CompileError(f"kernel {spec.name}: there is no renderer {spec.template}") from error
-    initialize_llvm()
-    _pipeline(target, True)
+    _prepare(target)
     queue_read, queue_write = os.pipe()
     left = set(range(len(keys)))
     children: dict[int, _Child] = {}
@@ -274,7 +295,7 @@ class _Child:
             os.waitpid(self.pid, 0)
 
 
-def _start_child(queue: int, specs: list[KernelSpec], target: Target) -> _Child | None:
+def _start_child(queue: int, specs: list[KernelSpec], target: AnyTarget) -> _Child | None:
     read, write = os.pipe()
     try:
         # llvmlite's lock is held across the fork: no other thread can be inside LLVM at that moment, and the child owns
@@ -292,7 +313,7 @@ def _start_child(queue: int, specs: list[KernelSpec], target: Target) -> _Child 
     return _Child(pid, read, bytearray())
 
 
-def _child_main(queue: int, write: int, specs: list[KernelSpec], target: Target) -> None:
+def _child_main(queue: int, write: int, specs: list[KernelSpec], target: AnyTarget) -> None:
     """Never returns. Leaves by `_exit`, so that nothing of the parent's clean-up runs twice."""
     status = 1
     gc.freeze()  # a collection would visit, and so copy, all that the parent holds

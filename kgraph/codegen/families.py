@@ -54,6 +54,11 @@ BY_KIND = {
 }
 
 
+def for_target(target) -> ModuleType:
+    """The module with `accepts`, `lower` and `packing_for` for a target: this one for processors."""
+    return importlib.import_module(target.families)
+
+
 def family_of(node: Node) -> ModuleType | None:
     """The kernel family for a node, or None where no family claims its primitive."""
     if node.name == "fusion":

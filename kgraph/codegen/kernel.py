@@ -15,7 +15,8 @@ class KernelSpec:
 
     name: made of what is in it (`gemm_bias_relu`); used in profiles and file names.
     template: "module:function" of a renderer in `kgraph.codegen.cpu`, called as `function(params, target)` on a cache
-        miss; it gives LLVM IR text with the one external function `kernel`.
+        miss; it gives LLVM IR text with the one external function `kernel`. For a GPU it is in `kgraph.codegen.cuda`
+        and gives the source of a module with one kernel.
     params: everything that the code depends on (static sizes, dtypes, the fused expressions), as nested tuples.
     """
 
@@ -42,6 +43,15 @@ class Temporary:
     type: TensorType
 
 
+@dataclass(frozen=True)
+class Launch:
+    """How a GPU runs a kernel: threads of a block, and the bytes of shared memory that the launch adds to those that
+    the kernel declares. The grid has at most `extent` blocks."""
+
+    block: int
+    shared_bytes: int | Dim = 0
+
+
 @dataclass
 class KernelCall:
     """One step of a plan: `kernel(buffers, sizes, begin, end, scratch)` over [0, extent), split between threads.
@@ -51,6 +61,7 @@ class KernelCall:
     sizes: run-time integers for the kernel, evaluated when a plan is bound to concrete sizes.
     scratch_bytes: memory per thread.
     flops, bytes: totals over the extent, for the thread decision, `explain` and the roofline.
+    launch: for a GPU; the extent counts blocks then, and the kernel takes the operands and sizes one by one.
     """
 
     spec: KernelSpec
@@ -62,3 +73,4 @@ class KernelCall:
     bytes: int | Dim
     scratch_bytes: int | Dim = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    launch: Launch | None = None

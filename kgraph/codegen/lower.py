@@ -15,6 +15,7 @@ from kgraph.decisions import Decision
 from kgraph.ir import Dim, Graph, Node, Value
 from kgraph.ops.host import HostFunction
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
+from kgraph.runtime.steps import LaunchStep
 
 
 @dataclass
@@ -40,11 +41,16 @@ class Lowered:
         pending = [step.function for step in self.steps if isinstance(step, HostStep)]
         return [body for function in pending if isinstance(function, control.ControlStep) for body in function.bodies]
 
-    def program(self, name: str, objects: dict[str, bytes], executor: bytes, **fields) -> Program:
-        """The program of these steps, once their kernels are compiled (`objects`, by cache key)."""
+    def program(
+        self, name: str, objects: dict[str, bytes], make: Callable[..., Program] = Program, **fields
+    ) -> Program:
+        """The program of these steps, once their kernels are compiled (`objects`, by cache key).
+
+        make: the class of the program, or a function that calls it.
+        """
 
         def build(body_name: str, lowered: Lowered, input_names: tuple[str, ...]) -> Program:
-            return lowered.program(f"{name}/{body_name}", objects, executor, input_names=input_names)
+            return lowered.program(f"{name}/{body_name}", objects, make, input_names=input_names)
 
         steps = [
             replace(step, function=step.function.link(build))
@@ -53,17 +59,7 @@ class Lowered:
             for step in self.steps
         ]
         kernels = {key: objects[key] for key in self.specs}
-        return Program(
-            name,
-            self.buffers,
-            steps,
-            self.inputs,
-            self.outputs,
-            self.params,
-            kernels=kernels,
-            executor=executor,
-            **fields,
-        )
+        return make(name, self.buffers, steps, self.inputs, self.outputs, self.params, kernels=kernels, **fields)
 
 
 def lower(graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None = None) -> Lowered:
@@ -77,6 +73,7 @@ def lower(graph: Graph, target, decisions: list[Decision], optimise: Callable[[G
 class _Lowering:
     def __init__(self, graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None):
         self.graph, self.target, self.decisions, self.optimise = graph, target, decisions, optimise
+        self.families = families.for_target(target)
         self.out = Lowered()
         self.ids: dict[Value | Temporary, int] = {}
 
@@ -105,9 +102,9 @@ class _Lowering:
         elif name in ("reshape", "stop_gradient", "optimization_barrier"):
             self._buffer("temporary", node.output, alias=self.ids[node.inputs[0]])
         else:
-            reason = families.accepts(node)
+            reason = self.families.accepts(node)
             if reason is None:
-                for call in families.lower(node, self.target):
+                for call in self.families.lower(node, self.target):
                     self._native(node, call)
             elif name == "fusion":
                 self._unfused(node)
@@ -125,22 +122,24 @@ class _Lowering:
             operands.append(self.ids[operand])
         key = spec_key(call.spec, self.target)
         self.out.specs[key] = call.spec
-        self.out.steps.append(
-            NativeStep(
-                kernel=key,
-                operands=tuple(operands),
-                outputs=call.outputs,
-                extent=call.extent,
-                sizes=tuple(call.sizes),
-                scratch_bytes=call.scratch_bytes,
-                flops=call.flops,
-                bytes=call.bytes,
-                inplace=tuple(call.notes.get("inplace", ())),
-                label=call.spec.name,
-                layers=tuple(sorted(node.provenance)),
-                max_threads=call.notes.get("max_threads", 0),
-            )
-        )
+        fields = {
+            "kernel": key,
+            "operands": tuple(operands),
+            "outputs": call.outputs,
+            "extent": call.extent,
+            "sizes": tuple(call.sizes),
+            "scratch_bytes": call.scratch_bytes,
+            "flops": call.flops,
+            "bytes": call.bytes,
+            "inplace": tuple(call.notes.get("inplace", ())),
+            "label": call.spec.name,
+            "layers": tuple(sorted(node.provenance)),
+            "max_threads": call.notes.get("max_threads", 0),
+        }
+        if call.launch is None:
+            self.out.steps.append(NativeStep(**fields))
+        else:
+            self.out.steps.append(LaunchStep(**fields, **vars(call.launch)))
         self.out.step_nodes.append(node)
 
     def _unfused(self, node: Node) -> None:

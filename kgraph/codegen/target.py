@@ -11,6 +11,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+import llvmlite
 import llvmlite.binding as llvm
 
 from kgraph.errors import CompileError
@@ -44,6 +45,21 @@ class Target:
     l1_bytes: int
     l2_bytes: int
     l3_bytes: int
+
+    @property
+    def families(self) -> str:
+        """The module that says which kernel family serves which node."""
+        return "kgraph.codegen.families"
+
+    @property
+    def toolchain(self) -> str:
+        """What turns rendered text into objects, with its version; part of every kernel's cache key."""
+        return f"llvmlite {llvmlite.__version__}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Modules beside the templates that kernels' code depends on."""
+        return ("kgraph.types", "kgraph.codegen.compiler", "kgraph.runtime.layout")
 
     @property
     def machine(self) -> str:

@@ -70,10 +70,7 @@ class Program:
         }
         self._validate()
         self.solvers = _symbol_solvers([self.buffers[b].shape for b in self.inputs], self.name)
-        loaded = {} if foreign else self.kernels
-        self.executor = threads.install(executor) if executor and not foreign else None
-        self.library = Library(loaded)
-        self.functions = {key: self.library.address(key) for key in loaded}
+        self._load()
         self._bindings: dict[tuple, Binding] = {}
         # Replaced as a whole when a parameter changes, so that a call in flight keeps the arrays it started with.
         self.values: tuple[np.ndarray | None, ...] = (None,) * len(self.params)
@@ -83,6 +80,18 @@ class Program:
         fields = (self.name, self.buffers, self.steps, self.inputs, self.outputs, self.params, self.kernels)
         return Program, (*fields, self.executor_object, self.input_names, self.donations, self.foreign)
 
+    def _load(self) -> None:
+        """Make the kernels callable."""
+        if not self.executor_object and any(isinstance(step, NativeStep) for step in self.steps):
+            raise ValueError(f"{self.name} has kernels but no executor")
+        loaded = {} if self.foreign else self.kernels
+        self.executor = threads.install(self.executor_object) if self.executor_object and not self.foreign else None
+        self.library = Library(loaded)
+        self.functions = {key: self.library.address(key) for key in loaded}
+
+    def _new_binding(self, sizes: dict[str, int]) -> Binding:
+        return Binding(self, sizes)
+
     def _validate(self) -> None:
         written = {i for i, b in enumerate(self.buffers) if b.kind != "temporary"}
         for i, buffer in enumerate(self.buffers):
@@ -91,7 +100,6 @@ class Program:
             if buffer.alias >= len(self.buffers) or (buffer.alias >= 0 and buffer.kind != "temporary"):
                 raise ValueError(f"buffer {i} of {self.name}: only a temporary can be a view, of a buffer that exists")
         root = self._root
-        native = False
         for index, step in enumerate(self.steps):
             inputs = len(step.operands) - step.outputs
             for position, b in enumerate(step.operands):
@@ -102,12 +110,8 @@ class Program:
                 elif root(b) not in written:
                     step_name = f"step {index} ({step.label}) of {self.name}"
                     raise ValueError(f"{step_name} reads buffer {b} before it is written")
-            if isinstance(step, NativeStep):
-                native = True
-                if step.kernel not in self.kernels:
-                    raise ValueError(f"step {index} ({step.label}) of {self.name}: no kernel {step.kernel!r}")
-        if native and not self.executor_object:
-            raise ValueError(f"{self.name} has kernels but no executor")
+            if isinstance(step, NativeStep) and step.kernel not in self.kernels:
+                raise ValueError(f"step {index} ({step.label}) of {self.name}: no kernel {step.kernel!r}")
         for b in self.outputs:
             if root(b) not in written:
                 raise ValueError(f"an output of {self.name}, buffer {b}, is never written")
@@ -210,7 +214,7 @@ class Program:
             return binding
         if self.foreign:
             raise ArtifactError(f"{self.name} is compiled for another kind of machine")
-        binding = Binding(self, self.resolve(shapes))
+        binding = self._new_binding(self.resolve(shapes))
         # Two threads may bind the same sizes at once: both bindings are good, the later one stays. Every operation on
         # the dictionary is atomic, so that no lock can be left held in a forked child.
         while len(self._bindings) >= _MAX_BINDINGS and shapes not in self._bindings:

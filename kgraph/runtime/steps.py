@@ -55,6 +55,17 @@ class NativeStep:
 
 
 @dataclass(frozen=True)
+class LaunchStep(NativeStep):
+    """A kernel launch on a GPU: the extent counts blocks, of which the grid may have fewer.
+
+    block: threads of a block. shared_bytes: shared memory beside what the kernel declares.
+    """
+
+    block: int = 1
+    shared_bytes: int | Dim = 0
+
+
+@dataclass(frozen=True)
 class HostStep:
     """A Python function between kernels, for primitives without one.
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from kgraph import ops
 from kgraph.codegen.cpu import reduce
-from kgraph.codegen.cpu.accumulators import KINDS
+from kgraph.codegen.reductions import KINDS
 from kgraph.ir import PRIMITIVES, Dim, TensorType, Value, make_node
 from tests.codegen.driver import host_target, run_node
 from tests.codegen.samples import check_sample

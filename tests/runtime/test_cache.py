@@ -124,7 +124,7 @@ def test_key_depends_on_everything(monkeypatch):
     keys.add(spec_key(base, dataclasses.replace(target, features="+sse2")))
     keys.add(spec_key(base, dataclasses.replace(target, l2_bytes=1)))
     cache_module._environment_digest.cache_clear()
-    monkeypatch.setattr(cache_module, "source_digest", lambda template: "other sources")
+    monkeypatch.setattr(cache_module, "source_digest", lambda template, common: "other sources")
     keys.add(spec_key(base, target))
     cache_module._environment_digest.cache_clear()
     assert len(keys) == 9

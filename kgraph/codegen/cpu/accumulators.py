@@ -7,42 +7,13 @@ The order of all operations depends on sizes and the target only, never on how w
 
 from __future__ import annotations
 
-import math
-
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import COMPUTE_TYPES, I32, KernelBuilder, compute_dtype, is_float, lanes_of
+from kgraph.codegen.cpu.builder import I32, KernelBuilder, compute_dtype, is_float, lanes_of
 from kgraph.codegen.cpu.scalar_ops import EMITTERS, extremum, is_float_dtype, is_signed
+from kgraph.codegen.reductions import POSITIONS, neutral
 
-KINDS = {
-    "reduce_sum": "sum",
-    "reduce_prod": "prod",
-    "reduce_max": "max",
-    "reduce_min": "min",
-    "reduce_and": "and",
-    "reduce_or": "or",
-    "argmax": "argmax",
-    "argmin": "argmin",
-}
 MAX_NUMBER = "max_number"  # the maximum of what is not NaN: one instruction, where NaN shows up later anyway
-POSITIONS = ("argmax", "argmin")
-
-
-def neutral(kind: str, dtype: str):
-    """The Python value that changes no reduction of this kind."""
-    if kind in ("sum", "or"):
-        return 0
-    if kind in ("prod", "and"):
-        return 1
-    greatest = kind in ("min", "argmin")
-    if dtype == "bool":
-        return greatest
-    if is_float_dtype(dtype):
-        return math.inf if greatest else -math.inf
-    width = COMPUTE_TYPES[dtype].width
-    if is_signed(dtype):
-        return (1 << (width - 1)) - 1 if greatest else -(1 << (width - 1))
-    return (1 << width) - 1 if greatest else 0
 
 
 def combine(b: KernelBuilder, kind: str, dtype: str, x, y):

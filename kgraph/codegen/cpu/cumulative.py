@@ -13,8 +13,9 @@ from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import COMPUTE_TYPES, Int, KernelBuilder, Pointer, compute_dtype, lanes_of
 from kgraph.codegen.cpu.pool import identity as extremum_identity
-from kgraph.codegen.cpu.scalar_ops import EMITTERS, EXPENSIVE
+from kgraph.codegen.cpu.scalar_ops import EMITTERS
 from kgraph.codegen.cpu.strided import SizeTable, resolve
+from kgraph.codegen.expressions import EXPENSIVE
 from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product

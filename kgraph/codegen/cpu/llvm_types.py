@@ -4,6 +4,30 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from kgraph.codegen.expressions import COMPUTE_DTYPES, compute_dtype
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "COMPUTE_TYPES",
+    "F32",
+    "F64",
+    "HALF",
+    "I1",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "MEMORY_TYPES",
+    "PTR",
+    "VOID",
+    "compute_dtype",
+    "element_type",
+    "is_float",
+    "itemsize",
+    "lanes_of",
+    "overload_name",
+]
+
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F32, F64, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 PTR = ir.PointerType()
@@ -25,12 +49,6 @@ COMPUTE_TYPES = {
     "float64": F64,
 }
 MEMORY_TYPES = {**COMPUTE_TYPES, "bool": I8, "float16": I16, "bfloat16": I16}
-COMPUTE_DTYPES = {"float16": "float32", "bfloat16": "float32"}
-
-
-def compute_dtype(dtype: str) -> str:
-    """The dtype in which values of `dtype` live in registers."""
-    return COMPUTE_DTYPES.get(dtype, dtype)
 
 
 def itemsize(dtype: str) -> int:

@@ -10,18 +10,17 @@ kernel gives a row of partial results per chunk, a second one reduces those and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 from llvmlite import ir
 
 from kgraph.codegen.cpu import accumulators, expressions, regions
-from kgraph.codegen.cpu.accumulators import KINDS, POSITIONS
-from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, compute_dtype
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer
 from kgraph.codegen.cpu.regions import Leaf
 from kgraph.codegen.cpu.scalar_ops import convert
-from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
-from kgraph.ir import Node, TensorType, Value
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.reductions import POSITIONS, Parts, in_stages, take_apart, walk
+from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div, product
 
 BLOCK_STEPS = 16  # vectors per accumulator added plainly before compensation
@@ -32,96 +31,10 @@ FEW_RESULTS = 64  # units below which two stages pay
 TEMPLATE = "kgraph.codegen.cpu.reduce:render_{}"
 
 
-@dataclass
-class Parts:
-    """A node taken apart.
-
-    shape, axes: of the reductions' operands. leaves, prologue: what the reductions read, over `shape`; one expression
-    output per reduction. reductions: (kind, dtype of the operand, dtype of the result). extras, epilogue: further
-    operands over the kept axes; the expression's inputs are the reductions, then the extras. outputs: values written.
-    """
-
-    shape: tuple
-    axes: tuple[int, ...]
-    leaves: list[Leaf]
-    prologue: tuple
-    reductions: tuple
-    extras: list[Leaf]
-    epilogue: tuple
-    outputs: Sequence[Value]
-
-
 def accepts(node: Node) -> str | None:
     """None where the node is prologue, reductions over the same axes, epilogue, with scalar code for everything."""
     parts = take_apart(node)
     return parts if isinstance(parts, str) else None
-
-
-def take_apart(node: Node) -> Parts | str:
-    """The parts of a node, or the reason why it has none."""
-    inputs, outer, nodes, outputs = regions.body_of(node)
-    reductions = [n for n in nodes if n.name in KINDS]
-    if not reductions:
-        return f"{node.name} holds no reduction"
-    first = reductions[0]
-    shape, axes = first.inputs[0].shape, _axes(first)
-    keepdims = first.attrs.get("keepdims", False)
-    for n in reductions:
-        if n.inputs[0].shape != shape or _axes(n) != axes or n.attrs.get("keepdims", False) != keepdims:
-            return "the reductions of one kernel need the same operand shape, axes and keepdims"
-    stage = _stages(nodes)
-    if isinstance(stage, str):
-        return stage
-    before = regions.needed(nodes, [n.inputs[0] for n in reductions])
-    inner, leaves, kept = regions.leaves_and_nodes(
-        *regions.used_inputs(inputs, outer, before, [n.inputs[0] for n in reductions]), before, shape
-    )
-    prologue = expressions.encode_nodes(kept, inner, [n.inputs[0] for n in reductions])
-    if isinstance(prologue, str):
-        return prologue
-    result_shape = first.output.shape
-    if any(o.shape != result_shape for o in outputs):
-        return "the outputs of a reduction kernel need the reduced shape"
-    results = [n.output for n in reductions]
-    after = [n for n in regions.needed(nodes, outputs, stop=results) if n not in reductions]
-    inner, extras, kept = regions.leaves_and_nodes(
-        *regions.used_inputs(inputs, outer, after, outputs), after, result_shape
-    )
-    epilogue = expressions.encode_nodes(kept, [*results, *inner], outputs)
-    if isinstance(epilogue, str):
-        return epilogue
-    if any(leaf.is_coordinate for leaf in extras):
-        return "coordinates in the epilogue of a reduction"
-    extras = [Leaf(e.value, e.dtype, _kept_spans(e.spans, len(shape), axes, keepdims)) for e in extras]
-    kinds = tuple((KINDS[n.name], n.inputs[0].dtype, n.output.dtype) for n in reductions)
-    return Parts(shape, axes, leaves, prologue, kinds, extras, epilogue, node.outputs)
-
-
-def _axes(node: Node) -> tuple[int, ...]:
-    rank = len(node.inputs[0].shape)
-    if node.name in POSITIONS:
-        return (node.attrs["axis"] % rank,)
-    return tuple(sorted(a % rank for a in node.attrs["axes"]))
-
-
-def _stages(nodes: Sequence[Node]) -> str | None:
-    """A reason if a reduction depends on another one."""
-    reduced: set[Value] = set()
-    for n in nodes:
-        depends = any(v in reduced for v in n.inputs)
-        if depends and n.name in KINDS:
-            return "a reduction of another reduction's result"
-        if depends or n.name in KINDS:
-            reduced.update(n.outputs)
-    return None
-
-
-def _kept_spans(spans: tuple, rank: int, axes: tuple, keepdims: bool) -> tuple:
-    """Spans over the result's axes as spans over the operands' axes."""
-    if keepdims:
-        return spans
-    rest = iter(spans)
-    return tuple(False if a in axes else next(rest) for a in range(rank))
 
 
 def lower(node: Node, target) -> list[KernelCall]:
@@ -134,48 +47,24 @@ def lower(node: Node, target) -> list[KernelCall]:
 
 def merged(parts: Parts, target) -> tuple[Plan, list[Leaf], list[Leaf]]:
     """How the merged axes are walked, and the leaves and extras over these."""
-    roles = tuple("r" if a in parts.axes else "k" for a in range(len(parts.shape)))
-    spans = [leaf.spans for leaf in parts.leaves] + [leaf.spans for leaf in parts.extras]
-    roled = [tuple(r == "k" for r in roles)]  # the results themselves, which also carry the roles through
-    sizes, columns = regions.collapse(parts.shape, spans + roled, roles)
-    kept = columns.pop() if columns else ()
-    if all(kept):  # nothing is left to reduce: one step over an axis of size 1
-        sizes, kept = [1, *sizes], (False, *kept)
-        columns = [(False, *m) for m in columns]
-    roles = tuple("k" if k else "r" for k in kept)
-    count = len(parts.leaves)
-    leaves = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.leaves, columns[:count])]
-    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.extras, columns[count:])]
-    return Plan(sizes, roles, parts.prologue, target), leaves, extras
+    over = walk(parts)
+    return Plan(over.sizes, over.roles, parts.prologue, target), over.leaves, over.extras
 
 
 def lower_parts(parts: Parts, target) -> list[KernelCall]:
-    plan, leaves, extras = merged(parts, target)
-    sizes, roles = plan.sizes, plan.roles
+    over = walk(parts)
+    plan = Plan(over.sizes, over.roles, parts.prologue, target)
     chunk = plan.chunk(parts.reductions)
     if not chunk:
-        return [call(plan, leaves, parts.prologue, parts.reductions, extras, parts.epilogue, parts.outputs, 0)]
-    chunks = ceil_div(sizes[plan.first_reduced], chunk)
-    kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
-    partial_dtypes = [compute_dtype(dtype) for _, dtype, _ in parts.reductions]
-    partials = [Temporary(TensorType((chunks, *kept_sizes), d)) for d in partial_dtypes]
-    untouched = (tuple(partial_dtypes), (), tuple(range(len(partials))))
-    same = tuple((kind, dtype, d) for (kind, dtype, _), d in zip(parts.reductions, partial_dtypes))
-    first = call(plan, leaves, parts.prologue, same, [], untouched, partials, chunk)
-    kept_only = [(False, *(s for s, r in zip(x.spans, roles) if r == "k")) for x in extras]
-    sizes, columns = regions.collapse(
-        [chunks, *kept_sizes], [*kept_only, (False, *(True for _ in kept_sizes))], "r" + "k" * len(kept_sizes)
-    )
-    results = columns.pop()
-    if all(results):  # one chunk only
-        sizes, results, columns = [1, *sizes], (False, *results), [(False, *m) for m in columns]
+        rest = parts.epilogue, parts.outputs
+        return [call(plan, over.leaves, parts.prologue, parts.reductions, over.extras, *rest, 0)]
+    stages = in_stages(parts, over, ceil_div(plan.sizes[plan.first_reduced], chunk))
+    first = call(plan, over.leaves, parts.prologue, stages.first, [], stages.untouched, stages.partials, chunk)
+    over = stages.walk
     # Partial results are few: short code that serves every width is worth more than wide strips.
-    plan = Plan(sizes, tuple("k" if k else "r" for k in results), untouched, target, widest=1)
-    spread = tuple(not (isinstance(s, int) and s == 1) for s in sizes)
-    leaves = [Leaf(p, d, spread) for p, d in zip(partials, partial_dtypes)]
-    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(extras, columns)]
-    reductions = tuple((kind, d, result) for (kind, _, result), d in zip(parts.reductions, partial_dtypes))
-    return [first, call(plan, leaves, untouched, reductions, extras, parts.epilogue, parts.outputs, 0)]
+    plan = Plan(over.sizes, over.roles, stages.untouched, target, widest=1)
+    rest = parts.epilogue, parts.outputs
+    return [first, call(plan, over.leaves, stages.untouched, stages.second, over.extras, *rest, 0)]
 
 
 class Plan:

@@ -24,16 +24,6 @@ from kgraph.codegen.cpu.builder import (
 
 EMITTERS: dict[str, Callable] = {}
 
-# Operations per element of what is not one instruction, for estimates of time.
-EXPENSIVE = {
-    **dict.fromkeys("exp exp2 expm1 log log2 log1p".split(), 16),
-    **dict.fromkeys("tanh logistic silu erf sin cos gelu".split(), 24),
-    **dict.fromkeys("softplus elu logaddexp tan atan atan2 sinh cosh mod rem floor_divide".split(), 40),
-    **dict.fromkeys("pow asin acos asinh acosh atanh cbrt erfc erf_inv".split(), 80),
-    **dict.fromkeys("lgamma digamma".split(), 150),
-    **dict.fromkeys("div sqrt rsqrt hypot".split(), 8),
-}
-
 
 def emitter(*names: str):
     def register(function):

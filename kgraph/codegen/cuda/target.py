@@ -1,0 +1,87 @@
+"""The GPU that kernels are generated for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from dataclasses import dataclass
+
+from kgraph.errors import CompileError
+
+# Streaming multiprocessors where the device is not known: those of a data-centre GPU of the architecture.
+_TYPICAL_SMS = {(7, 5): 40, (8, 0): 108, (8, 6): 84, (8, 9): 128, (9, 0): 132, (10, 0): 148, (12, 0): 170}
+_STATIC_SHARED_BYTES = 48 << 10
+
+
+@dataclass(frozen=True)
+class CudaTarget:
+    """What a renderer may ask about the device; hashable, and part of every kernel's cache key.
+
+    capability: (major, minor) of the compute capability. simulator: whether Numba's simulator runs the kernels.
+    block: threads of a block of elementwise kernels and reductions. group: threads that work on one row together where
+        a whole block would have too little to do: a warp. Both are powers of two. num_sms: multiprocessors.
+    shared_bytes: shared memory that a kernel may declare.
+    """
+
+    capability: tuple[int, int]
+    simulator: bool = False
+    block: int = 256
+    group: int = 32
+    num_sms: int = 132
+    shared_bytes: int = _STATIC_SHARED_BYTES
+
+    @property
+    def families(self) -> str:
+        """The module that says which kernel family serves which node."""
+        return "kgraph.codegen.cuda.families"
+
+    @property
+    def toolchain(self) -> str:
+        """What turns rendered text into objects, with its version; part of every kernel's cache key."""
+        if self.simulator:
+            return "simulator"
+        return f"numba-cuda {_version('numba-cuda')}, NVVM {_version('nvidia-nvvm', 'nvidia-cuda-nvcc-cu12')}"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Modules beside the templates that kernels' code depends on."""
+        return ("kgraph.types", "kgraph.codegen.cuda.compiler", "kgraph.codegen.cuda.device_functions")
+
+    @property
+    def machine(self) -> str:
+        """What the kernels run on."""
+        return "cuda-simulator" if self.simulator else "cuda"
+
+    @property
+    def arch(self) -> str:
+        """The architecture as the toolkit names it (`sm_90`)."""
+        return "sm_{}{}".format(*self.capability)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of a grid beyond which more of them gain nothing: all kernels loop over what is left."""
+        return 2 if self.simulator else self.num_sms * 16
+
+
+@functools.cache
+def _version(*packages: str) -> str:
+    """The version of the first of these packages that is installed."""
+    for package in packages:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def make_target(capability: tuple[int, int], num_sms: int = 0) -> CudaTarget:
+    """The target for a compute capability. Raises CompileError below 7.5, which NVVM no longer knows."""
+    if capability < (7, 5):
+        raise CompileError(f"kgraph needs compute capability 7.5 (Turing) or later, the GPU has {capability}")
+    known = [c for c in _TYPICAL_SMS if c <= capability]
+    return CudaTarget(capability, num_sms=num_sms or _TYPICAL_SMS[max(known)])
+
+
+def simulator_target() -> CudaTarget:
+    """The target of Numba's simulator: every thread is a Python thread, so blocks are tiny."""
+    return CudaTarget((9, 0), simulator=True, block=4, group=2, num_sms=1)

@@ -1,0 +1,127 @@
+"""A device whose kernels run in Numba's CUDA simulator: every thread of a block is a Python thread.
+
+Objects are the kernels' sources, and addresses those of host memory. Kernels see buffers of just the bytes that a step
+names and fail on an index outside of them. Numba reads NUMBA_ENABLE_CUDASIM=1 when it is imported: it has to be set for
+the process.
+"""
+
+from __future__ import annotations
+
+import linecache
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+
+from kgraph.errors import DeviceError, DeviceMemoryError
+from kgraph.runtime.cuda.device import Argument, Device
+
+_ALIGNMENT = 256
+# Elements of what kernels see: bits for the narrow floats, bytes for bools.
+_MEMORY_DTYPES = {"bool": "uint8", "float16": "uint16", "bfloat16": "uint16"}
+
+
+class SimulatorDevice(Device):
+    """See the module's docstring. limit: bytes that can be allocated, for tests of what happens beyond."""
+
+    name = "Numba's CUDA simulator"
+    capability = (9, 0)
+    num_sms = 1
+    most_blocks = 2  # more than one, so that loops over the grid are put to the test
+
+    def __init__(self, limit: int = 1 << 34):
+        try:
+            from numba import config, cuda
+        except ImportError as error:
+            raise DeviceError(f"the CUDA simulator needs numba and numba-cuda: {error}") from error
+        if not getattr(config, "ENABLE_CUDASIM", False):
+            raise DeviceError(
+                "Numba's CUDA simulator is off: set NUMBA_ENABLE_CUDASIM=1 before the process first imports numba.cuda"
+            )
+        self._cuda = cuda
+        self._limit, self._used = limit, 0
+        self._memory: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()  # the simulator runs one kernel at a time
+
+    def allocate(self, nbytes: int) -> int:
+        if self._used + nbytes > self._limit:
+            free = self._limit - self._used
+            raise DeviceMemoryError(f"{self.name}: {nbytes} bytes were asked for, {free} of {self._limit} are free")
+        raw = np.full(nbytes + _ALIGNMENT, 0xA5, np.uint8)
+        start = -raw.ctypes.data % _ALIGNMENT
+        memory = raw[start : start + nbytes]
+        address = raw.ctypes.data + start
+        self._memory[address] = memory
+        self._used += nbytes
+        return address
+
+    def release(self, address: int) -> None:
+        self._used -= self._memory.pop(address).nbytes
+
+    def _view(self, address: int, nbytes: int) -> np.ndarray:
+        for start, memory in self._memory.items():
+            if start <= address and address + nbytes <= start + memory.nbytes:
+                return memory[address - start : address - start + nbytes]
+        raise DeviceError(f"{self.name}: {nbytes} bytes at {address:#x} are not allocated")
+
+    def copy_in(self, address: int, array: np.ndarray) -> None:
+        if array.nbytes:
+            self._view(address, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
+
+    def copy_out(self, array: np.ndarray, address: int) -> None:
+        if array.nbytes:
+            array.reshape(-1).view(np.uint8)[:] = self._view(address, array.nbytes)
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        if nbytes:
+            self._view(target, nbytes)[:] = self._view(source, nbytes)
+
+    def load(self, kernels: Mapping[str, bytes]) -> dict[str, Any]:
+        return {key: self._load(key, source.decode()) for key, source in kernels.items()}
+
+    def _load(self, key: str, source: str) -> Any:
+        name = f"<kernel {key}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        namespace: dict = {"__name__": name}
+        exec(compile(source, name, "exec", dont_inherit=True), namespace)
+        (function,) = (v for v in namespace.values() if isinstance(v, FunctionType) and v.__module__ == name)
+        return self._cuda.jit(function)
+
+    def launch(
+        self, function: Any, grid: int, block: int, shared_bytes: int, buffers: Sequence[Argument], sizes: Sequence[int]
+    ) -> None:
+        pointers = [_Pointer(self._view(address, nbytes), dtype) for address, nbytes, dtype in buffers]
+        with self._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # integers wrap, floats overflow
+            function[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory(self) -> tuple[int, int]:
+        return self._limit - self._used, self._limit
+
+
+class _Pointer:
+    """A buffer as kernels see it, with its bounds checked."""
+
+    __slots__ = ("_elements",)
+    ndim = 1
+
+    def __init__(self, memory: np.ndarray, dtype: str):
+        self._elements = memory.view(_MEMORY_DTYPES.get(dtype, dtype))
+
+    def _checked(self, index) -> int:
+        number = int(index[0] if isinstance(index, tuple) else index)
+        if not 0 <= number < len(self._elements):
+            raise IndexError(f"element {number} of a buffer of {len(self._elements)}")
+        return number
+
+    def __getitem__(self, index):
+        return self._elements[self._checked(index)]
+
+    def __setitem__(self, index, value):
+        self._elements[self._checked(index)] = value

@@ -1,0 +1,68 @@
+"""Runs the kernel calls of CUDA families on NumPy arrays in the simulator."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from kgraph.codegen.compiler import render
+from kgraph.codegen.cuda import families
+from kgraph.codegen.cuda.compiler import compile_text
+from kgraph.codegen.cuda.target import CudaTarget, simulator_target
+from kgraph.ir import Value, make_node, type_of
+from kgraph.ir.dims import evaluate
+from kgraph.runtime.cuda.device import Argument, device_for
+
+
+@functools.cache
+def _function(source: bytes):
+    return device_for("cuda-simulator").load({"test": source})["test"]
+
+
+def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None = None, most_blocks: int = 2):
+    """Lowers `node` with its CUDA family, runs it on `arrays` (one per input) and gives its outputs.
+
+    sizes: of the symbols. most_blocks: of a grid; results must not depend on it.
+    """
+    target, sizes, device = target or simulator_target(), sizes or {}, device_for("cuda-simulator")
+    assert families.accepts(node) is None, families.accepts(node)
+    memory: dict = {}
+    types: dict = {}
+
+    def place(operand, array: np.ndarray) -> None:
+        memory[operand] = device.allocate(max(array.nbytes, 1))
+        types[operand] = array.nbytes, operand.type.dtype
+        device.copy_in(memory[operand], array)
+
+    for value, array in zip(node.inputs, arrays, strict=True):
+        place(value, np.ascontiguousarray(array))
+    try:
+        for call in families.lower(node, target):
+            for operand in call.operands:
+                if operand not in memory:
+                    shape = [evaluate(s, sizes) for s in operand.type.shape]
+                    place(operand, np.full(shape, 77).astype(operand.type.np_dtype))
+            source = compile_text(render(call.spec, target), call.spec.name, target)
+            grid = min(evaluate(call.extent, sizes), most_blocks)
+            if grid <= 0:
+                continue
+            buffers = [Argument(memory[o], *types[o]) for o in call.operands]
+            numbers = [evaluate(s, sizes) for s in call.sizes]
+            shared = evaluate(call.launch.shared_bytes, sizes)
+            device.launch(_function(source), grid, call.launch.block, shared, buffers, numbers)
+        out = []
+        for value in node.outputs:
+            array = np.empty([evaluate(s, sizes) for s in value.shape], value.type.np_dtype)
+            device.copy_out(array, memory[value])
+            out.append(array)
+        return out
+    finally:
+        for address in memory.values():
+            device.release(address)
+
+
+def make(primitive, sample):
+    """A node of the sample's operands."""
+    values = [Value(type_of(np.asarray(a)), name=f"x{k}") for k, a in enumerate(sample.args)]
+    return make_node(primitive, values, sample.attrs)

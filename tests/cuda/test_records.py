@@ -1,0 +1,39 @@
+"""Every primitive that a CUDA family takes, on all samples of its record, in the simulator, against its reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kgraph import ops  # noqa: F401 - registers the primitives
+from kgraph.codegen.cuda import families
+from kgraph.ir import PRIMITIVES
+from tests.codegen.samples import compare
+from tests.cuda.driver import make, run_node
+
+MOST_ELEMENTS = 5000  # of a sample: every thread is a Python thread
+
+
+def samples_of(record):
+    """The samples of a record that a CUDA family takes: (node, sample)."""
+    for sample in record.samples():
+        if sum(np.size(a) for a in sample.args) > MOST_ELEMENTS:
+            continue
+        node = make(record, sample)
+        if families.accepts(node) is None:
+            yield node, sample
+
+
+ACCEPTED = [p for p in PRIMITIVES.values() if any(True for _ in samples_of(p))]
+
+
+@pytest.mark.parametrize("record", ACCEPTED, ids=lambda p: p.name)
+def test_kernels_agree_with_the_reference(record):
+    for node, sample in samples_of(record):
+        args = [np.asarray(a) for a in sample.args]
+        with np.errstate(all="ignore"):
+            expected = record.reference(*args, **sample.attrs)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for result, wanted in zip(run_node(node, args), expected, strict=True):
+            assert result.shape == np.shape(wanted), sample
+            compare(result, np.asarray(wanted), record.tolerance)
