@@ -43,6 +43,7 @@ LONG_COMPILES = (
     "rnn_gradient",
     "executor",
     "rnn",
+    "attention_gradient",
     "attention",
     "conv_kernel",
     "conv_filter_kernel",

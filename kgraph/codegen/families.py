@@ -22,6 +22,7 @@ BY_PRIMITIVE = {
     "batch_norm": "norm",
     "moments": "moments",
     "attention": "attention",
+    "attention_gradient": "attention_gradient",
     "rnn": "rnn",
     "rnn_gradient": "rnn_gradient",
     "resize": "resize",

@@ -14,7 +14,9 @@ _REASONS = {
     ),
     "ONNX has no such function": ("digamma", "erf_inv", "lgamma"),
     "ONNX has no operator for the bits of numbers": ("bitcast_regroup", "nextafter"),
-    "it is part of training steps only": ("conv_filter_gradient", "rnn_gradient", "select_and_scatter_add"),
+    "it is part of training steps only": (
+        "attention_gradient", "conv_filter_gradient", "rnn_gradient", "select_and_scatter_add",
+    ),
     "a search on the host": ("ctc_beam_search",),
     "it belongs to this project's own kernels": ("fusion", "pack"),
 }  # fmt: skip

@@ -6,6 +6,7 @@ Nothing is promoted: operands of one primitive have one dtype, and Python number
 
 from kgraph.ops.activations import elu, gelu, leaky_relu, logistic, relu, relu6, silu, softplus
 from kgraph.ops.attention import attention
+from kgraph.ops.attention_gradient import attention_gradient
 from kgraph.ops.binary import (
     add,
     atan2,
@@ -154,6 +155,7 @@ __all__ = [
     "atan2",
     "atanh",
     "attention",
+    "attention_gradient",
     "average_pool",
     "batch_norm",
     "bitcast_convert",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kgraph import ops
-from kgraph.ir import Primitive, Sample, bind, register
+from kgraph.ir import Dim, Primitive, Sample, bind, register
 from kgraph.ops.common import booleans, dtype_of, require_same_dtype, sizes_differ, unbroadcast, uniform, zeros_like
 from kgraph.ops.rules import (
     convert,
@@ -25,7 +25,7 @@ __all__ = ["attention"]
 MASKED = -0.7 * float(np.finfo(np.float32).max)
 
 
-def _split(operands, has_mask: bool, has_bias: bool) -> tuple:
+def split(operands, has_mask: bool, has_bias: bool) -> tuple:
     """(q, k, v, mask or None, bias or None) of the operands."""
     rest = list(operands[3:])
     mask = rest.pop(0) if has_mask else None
@@ -33,10 +33,14 @@ def _split(operands, has_mask: bool, has_bias: bool) -> tuple:
 
 
 def _infer(*types, scale, is_causal, has_mask, has_bias):
-    name = "attention"
+    return infer("attention", types, has_mask, has_bias)
+
+
+def infer(name: str, types: tuple, has_mask: bool, has_bias: bool):
+    """The type of the result of `attention`; `name` is told in errors."""
     if len(types) != 3 + has_mask + has_bias:
         raise shape_error(name, types, "q, k, v, then a mask with has_mask, then a bias with has_bias")
-    q, k, v, mask, _ = _split(types, has_mask, has_bias)
+    q, k, v, mask, _ = split(types, has_mask, has_bias)
     floats = [t for t in types if t is not mask]
     require_same_dtype(name, *floats)
     require_float(name, *floats)
@@ -56,22 +60,30 @@ def _infer(*types, scale, is_causal, has_mask, has_bias):
 
 
 def _reference(*arrays, scale, is_causal, has_mask, has_bias):
-    dtype = arrays[0].dtype
-    q, k, v, mask, bias = _split([wide(a) for a in arrays], has_mask, has_bias)
-    _, queries, heads, _ = q.shape
-    keys, key_heads = k.shape[1], k.shape[2]
-    if key_heads != heads:
-        k, v = (np.repeat(a, heads // key_heads, axis=2) for a in (k, v))
-    logits = np.matmul(q.transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1)) * q.dtype.type(scale)
+    q, k, v, mask, bias = split([wide(a) for a in arrays], has_mask, has_bias)
+    q, k, v = heads_first(q, k, v)
+    weights, _ = reference_weights(q, k, mask, bias, scale, is_causal)
+    return np.matmul(weights, v).transpose(0, 2, 1, 3).astype(arrays[0].dtype)
+
+
+def heads_first(q, k, v) -> list:
+    """The arrays as [B, H, T or S, depth], keys and values once for every head of q."""
+    group = q.shape[2] // k.shape[2] if k.shape[2] else 1
+    return [a.transpose(0, 2, 1, 3) for a in (q, np.repeat(k, group, axis=2), np.repeat(v, group, axis=2))]
+
+
+def reference_weights(q, k, mask, bias, scale, is_causal) -> tuple:
+    """(weights [B, H, T, S], which of them are not masked) of q[B, H, T, D] and k[B, H, S, D]."""
+    logits = np.matmul(q, k.swapaxes(2, 3)) * q.dtype.type(scale)
     if bias is not None:
         logits = logits + bias
+    queries, keys = logits.shape[2:]
     allowed = np.tri(queries, keys, dtype=bool) if is_causal else np.True_
     if mask is not None:
         allowed = allowed & mask
     logits = np.where(allowed, logits, logits.dtype.type(MASKED))
-    logits = np.exp(logits - logits.max(-1, keepdims=True, initial=MASKED))
-    weights = logits / logits.sum(-1, keepdims=True)
-    return np.matmul(weights, v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3).astype(dtype)
+    weights = np.exp(logits - logits.max(-1, keepdims=True, initial=MASKED))
+    return weights / weights.sum(-1, keepdims=True), allowed
 
 
 def _allowed(q, k, mask, is_causal: bool):
@@ -84,12 +96,29 @@ def _allowed(q, k, mask, is_causal: bool):
     return causal if mask is None else ops.logical_and(causal, mask)
 
 
-def _gradient(cotangents, inputs, outputs, *, scale, is_causal, has_mask, has_bias):
-    """The weights are computed again from q and k; heads of one key head form a group axis g."""
-    original = _split(inputs, has_mask, has_bias)
-    (cotangent, *operands) = float32_at_least(*cotangents, *(a for a in inputs if dtype_of(a) != "bool"))
-    q, k, v = operands[:3]
-    mask, bias = original[3], operands[3] if has_bias else None
+def _gradient(cotangents, inputs, outputs, **attrs):
+    """By `attention_gradient`, which has a kernel where the heads and depths are known."""
+    if any(isinstance(n, Dim) for x in inputs[:3] for n in x.shape[2:]):
+        to_inputs = list(composed_gradient(*inputs, *cotangents, **attrs))
+    else:
+        to_inputs = list(ops.attention_gradient(*inputs, *cotangents, **attrs))
+    if attrs["has_bias"]:
+        to_inputs[-1] = convert(unbroadcast(to_inputs[-1], inputs[-1]), dtype_of(inputs[-1]))
+    if attrs["has_mask"]:
+        to_inputs.insert(3, None)
+    return tuple(to_inputs)
+
+
+def composed_gradient(*operands, scale, is_causal, has_mask, has_bias) -> list:
+    """`attention_gradient` written with products, for its operands: the weights are computed again from q and k.
+
+    Heads of one key head form a group axis g.
+    """
+    inputs = operands[:-1]
+    original = split(inputs, has_mask, has_bias)
+    (cotangent, *floats) = float32_at_least(operands[-1], *(a for a in inputs if dtype_of(a) != "bool"))
+    q, k, v = floats[:3]
+    mask, bias = original[3], floats[3] if has_bias else None
     dtype = dtype_of(q)
     batch, queries, heads, depth = q.shape
     keys, key_heads = k.shape[1], k.shape[2]
@@ -117,14 +146,14 @@ def _gradient(cotangents, inputs, outputs, *, scale, is_causal, has_mask, has_bi
     to_q = ops.reshape(ops.einsum("bkgts,bskd->btkgd", to_products, k), shape=tuple(inputs[0].shape))
     to_k = ops.einsum("bkgts,btkgd->bskd", to_products, q)
     out = [convert(c, dtype_of(x)) for c, x in zip((to_q, to_k, to_v), inputs)]
-    if has_mask:
-        out.append(None)
     if has_bias:
-        out.append(convert(unbroadcast(to_logits, bias), dtype_of(inputs[-1])))
-    return tuple(out)
+        out.append(to_logits)
+    return out
 
 
-def _samples():
+def samples() -> list[Sample]:
+    """Applications of `attention`: masks, bias, grouped heads, dtypes."""
+
     def sample(name, q, k, depth_v, scale=0.5, is_causal=False, mask=None, bias=None, dtype="float32"):
         arrays = [uniform(q, dtype=dtype), uniform(k, seed=1, dtype=dtype)]
         arrays.append(uniform((*k[:3], depth_v), seed=2, dtype=dtype))
@@ -159,7 +188,7 @@ ATTENTION = register(
         reference=_reference,
         gradient=_gradient,
         traits=frozenset({"coarse"}),
-        samples=_samples,
+        samples=samples,
         tolerance=1e-5,
     )
 )

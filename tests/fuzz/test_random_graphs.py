@@ -15,7 +15,8 @@ from tests.fuzz.graphs import random_case, run_seed
 # Primitives that random graphs leave out, besides those that run on the host, are random or hold graphs: the passes
 # make them, or they are gradients of others.
 LEFT_OUT = (
-    "fusion bitcast_regroup nextafter rnn_gradient select_and_scatter_add conv_filter_gradient custom_gradient"
+    "fusion bitcast_regroup nextafter rnn_gradient select_and_scatter_add conv_filter_gradient attention_gradient "
+    "custom_gradient"
 ).split()
 
 

@@ -2,8 +2,7 @@
 
 Per batch entry and head, keys and values are packed once into panels; then for tiles of queries the keys come in tiles,
 and sums and maxima of the softmax are carried along (Dao et al., "FlashAttention", 2022; Milakov and Gimelshein,
-"Online normalizer calculation for softmax", 2018). Scores live in scratch, in units of log2: the scale of q carries
-log2(e), so that the exponential is a power of two.
+"Online normalizer calculation for softmax", 2018). Scores live in scratch.
 
 A unit is one tile of queries of one head; consecutive units of a call share the packed keys and values.
 """
@@ -12,48 +11,31 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llvmlite import ir
-
-from kgraph.codegen.cpu import polynomials, vector_math
+from kgraph.codegen.cpu.attention_operands import (
+    LOG2E,
+    MASKED,
+    AttentionOperands,
+    Shape,
+    accepts_operands,
+    exp2_nonpositive,
+    extra_strides,
+)
 from kgraph.codegen.cpu.block_product import BlockProduct, Panel
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer, compute_dtype, itemsize
-from kgraph.codegen.cpu.strided import SizeTable, dense_strides, resolve, resolve_all
-from kgraph.codegen.cpu.transpose import transpose_vectors
+from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node, Value
+from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div, product
 
-LOG2E = 1.4426950408889634
 QUERY_TILE = 32
 KEY_TILE = 256
-# Stands for the logit of a masked key: finite, so that a row masked whole weighs all keys alike.
-MASKED = {"float32": -2e38, "float64": -1e300}
 
 
 def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
     if node.name != "attention":
         return f"{node.name} is not attention"
-    q, k, v = node.inputs[:3]
-    if q.dtype not in ("float16", "bfloat16", "float32", "float64"):
-        return f"no attention kernel for {q.dtype}"
-    if any(isinstance(n, Dim) for n in (*q.shape[2:], *k.shape[2:], *v.shape[2:])):
-        return "symbolic heads or depth"
-    return None
-
-
-class Shape(NamedTuple):
-    """Static structure of a kernel: heads, key heads, depths, lanes, panel widths, masks."""
-
-    dtype: str
-    heads: int
-    key_heads: int
-    depth: int
-    value_depth: int
-    scale: float
-    is_causal: bool
-    has_mask: bool
-    has_bias: bool
+    return accepts_operands(*node.inputs[:3])
 
 
 class Layout(NamedTuple):
@@ -99,24 +81,13 @@ def _layout(shape: Shape, target) -> Layout:
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of an attention node."""
     q, k, v, *rest = node.inputs
-    attrs = node.attrs
     batch, queries, heads, depth = q.shape
     keys = k.shape[1]
-    shape = Shape(
-        q.dtype,
-        heads,
-        k.shape[2],
-        depth,
-        v.shape[3],
-        float(attrs["scale"]),
-        bool(attrs["is_causal"]),
-        bool(attrs["has_mask"]),
-        bool(attrs["has_bias"]),
-    )
+    shape = Shape.of(q, k, v, node.attrs)
     layout = _layout(shape, target)
     table = SizeTable()
     full = (batch, heads, queries, keys)
-    params = (tuple(shape), table(queries), table(keys), tuple(table.all(_strides(x, full)) for x in rest))
+    params = (tuple(shape), table(queries), table(keys), tuple(table.all(extra_strides(x, full)) for x in rest))
     panels = ceil_div(keys, layout.key_panel)
     elements = layout.keys + panels * (layout.key_panel * depth) + keys * layout.sum_stride
     tensors = (*node.inputs, node.output)
@@ -134,46 +105,16 @@ def lower(node: Node, target) -> list[KernelCall]:
     ]
 
 
-def _strides(value: Value, full: tuple) -> tuple:
-    """Strides of a mask or bias along (batch, heads, queries, keys), 0 where it broadcasts."""
-    shape = (1,) * (4 - value.type.rank) + tuple(value.shape)
-    strides = zip(shape, dense_strides(shape), strict=True)
-    return tuple(0 if not isinstance(n, Dim) and n == 1 else t for n, t in strides)
-
-
-def exp2_nonpositive(b: KernelBuilder, x: ir.Value) -> ir.Value:
-    """2^x for x <= 0, results below the normal range flushed to 0; NaN passes."""
-    single = vector_math.is_f32(x)
-    low = -126.0 if single else -1022.0
-    below = b.compare("<", x, low)
-    n, number = vector_math.round_small(b, b.select(below, b.constant_of(x.type, low), x))
-    r = b.sub(b.select(below, b.constant_of(x.type, low), x), n)
-    coefficients = polynomials.EXP2_F32 if single else polynomials.EXP2_F64
-    value = b.fma(r, vector_math.polynomial(b, r, coefficients), 1.0)
-    return b.select(below, 0.0, b.mul(value, vector_math.power_of_two(b, number, x)))
-
-
-class AttentionKernel:
+class AttentionKernel(AttentionOperands):
     """What is known while the kernel is written."""
 
     def __init__(self, params, target):
-        shape, queries, keys, extra_strides = params
-        self.shape = shape = Shape(*shape)
+        shape, queries, keys, strides = params
+        shape = Shape(*shape)
         self.layout = layout = _layout(shape, target)
-        self.compute = compute_dtype(shape.dtype)
-        b = self.b = KernelBuilder("attention", target)
-        self.total_queries, self.total_keys = resolve(b, queries), resolve(b, keys)
-        self.q, self.k, self.v = (b.operand(i, shape.dtype) for i in range(3))
-        extras = [resolve_all(b, s) for s in extra_strides]
-        number = 3
-        self.mask = self.bias = None
-        if shape.has_mask:
-            self.mask = (b.operand(number, "bool"), extras[0])
-            number += 1
-        if shape.has_bias:
-            self.bias = (b.operand(number, shape.dtype), extras[-1])
-            number += 1
-        self.out = b.operand(number, shape.dtype)
+        super().__init__(KernelBuilder("attention", target), shape, queries, keys, strides)
+        b = self.b
+        self.out = b.operand(self.next_operand, shape.dtype)
 
         def scratch(elements, name: str) -> Pointer:
             at = b.scratch(self.compute, elements * itemsize(self.compute))
@@ -215,35 +156,13 @@ class AttentionKernel:
             batch, head = head_number // shape.heads, b.int(head_number % shape.heads)
             key_head = batch * shape.key_heads + head // group
             with b.if_then(b.ir.icmp_signed("!=", packed.get(), b.i64(key_head))):
-                self.pack_keys(batch, head // group)
+                self.pack_transposed(self.k, batch, head // group, shape.depth, self.key_panels)
                 self.pack_values(batch, head // group)
                 packed.set(b.i64(key_head))
             first = b.int(tile * QUERY_TILE)
             rows = b.min(self.total_queries - first, QUERY_TILE)
             self.query_tile(batch, head, first, rows)
         return b.ir_text()
-
-    # -- packing --------------------------------------------------------------------------------------------------
-    def pack_keys(self, batch, head) -> None:
-        """Keys transposed into panels [panel][depth][2 vectors of keys]; behind the last key its copies."""
-        b, depth, lanes = self.b, self.shape.depth, self.layout.lanes
-        stride = self.shape.key_heads * depth
-        source = self.k + (batch * self.total_keys * stride + head * depth)
-        with b.loop(0, self.total_keys, 2 * lanes) as panel, b.loop(0, 2 * lanes, lanes) as half:
-            rows = [b.min(panel + half + i, self.total_keys - 1) * stride for i in range(lanes)]
-            to = self.key_panels + (panel * depth + half)
-
-            def transpose(column, valid: int) -> None:
-                mask = None if valid == lanes else b.tail_mask(valid, lanes)
-                block = [b.load(source, row + column, lanes, mask) for row in rows]
-                for i, vector in enumerate(transpose_vectors(b, block)[:valid]):
-                    b.store(to, (column + i) * (2 * lanes), vector)
-
-            whole = depth - depth % lanes
-            with b.loop(0, whole, lanes) as column:
-                transpose(column, lanes)
-            if depth > whole:
-                transpose(whole, depth - whole)
 
     def pack_values(self, batch, head) -> None:
         """Values in panels [panel][key][vectors], zeros behind the depth."""
@@ -257,15 +176,6 @@ class AttentionKernel:
                 for j in range(layout.value_vectors):
                     column = number * layout.value_panel + j * layout.lanes
                     b.store(to, j * layout.lanes, self.load_part(row, column, depth))
-
-    def load_part(self, row: Pointer, column: int, limit: int) -> ir.Value:
-        """A vector of row[column..], zeros from `limit` on."""
-        lanes = self.layout.lanes
-        valid = min(lanes, limit - column)
-        if valid <= 0:
-            return self.b.constant(0, self.compute, lanes)
-        mask = None if valid == lanes else self.b.tail_mask(valid, lanes)
-        return self.b.load(row, column, lanes, mask)
 
     # -- one tile of queries --------------------------------------------------------------------------------------
     def query_tile(self, batch, head, first, rows) -> None:
@@ -352,37 +262,6 @@ class AttentionKernel:
                 for column in range(0, self.layout.sum_stride, lanes):
                     at = r * self.layout.sum_stride + column
                     b.store(self.sums, at, b.mul(b.load(self.sums, at, lanes), factor))
-
-    def adjustment(self, batch, head, query, key):
-        """Code that applies bias and masks to a vector of scores, or None where there is nothing to apply."""
-        b, shape, lanes = self.b, self.shape, self.layout.lanes
-        if not (shape.is_causal or shape.has_mask or shape.has_bias):
-            return None
-
-        def place(extra):
-            pointer, (by_batch, by_head, by_query, by_key) = extra
-            return pointer + (batch * by_batch + head * by_head + query * by_query + key * by_key), by_key
-
-        def read(extra, i, mask):
-            pointer, by_key = place(extra)
-            if isinstance(by_key, int) and by_key == 0:
-                return b.load_broadcast(pointer, 0, lanes)
-            return b.load(pointer, i, lanes, mask)
-
-        masked = b.constant(MASKED[self.compute], self.compute, lanes)
-
-        def adjust(score, i, mask):
-            if self.bias is not None:
-                score = b.fma(read(self.bias, i, mask), LOG2E, score)
-            if shape.is_causal:
-                last = b.broadcast(b.ir.trunc(b.i64(query - key - i), ir.IntType(32)), lanes)
-                visible = b.ir.icmp_signed("<=", b.lane_numbers("int32", lanes), last)
-                score = b.select(visible, score, masked)
-            if self.mask is not None:
-                score = b.select(read(self.mask, i, mask), score, masked)
-            return score
-
-        return adjust
 
     def finish(self, batch, head, first, rows) -> None:
         """The weighted values divided by the sum of the weights."""

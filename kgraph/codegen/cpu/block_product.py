@@ -1,7 +1,7 @@
 """Small products inside of larger kernels: C[rows, columns] (+)= A[rows, k] B[k, columns], all three in cache.
 
-B is a panel, `vectors` full vectors wide; A and C are dense rows. The rows of C go through register tiles of 8, 4, 2
-and 1 rows, each an internal function of the kernel. Sums over k run in order, so results do not depend on the tiling.
+B is a panel, `vectors` full vectors wide; C has dense rows. The rows of C go through register tiles, each an internal
+function of the kernel. Sums over k run in order, so results do not depend on the tiling.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ class Panel(NamedTuple):
     """The static part of a product. Strides are in elements; `start` says where C's sums begin.
 
     start: "zero", "sums" (C itself), or "initial" (a matrix given to the call, its rows `initial_stride` apart).
+    a_step: stride of A along k.
     """
 
     dtype: str
@@ -26,6 +27,7 @@ class Panel(NamedTuple):
     c_stride: int
     start: str = "zero"
     initial_stride: int = 0
+    a_step: int = 1
 
 
 class BlockProduct:
@@ -77,7 +79,7 @@ class BlockProduct:
             def step(at) -> None:
                 columns = [b.load(panel, at * p.b_stride + j * p.lanes, p.lanes) for j in range(p.vectors)]
                 for r in range(rows):
-                    x = b.load_broadcast(a, at + r * p.a_stride, p.lanes)
+                    x = b.load_broadcast(a, at * p.a_step + r * p.a_stride, p.lanes)
                     for j in range(p.vectors):
                         sums[r, j].set(b.fma(x, columns[j], sums[r, j].get()))
 
