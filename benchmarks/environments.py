@@ -52,7 +52,10 @@ def clean_environment(**extra: str) -> dict[str, str]:
 
 
 def onnx_folder(names: Iterable[str]) -> Path:
-    """The folder of exported models; missing ones are exported, by TensorFlow first and by PyTorch where that fails."""
+    """The folder of exported models; missing ones are exported.
+
+    By Keras on TensorFlow first, by Keras on PyTorch where that fails, and by kgraph where both fail.
+    """
     folder = ROOT / "onnx"
     script = Path(__file__).resolve().parent / "export_onnx.py"
     missing = [name for name in names if not (folder / f"{name}.onnx").exists()]
@@ -61,6 +64,9 @@ def onnx_folder(names: Iterable[str]) -> Path:
             environment = clean_environment(KERAS_BACKEND=backend)
             subprocess.run([python(name), script, folder, *missing], env=environment, check=False)
             missing = [m for m in missing if not (folder / f"{m}.onnx").exists()]
+    if missing:
+        environment = dict(os.environ, KERAS_BACKEND="kgraph", PYTHONPATH=str(ROOT.parent))
+        subprocess.run([sys.executable, script, folder, *missing], env=environment, check=False)
     return folder
 
 
