@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kgraph.codegen.cpu import gemm
+from kgraph.codegen.cpu.microkernel import TileRange
 from kgraph.ir import Dim, TensorType
 from kgraph.ops.contraction import DOT_GENERAL
 from tests.codegen.contractions import add, check, filled
@@ -194,3 +195,20 @@ def test_packing_is_left_to_the_kernel_where_the_weight_is_empty():
     types = (TensorType((3, 0), "float32"), TensorType((0, 4), "float32"))
     node = make_node(DOT_GENERAL, [Value(t) for t in types], PLAIN)
     assert gemm.packing_for(node, host_target()) is None
+
+
+@pytest.mark.parametrize("tile", [6, 14])
+def test_even_tiles_cover_every_row_once(tile):
+    for extent in range(1, 120):
+        tiles = TileRange.even(extent, tile)
+        counts = [tiles.first, (extent - tiles.first * tiles.sizes[0]) // tiles.sizes[-1]] if tiles.first else [0, 0]
+        covered = (
+            sum(c * s for c, s in zip(counts, tiles.sizes))
+            if tiles.first
+            else extent // tiles.sizes[0] * tiles.sizes[0]
+        )
+        assert covered == extent
+        assert max(tiles.sizes) <= tile
+        assert max(tiles.sizes) - min(tiles.sizes) <= 1
+        if extent > tile:  # no short tile, which would wait for its sums
+            assert min(tiles.sizes) > tile // 2 - 1

@@ -30,7 +30,8 @@ from kgraph.ops.packing import panels_layout
 
 KC = 1024  # steps of k in a block, where K is cut: a panel of B of this depth stays in the second-level cache
 RUNTIME_KC = 512
-BLOCK_BYTES = 384 << 10  # of A that a unit keeps in the second-level cache
+BLOCK_BYTES = 384 << 10  # of A that a unit keeps in the second-level cache, at most
+BLOCK_ROWS = 112  # of A in a unit, about, at most: every block reads all of B
 UNITS = 48  # of work, at least, so that many threads balance
 ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
 
@@ -121,8 +122,8 @@ class GemmPlan(NamedTuple):
     (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
     row by row, "columns" column by column (A is contiguous along M). block: rows of a unit. chunk: steps of k between
-    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. row_tiles: see
-    `TileRange`. vectors: of a full panel.
+    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. row_tiles: a `TileRange`.
+    vectors: of a full panel.
     """
 
     accumulate: str
@@ -166,7 +167,7 @@ class GemmPlan(NamedTuple):
     @property
     def sums_bytes(self) -> int:
         """Scratch of a thread for the sums of a unit."""
-        count = self.group * self.block if self.chunked else max(self.row_tiles, default=0)
+        count = self.group * self.block if self.chunked else max(self.row_tiles[0], default=0)
         return count * self.vectors * self.lanes * itemsize(self.accumulate)
 
 
@@ -210,7 +211,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     else:
         b_value = b
 
-    copy = _copy_mode(a, rows, columns, depth, accumulate)
+    copy = _copy_mode(a, rows, columns, depth, accumulate, tile)
     chunk = _chunk(depth)
     block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, accumulate)
     row_tiles = _row_tiles(rows, block, tile)
@@ -301,7 +302,7 @@ def _chunk(depth) -> int:
     return -(-depth // (16 * count)) * 16
 
 
-def _copy_mode(a: MatrixView, rows, columns, depth, accumulate: str) -> str:
+def _copy_mode(a: MatrixView, rows, columns, depth, accumulate: str, tile: int) -> str:
     """Whether blocks of A are copied before they are multiplied, and in which direction."""
     contiguous = not isinstance(a.inner, Dim) and (a.inner == 1 or depth == 1)
     if not contiguous and not isinstance(a.outer, Dim) and a.outer == 1:
@@ -310,8 +311,9 @@ def _copy_mode(a: MatrixView, rows, columns, depth, accumulate: str) -> str:
         return "rows"
     few = not isinstance(rows, Dim) and rows <= 4
     narrow = not isinstance(columns, Dim) and columns <= 32
-    # Rows a multiple of 2 KiB apart fall into the same few sets of the first-level cache.
-    return "rows" if not few and not narrow and a.outer * itemsize(accumulate) % 2048 == 0 else ""
+    # Rows a multiple of 2 KiB apart fall into the same few sets of the first-level cache, of 8 lines or more each.
+    crowded = tile > 8 and a.outer * itemsize(accumulate) % 2048 == 0
+    return "rows" if not few and not narrow and crowded else ""
 
 
 def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate) -> tuple[int, int]:
@@ -320,14 +322,17 @@ def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate)
     chunked = isinstance(depth, Dim) or depth > chunk
     resident = chunk if chunked and (copy or isinstance(depth, Dim)) else depth
     most = max(BLOCK_BYTES // (resident * size), 1) if resident else tile
-    block = min(max(most // tile, 1), 8) * tile
+    block = max(min(most, BLOCK_ROWS) // tile, 1) * tile
     panels = None if isinstance(columns, Dim) else -(-columns // width)
     # A copied block is copied again by every unit that needs it unless units are consecutive and K is in one chunk.
     group = min(panels or 8, 8) if copy and chunked else 1
     if isinstance(rows, Dim):
         return _even_block(rows, block, tile), group
     entries = 1 if any(isinstance(s, Dim) for s in batch) else product(batch)
-    while block > tile and entries * -(-rows // block) * -(-(panels or 8) // group) < UNITS:
+    units = lambda: entries * -(-rows // block) * -(-(panels or 8) // group)
+    while group > 2 and units() < UNITS:
+        group -= 1
+    while block > tile and units() < UNITS:
         block -= tile
     count = max(-(-rows // block), 1)
     return max(-(-rows // (count * tile)) * tile, tile), group
@@ -341,12 +346,12 @@ def _even_block(rows: Dim, most: int, tile: int) -> int:
     return min(divisors, key=lambda d: (d % tile / d, -d), default=most)
 
 
-def _row_tiles(rows, block: int, tile: int) -> tuple[int, ...]:
-    """Rows of the tiles that a unit is made of."""
+def _row_tiles(rows, block: int, tile: int) -> TileRange:
+    """The tiles that a unit is made of."""
     if not isinstance(rows, Dim):
-        return TileRange.static(rows, tile).sizes
+        return TileRange.even(rows, tile) if 0 < rows <= block else TileRange.static(rows, tile)
     exact = all(coefficient % block == 0 for _, coefficient in rows.terms)
-    return (TileRange.static(block, tile) if exact else TileRange.dynamic(tile)).sizes
+    return TileRange.even(block, tile) if exact else TileRange.dynamic(tile)
 
 
 def render_gemm(params: tuple, target) -> str:
@@ -365,7 +370,7 @@ class _Gemm:
         self.rows, self.columns, self.depth = (resolve(b, s) for s in (plan.rows, plan.columns, plan.depth))
         self.batch = resolve_all(b, plan.batch)
         self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes)
-        self.row_tiles = TileRange(plan.row_tiles)
+        self.row_tiles = TileRange(*plan.row_tiles)
         if plan.copy == "rows":
             col_pitch, a_step = plan.copy_pitch, 1
         elif plan.copy == "columns":

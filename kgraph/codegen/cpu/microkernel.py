@@ -280,9 +280,13 @@ class Panels(NamedTuple):
 
 
 class TileRange(NamedTuple):
-    """Tile extents along one axis of the output: of most tiles, and of those that may follow."""
+    """Tile extents along one axis of the output: of most tiles, and of those that may follow.
+
+    first: how many tiles have the first extent; as many as fit if 0.
+    """
 
     sizes: tuple[int, ...]
+    first: int = 0
 
     @staticmethod
     def static(extent: int, largest: int) -> TileRange:
@@ -290,6 +294,16 @@ class TileRange(NamedTuple):
         rest = extent % largest
         sizes = (largest, rest) if rest else (largest,)
         return TileRange(sizes if extent >= largest else sizes[1:])
+
+    @staticmethod
+    def even(extent: int, largest: int) -> TileRange:
+        """For an axis in one block: the fewest tiles, of two neighbouring extents.
+
+        A last tile of a row or two waits for its sums, and takes as long as one of several.
+        """
+        count = max(-(-extent // largest), 1)
+        small, larger = divmod(extent, count)
+        return TileRange((small + 1, small), larger) if larger else TileRange((small,))
 
     @staticmethod
     def dynamic(largest: int, few: bool = False) -> TileRange:
@@ -300,9 +314,9 @@ class TileRange(NamedTuple):
     def walk(self, b: KernelBuilder, extent, emit) -> None:
         """Calls `emit(position, size)` to emit code that covers [0, extent) in tiles."""
         position = 0
-        for size in self.sizes:
+        for number, size in enumerate(self.sizes):
             rest = extent - position
-            stop = position + rest // size * size
+            stop = position + (self.first if self.first and not number else rest // size) * size
             if isinstance(stop, int) and stop - position == size:
                 emit(position, size)
             elif not isinstance(stop, int) or stop > position:
