@@ -30,6 +30,7 @@ ANCHOR_KINDS = {
 WITH_PROLOGUE = {"softmax", "norm", "reduce", "moments"}
 LARGEST_REGION = 64  # nodes; beyond it registers spill and compile time grows without a gain
 MOST_LOOP_OUTPUTS = 4
+MOST_PRODUCT_OUTPUTS = 2
 
 CHEAP = frozenset(
     "abs add bitwise_and convert eq ge gt le logical_and logical_not logical_or lt maximum minimum mul ne neg relu "
@@ -175,7 +176,7 @@ def _joins(contraction: Contraction, node: Node, shape: tuple, positional: bool 
 
 def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, context: PassContext) -> list[int]:
     """Appends elementwise readers of the anchors' results; gives the counts of nodes at which there are no more live
-    results than anchors (several reductions of one kernel, or just one)."""
+    results than anchors (several reductions of one kernel, or just one), or those of a product that `_ends_well`."""
     shape = anchor.output.shape
     checkpoints = [len(current)]
     anchors = [n for n in current if n is anchor or (anchor_kind(n) == "reduce" and n.output.shape == shape)]
@@ -191,11 +192,23 @@ def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, c
                 continue
             current.append(user)
             values.append(user.output)
-            if len(contraction.live_outputs(current)) <= len(anchors):
+            if len(contraction.live_outputs(current)) <= len(anchors) or _ends_well(contraction, current, anchor):
                 checkpoints.append(len(current))
     if len(checkpoints) == 1:
         _explain_no_epilogue(contraction, anchor, context)
     return checkpoints
+
+
+def _ends_well(contraction: Contraction, current: list[Node], anchor: Node) -> bool:
+    """Whether a product may end in several results: they are functions of its sums (and of vectors) alone and none is
+    read inside, so that they take the place of the one array that they are computed from, as an activation and its
+    derivative do."""
+    if anchor.name != "dot_general":
+        return False
+    live = contraction.live_outputs(current)
+    if len(live) > MOST_PRODUCT_OUTPUTS or not {v for n in current for v in n.inputs}.isdisjoint(live):
+        return False
+    return all(v.shape != anchor.output.shape for v in contraction.external_inputs(current))
 
 
 def _explain_no_epilogue(contraction: Contraction, anchor: Node, context: PassContext) -> None:

@@ -268,6 +268,38 @@ def test_residual_stream_is_not_swallowed():
     check_same(graph, after)
 
 
+def test_a_product_may_end_in_two_functions_of_its_sums():
+    """Such as an activation and its derivative, which take the place of what they are computed from."""
+
+    def function(x, w, b):
+        y = ops.add(ops.dot_general(x, w, lhs_contract=(1,), rhs_contract=(0,)), b)
+        return ops.sin(y), ops.mul(ops.cos(y), np.float32(2))
+
+    graph = traced(function, [f32(N, 5), f32(5, 7), f32(7)])
+    after, _ = fused(graph)
+    assert kinds(after) == ["dot"]
+    check_same(graph, after)
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        lambda y, z: (ops.sin(y), y),  # one is computed from the other
+        lambda y, z: (ops.add(y, z), ops.mul(ops.sub(y, z), z)),  # such as two slots of an optimizer
+        lambda y, z: (ops.sin(y), ops.cos(y), ops.exp(y)),
+    ],
+    ids=["read inside", "another array", "three"],
+)
+def test_other_results_of_a_product_stay_apart(results):
+    def function(x, w, z):
+        return results(ops.dot_general(x, w, lhs_contract=(1,), rhs_contract=(0,)), z)
+
+    graph = traced(function, [f32(N, 5), f32(5, 7), f32(N, 7)])
+    after, _ = fused(graph)
+    assert kinds(after)[0] == "dot_general"
+    check_same(graph, after)
+
+
 def test_fusion_never_makes_a_cycle():
     def function(x, w):
         y = conv(x, w)

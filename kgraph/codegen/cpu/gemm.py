@@ -21,7 +21,7 @@ from typing import NamedTuple, cast
 from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Parts, take_apart
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileRange, TileSet, register_tile
-from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, batch_offset, copy_run, has_products
+from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, batch_offset, copy_run, has_products, widen
 from kgraph.codegen.cpu.strided import SizeTable, collapse, dense_strides, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
@@ -32,7 +32,9 @@ KC = 1024  # steps of k in a block, where K is cut: a panel of B of this depth s
 RUNTIME_KC = 512
 BLOCK_BYTES = 384 << 10  # of A that a unit keeps in the second-level cache, at most
 BLOCK_ROWS = 112  # of A in a unit, about, at most: every block reads all of B
+GROUP_COLUMNS = 256  # of a unit whose block of A is copied chunk by chunk
 UNITS = 48  # of work, at least, so that many threads balance
+COPIED_ROWS, COPIED_UNITS = 132, 8  # the same where blocks of A are transposed and every unit reads much of B again
 ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
 
 
@@ -121,9 +123,9 @@ class GemmPlan(NamedTuple):
     accumulate, a_dtype: dtypes of the sums and of A in memory. batch: batch sizes, with a_batch and b_batch strides
     (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
-    row by row, "columns" column by column (A is contiguous along M). block: rows of a unit. chunk: steps of k between
-    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. row_tiles: a `TileRange`.
-    vectors: of a full panel.
+    row by row, "columns" (A is contiguous along M) into panels of as many rows as the largest tile has, step by step.
+    block: rows of a unit. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
+    vector of sums. row_tiles: a `TileRange`. vectors: of a full panel.
     """
 
     accumulate: str
@@ -152,17 +154,25 @@ class GemmPlan(NamedTuple):
         return not isinstance(self.depth, int) or self.depth > self.chunk
 
     @property
+    def panel_rows(self) -> int:
+        """Rows of a panel of the copied block: those of the largest tile, which reads them one step after another."""
+        return max(self.row_tiles[0], default=1)
+
+    @property
     def copy_pitch(self) -> int:
-        """Distance of rows (or columns) of the copied block: an odd number of cache lines, so that they spread."""
-        inner = self.chunk if self.copy == "rows" else self.block
+        """Distance of rows, or of panels, of the copied block: an odd number of cache lines, so that they spread.
+
+        Behind a panel there is room for a vector, since its last step is written with whole ones.
+        """
         line = 64 // itemsize(self.accumulate)
+        inner = self.chunk if self.copy == "rows" else self.chunk * self.panel_rows + line
         return (-(-inner // line) | 1) * line
 
     @property
     def copy_bytes(self) -> int:
         """Scratch of a thread for the copied block of A; 0 where A is read in place."""
-        outer = self.block if self.copy == "rows" else self.chunk
-        return outer * self.copy_pitch * itemsize(self.accumulate) if self.copy else 0
+        count = self.block if self.copy == "rows" else -(-self.block // self.panel_rows)
+        return count * self.copy_pitch * itemsize(self.accumulate) if self.copy else 0
 
     @property
     def sums_bytes(self) -> int:
@@ -214,7 +224,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     copy = _copy_mode(a, rows, columns, depth, accumulate, tile)
     chunk = _chunk(depth)
     block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, accumulate)
-    row_tiles = _row_tiles(rows, block, tile)
+    row_tiles = _row_tiles(rows, block, tile, copy)
     table = SizeTable()
     epilogue = parts.epilogue(accumulate, table(columns), 2)
     plan = GemmPlan(
@@ -285,7 +295,7 @@ def pack_call(b: MatrixView, batch, depth, columns, accumulate: str, lanes: int,
         operands=[b.value, out],
         outputs=1,
         sizes=list(table.values),
-        extent=product(batch) * ceil_div(columns, width),
+        extent=product(batch) * plan.units(depth, columns),
         flops=0,
         bytes=b.value.type.nbytes + out.type.nbytes,
         notes={"algorithm": "pack"},
@@ -322,17 +332,22 @@ def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate)
     chunked = isinstance(depth, Dim) or depth > chunk
     resident = chunk if chunked and (copy or isinstance(depth, Dim)) else depth
     most = max(BLOCK_BYTES // (resident * size), 1) if resident else tile
-    block = max(min(most, BLOCK_ROWS) // tile, 1) * tile
+    most, least_units = min(most, BLOCK_ROWS), UNITS
+    if copy == "columns":
+        # Every block reads B from the last cache, and here B is as large as A and C: the cotangent of a weight.
+        most, least_units = COPIED_ROWS, COPIED_UNITS
+    block = max(most // tile, 1) * tile
     panels = None if isinstance(columns, Dim) else -(-columns // width)
     # A copied block is copied again by every unit that needs it unless units are consecutive and K is in one chunk.
-    group = min(panels or 8, 8) if copy and chunked else 1
+    most_panels = max(GROUP_COLUMNS // width, 1)
+    group = min(panels or most_panels, most_panels) if copy and chunked else 1
     if isinstance(rows, Dim):
         return _even_block(rows, block, tile), group
     entries = 1 if any(isinstance(s, Dim) for s in batch) else product(batch)
     units = lambda: entries * -(-rows // block) * -(-(panels or 8) // group)
-    while group > 2 and units() < UNITS:
+    while group > 2 and units() < least_units:
         group -= 1
-    while block > tile and units() < UNITS:
+    while block > tile and units() < least_units:
         block -= tile
     count = max(-(-rows // block), 1)
     return max(-(-rows // (count * tile)) * tile, tile), group
@@ -346,12 +361,14 @@ def _even_block(rows: Dim, most: int, tile: int) -> int:
     return min(divisors, key=lambda d: (d % tile / d, -d), default=most)
 
 
-def _row_tiles(rows, block: int, tile: int) -> TileRange:
+def _row_tiles(rows, block: int, tile: int, copy: str) -> TileRange:
     """The tiles that a unit is made of."""
+    # Where rows are copied in panels, every tile begins one.
+    divide = TileRange.static if copy == "columns" else TileRange.even
     if not isinstance(rows, Dim):
-        return TileRange.even(rows, tile) if 0 < rows <= block else TileRange.static(rows, tile)
+        return divide(rows, tile) if 0 < rows <= block else TileRange.static(rows, tile)
     exact = all(coefficient % block == 0 for _, coefficient in rows.terms)
-    return TileRange.even(block, tile) if exact else TileRange.dynamic(tile)
+    return divide(block, tile) if exact else TileRange.dynamic(tile)
 
 
 def render_gemm(params: tuple, target) -> str:
@@ -374,7 +391,7 @@ class _Gemm:
         if plan.copy == "rows":
             col_pitch, a_step = plan.copy_pitch, 1
         elif plan.copy == "columns":
-            col_pitch, a_step = 1, plan.copy_pitch
+            col_pitch, a_step = 1, plan.panel_rows
         else:
             # What is read in place has static strides, see `_copy_mode`.
             col_pitch, a_step = cast(int, plan.a_row), cast(int, plan.a_step)
@@ -438,10 +455,29 @@ class _Gemm:
         """Brings a block of A into scratch."""
         b, plan = self.b, self.plan
         a_row, a_step = resolve(b, plan.a_row), resolve(b, plan.a_step)
-        outer, inner = (rows, steps) if plan.copy == "rows" else (steps, rows)
-        outer_stride, inner_stride = (a_row, a_step) if plan.copy == "rows" else (a_step, a_row)
-        with b.loop(0, outer) as i:
-            copy_run(b, self.block_of_a + i * plan.copy_pitch, a + i * outer_stride, inner, inner_stride)
+        if plan.copy == "rows":
+            with b.loop(0, rows) as i:
+                copy_run(b, self.block_of_a + i * plan.copy_pitch, a + i * a_row, steps, a_step)
+            return
+        whole = rows // plan.panel_rows
+        rest = rows - whole * plan.panel_rows
+        with b.loop(0, steps) as k:
+            with b.loop(0, whole) as panel:
+                self._copy_step(a + k * a_step, panel, k, plan.panel_rows)
+            with b.if_then(b.int(rest) > 0):
+                self._copy_step(a + k * a_step, whole, k, rest)
+
+    def _copy_step(self, a, panel, k, rows) -> None:
+        """One step of k of one panel of the block: `rows` contiguous elements of A, in whole vectors of scratch."""
+        b, plan = self.b, self.plan
+        to = self.block_of_a + (panel * plan.copy_pitch + k * plan.panel_rows)
+        for at in range(0, plan.panel_rows, plan.lanes):
+            whole = isinstance(rows, int) and rows - at >= plan.lanes
+            if isinstance(rows, int) and rows <= at:
+                break
+            mask = None if whole else b.tail_mask(b.max(rows - at, 0), plan.lanes)
+            value = b.load(a, panel * plan.panel_rows + at, plan.lanes, mask)
+            b.store(to, at, widen(b, value, plan.a_dtype, plan.accumulate))
 
     def _columns(self, a, bp, group, rows, pixel, start, steps, first, last) -> None:
         """All panels of a unit, for one chunk of k that begins at `start`."""
@@ -471,7 +507,7 @@ class _Gemm:
 
         def tile(row, size):
             if plan.copy:
-                at = self.block_of_a + row * (plan.copy_pitch if plan.copy == "rows" else 1)
+                at = self.block_of_a + self._copied_row(row)
             else:
                 at = a + (row * plan.a_row + start * plan.a_step)
             sums = self.sums
@@ -481,3 +517,10 @@ class _Gemm:
             self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, steps, first, last)
 
         self.row_tiles.walk(b, rows, tile)
+
+    def _copied_row(self, row):
+        """Where a row of the copied block begins."""
+        plan = self.plan
+        if plan.copy == "rows":
+            return row * plan.copy_pitch
+        return row // plan.panel_rows * plan.copy_pitch + row % plan.panel_rows

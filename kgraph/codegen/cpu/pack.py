@@ -13,6 +13,9 @@ from llvmlite import ir
 from kgraph.codegen.cpu.builder import F64, MEMORY_TYPES, Int, KernelBuilder, Pointer, compute_dtype, is_float
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.transpose import transpose_vectors
+from kgraph.ir.dims import ceil_div
+
+STEPS = 16  # rows of B that are packed together: they stay in reach of the prefetchers and of the page tables' cache
 
 
 def has_products(operand: str) -> bool:
@@ -80,6 +83,15 @@ class PackPlan(NamedTuple):
     whole: bool
     tail_vectors: int
 
+    @property
+    def transposed(self) -> bool:
+        """Whether B is contiguous along K: a unit is a panel then, else STEPS rows of all panels."""
+        return self.k_stride == 1 and self.n_stride != 1
+
+    def units(self, depth, columns):
+        """Units of work for one batch entry."""
+        return ceil_div(columns, self.width) if self.transposed else ceil_div(depth, STEPS)
+
 
 def batch_offset(b: KernelBuilder, index, sizes: list, strides: list):
     """Offset in elements of batch entry number `index` (row-major over `sizes`)."""
@@ -92,43 +104,51 @@ def batch_offset(b: KernelBuilder, index, sizes: list, strides: list):
 
 
 def render_pack(params: tuple, target) -> str:
-    """Kernel (source) -> (panels): one unit is one panel of one batch entry."""
+    """Kernel (source) -> (panels); see `PackPlan.transposed` for its units."""
     plan = PackPlan(*params)
     b = KernelBuilder("pack", target)
     source, out = b.operand(0, plan.dtype), b.operand(1, plan.accumulate)
     depth, columns = resolve(b, plan.depth), resolve(b, plan.columns)
     k_stride, n_stride = resolve(b, plan.k_stride), resolve(b, plan.n_stride)
     batch, strides = resolve_all(b, plan.batch), resolve_all(b, plan.batch_strides)
-    padded, count, lanes = resolve(b, plan.padded), b.ceil_div(columns, plan.width), plan.lanes
-    transposed = plan.k_stride == 1 and plan.n_stride != 1
+    padded, lanes = resolve(b, plan.padded), plan.lanes
+    whole = columns // plan.width if plan.tail_vectors else b.ceil_div(columns, plan.width)
 
-    with b.loop(b.begin, b.end) as unit:
-        panel, entry = unit % count, unit // count
+    def rows(entry, panel, begin, end, vectors: int, masked: bool) -> None:
+        """The steps [begin, end) of one panel."""
         first = panel * plan.width
         at = source + (batch_offset(b, entry, batch, strides) + first * n_stride)
         to = out + (entry * (depth * padded) + panel * (depth * plan.width))
         remaining = columns - first
+        if plan.transposed:
+            _transposed_panel(b, plan, to, at, depth, n_stride, vectors, remaining if masked else None)
+            return
+        masks = [b.tail_mask(remaining - j * lanes, lanes) if masked else None for j in range(vectors)]
+        with b.loop(begin, end) as k:
+            for j in range(vectors):
+                value = _column_vector(b, at + (k * k_stride + (j * lanes) * n_stride), n_stride, lanes, masks[j])
+                b.store(to, k * (vectors * lanes) + j * lanes, widen(b, value, plan.dtype, plan.accumulate))
 
-        def rows(vectors: int, masked: bool, at=at, to=to, remaining=remaining):
-            if transposed:
-                _transposed_panel(b, plan, to, at, depth, n_stride, vectors, remaining if masked else None)
-                return
-            masks = [b.tail_mask(remaining - j * lanes, lanes) if masked else None for j in range(vectors)]
-            with b.loop(0, depth) as k:
-                for j in range(vectors):
-                    value = _column_vector(b, at + (k * k_stride + (j * lanes) * n_stride), n_stride, lanes, masks[j])
-                    b.store(to, k * (vectors * lanes) + j * lanes, widen(b, value, plan.dtype, plan.accumulate))
-
-        if not plan.tail_vectors:
-            rows(plan.width // lanes, False)
-        elif not plan.whole:
-            rows(plan.tail_vectors, True)
+    with b.loop(b.begin, b.end) as unit:
+        if plan.transposed:
+            panels = b.ceil_div(columns, plan.width)
+            panel, entry = unit % panels, unit // panels
+            if plan.tail_vectors:
+                with b.if_then(panel >= whole):
+                    rows(entry, panel, 0, depth, plan.tail_vectors, True)
+            if plan.whole:
+                with b.if_then(panel < whole):
+                    rows(entry, panel, 0, depth, plan.width // lanes, False)
         else:
-            with b.if_else(panel < columns // plan.width) as (full, tail):
-                with full:
-                    rows(plan.width // lanes, False)
-                with tail:
-                    rows(plan.tail_vectors, True)
+            blocks = b.ceil_div(depth, STEPS)
+            begin, entry = unit % blocks * STEPS, unit // blocks
+            end = b.min(begin + STEPS, depth)
+            if plan.whole:
+                with b.loop(0, whole) as panel:
+                    rows(entry, panel, begin, end, plan.width // lanes, False)
+            if plan.tail_vectors:
+                with b.if_then(whole * plan.width < columns):
+                    rows(entry, whole, begin, end, plan.tail_vectors, True)
     return b.ir_text()
 
 
