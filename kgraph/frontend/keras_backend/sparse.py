@@ -21,6 +21,8 @@ from kgraph.ops.common import sizes_differ
 from kgraph.ops.indexing import in_range
 
 LARGEST_KEY = 2**63 - 1
+# An index beyond every shape.
+FAR_OUTSIDE = 2**62
 
 
 class SparseTensor:
@@ -50,7 +52,11 @@ class SparseTensor:
         if not isinstance(indices, TracedArray) and not indices.size and indices.ndim < 2:
             indices = np.zeros((0, len(self.shape) - self.values.ndim + 1), "int64")  # an empty list
         self._require_fit(indices)
-        self.indices = indices if indices.dtype == np.int64 else ops.convert(indices, dtype="int64")
+        indices = indices if indices.dtype == np.int64 else ops.convert(indices, dtype="int64")
+        if isinstance(indices, TracedArray):
+            # Negative ones are out of range, rather than counted from the end as the primitives do.
+            indices = ops.select(ops.lt(indices, np.array(0)), np.array(FAR_OUTSIDE), indices)
+        self.indices = indices
         self.unique = unique
 
     @classmethod
@@ -186,7 +192,7 @@ class SparseTensor:
         """The same tensor; of arrays, without the entries that are zero throughout."""
         if self.is_traced:
             return self
-        kept = self.values.reshape(len(self.values), -1).any(axis=1)
+        kept = np.asarray(self.values).astype(bool).any(axis=tuple(range(1, self.values.ndim)))
         return SparseTensor._of(self.indices[kept], self.values[kept], self.shape, self.unique)
 
     def masked(self) -> SparseTensor:
@@ -290,7 +296,7 @@ def merge(indices, values: list, shape: tuple) -> tuple:
     merged = [_summed(target, ops.take(v, order, axis=0)) for v in values]
     if isinstance(first, TracedArray):
         return indices, merged
-    count = int(first.sum())
+    count = int(np.asarray(first).sum())
     return indices[:count], [_first(v, count) for v in merged]
 
 

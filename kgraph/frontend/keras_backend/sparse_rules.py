@@ -39,7 +39,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     scalar,
     widened,
 )
-from kgraph.frontend.keras_backend.sparse import SparseTensor, column, keys, merge, places, stacked
+from kgraph.frontend.keras_backend.sparse import FAR_OUTSIDE, SparseTensor, column, keys, merge, places, stacked
 from kgraph.ir import Dim
 from kgraph.ir.dims import product
 from kgraph.ops.common import sizes_differ
@@ -285,7 +285,7 @@ def _moved(x: SparseTensor, numbers: Tensor, axis: int, start: int | Dim) -> Ten
     if not is_traced(numbers):
         return out
     inside = ops.lt(numbers, ops.dim_value(dim=x.shape[axis], dtype="int64"))
-    return ops.select(inside, out, np.array(2**62, "int64"))
+    return ops.select(inside, out, np.array(FAR_OUTSIDE))
 
 
 # -- sums --------------------------------------------------------------------------------------------------------------
@@ -372,7 +372,7 @@ def one_hot(x: Tensor, num_classes: int, axis: int, dtype: str) -> SparseTensor:
     if is_traced(classes):
         numbers.insert(axis, ops.select(valid, classes, scalar(num_classes, classes)))
     else:
-        total = int(valid.sum())
+        total = int(np.asarray(valid).sum())
         numbers = [n[valid] for n in numbers]
         numbers.insert(axis, classes[valid])
     return SparseTensor._of(stacked(numbers, total), filled((total,), 1, dtype), full, unique=True)
@@ -395,7 +395,7 @@ def bincount(x: Tensor, weights: Tensor | None, minlength: int, count: Callable)
         if type(weights) is not SparseTensor:
             raise ValueError("bincount: `x` is sparse and `weights` are not; they need the same entries")
         weights = weights.spelled_out()
-        if not np.array_equal(weights.indices, x.indices):
+        if not np.array_equal(np.asarray(weights.indices), np.asarray(x.indices)):
             raise ValueError("bincount: `x` and `weights` are sparse, and their entries differ")
         weights = weights.values
     if x.ndim == 1:

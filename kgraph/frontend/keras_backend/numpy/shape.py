@@ -83,7 +83,7 @@ def transpose(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     x = x if type(x) is SparseTensor else convert_to_tensor(x)
     order = tuple(reversed(range(x.ndim))) if axes is None else tuple(axis_of(a, x.ndim) for a in axes)
     if sorted(order) != list(range(x.ndim)):
-        raise ValueError(f"transpose: axes {tuple(axes)} are not an order of the {x.ndim} axes of the tensor")
+        raise ValueError(f"transpose: axes {axes} are not an order of the {x.ndim} axes of the tensor")
     return (sparse_rules.permute if type(x) is SparseTensor else permute)(x, order)
 
 
