@@ -16,6 +16,7 @@ _EXPORTS = {
     "CompiledModel": "kgraph.compiled",
     "LoadedModel": "kgraph.runtime.artifact",
     "LoadedStep": "kgraph.runtime.artifact_step",
+    "SparseTensor": "kgraph.frontend.keras_backend.sparse",
     "TrainingStep": "kgraph.training",
     "compile": "kgraph.api",
     "compile_step": "kgraph.training",

@@ -74,8 +74,9 @@ class CompiledModel(Model):
     """A Keras model (or a function) compiled to native kernels.
 
     Call it with NumPy arrays in the structure that the model takes (one array, list, tuple or dict); it gives NumPy
-    arrays in the model's output structure. Any batch size runs without a new compile. Weights are read from the
-    model at each call, so that `set_weights` and training show at once (unless compiled with `freeze=True`).
+    arrays in the model's output structure. Sparse tensors and SciPy's sparse matrices are made dense for the call. Any
+    batch size runs without a new compile. Weights are read from the model at each call, so that `set_weights` and
+    training show at once (unless compiled with `freeze=True`).
     Safe to call from many threads and after a fork.
     """
 
@@ -369,6 +370,6 @@ def _placeholders(value):
     if isinstance(value, (tuple, list)):
         items = [_placeholders(v) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, (np.ndarray, np.generic)):
+    if isinstance(value, (np.ndarray, np.generic)) or core.is_sparse(value):
         return np.broadcast_to(np.zeros((), value.dtype), value.shape)
     return value

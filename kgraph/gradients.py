@@ -17,7 +17,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from kgraph.errors import DTypeError, ShapeError
 from kgraph.frontend.capture import capture_function
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Graph, Value, bind
 from kgraph.ir.interpreter import evaluate

@@ -249,6 +249,9 @@ def _flatten(value, leaves: list[np.ndarray]) -> tuple:
         return (type(value).__name__, *[_flatten(v, leaves) for v in value])
     if isinstance(value, dict):
         return ("dict", *[(key, _flatten(value[key], leaves)) for key in sorted(value, key=str)])
+    if core.is_sparse(value):
+        leaves.append(core.dense_tensor(value))
+        return ()
     return ("value", value)
 
 

@@ -17,10 +17,10 @@ import keras
 
 from kgraph.errors import CaptureError, DimDecisionError, KGraphError
 from kgraph.frontend.keras_backend import core
-from kgraph.frontend.signatures import Arguments, is_array, path_name, signature
+from kgraph.frontend.signatures import Arguments, is_array, path_name, signature, type_of_leaf
 from kgraph.frontend.tracer import GraphTracer
 from kgraph.frontend.unsupported import Collector
-from kgraph.ir import Dim, Graph, TensorType, live_nodes, type_of
+from kgraph.ir import Dim, Graph, TensorType, live_nodes
 from kgraph.structure import Structure
 
 
@@ -97,7 +97,7 @@ def capture_function(
     given = iter(shapes or ())
 
     def describe(leaf, path):
-        type_ = type_of(leaf.value if isinstance(leaf, core.Variable) else leaf)
+        type_ = type_of_leaf(leaf)
         name = path_name(path[1:], "x")
         if shapes is not None:
             type_ = type_.with_shape(next(given))
@@ -202,7 +202,7 @@ def _outputs(result) -> tuple[list, Structure]:
     leaves: list = []
 
     def describe(leaf, path):
-        leaf = core.convert_to_tensor(leaf)
+        leaf = core.dense_tensor(leaf)
         leaves.append(leaf)
         return path_name(path, "output"), TensorType(tuple(leaf.shape), leaf.dtype.name)
 

@@ -65,7 +65,7 @@ def _index_arrays(item) -> list:
             )
         return [item]
     if isinstance(item, (list, tuple)) and any(isinstance(leaf, (TracedArray, Dim)) for leaf in item):
-        from kgraph.frontend.keras_backend.core import convert_to_tensor
+        from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 
         return [convert_to_tensor(item, "int32")]
     array = np.asarray(item)

@@ -11,7 +11,7 @@ import numpy as np
 from kgraph.errors import CaptureError, UnsupportedError
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.traced_array import TracedArray
-from kgraph.ir import Dim, TensorType
+from kgraph.ir import Dim, TensorType, dtype_name, type_of
 from kgraph.structure import Structure
 
 
@@ -96,10 +96,8 @@ def _declared_signature(declared) -> tuple[Structure, dict]:
     symbols = _Symbols()
 
     def describe(leaf, path):
-        if leaf.sparse or leaf.ragged:
-            raise UnsupportedError(
-                f"input {leaf.name!r} is {'sparse' if leaf.sparse else 'ragged'}; kgraph takes dense"
-            )
+        if leaf.ragged:
+            raise UnsupportedError(f"input {leaf.name!r} is ragged; kgraph takes dense and sparse ones")
         name = _input_name(leaf)
         return name, TensorType(symbols.shape(leaf.shape, name), leaf.dtype)
 
@@ -177,4 +175,11 @@ def _layers(model) -> list:
 
 def is_array(x) -> bool:
     """Whether a leaf of a call's arguments is a tensor, rather than a fixed value."""
-    return isinstance(x, (np.ndarray, np.generic, TracedArray, core.Variable))
+    return isinstance(x, (np.ndarray, np.generic, TracedArray, core.Variable)) or core.is_sparse(x)
+
+
+def type_of_leaf(x) -> TensorType:
+    """The type of what `is_array` takes for a tensor: of a sparse one, that of its dense form."""
+    if isinstance(x, core.Variable):
+        x = x.value
+    return TensorType(tuple(x.shape), dtype_name(x.dtype)) if core.is_sparse(x) else type_of(x)

@@ -194,6 +194,6 @@ def _tensor(x):
     """A Keras variable's value; a Python scalar or a Dim as an array; tensors as they are."""
     if isinstance(x, (TracedArray, np.ndarray)):
         return x
-    from kgraph.frontend.keras_backend.core import convert_to_tensor
+    from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 
     return convert_to_tensor(x)

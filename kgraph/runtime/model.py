@@ -45,8 +45,9 @@ class Model:
     def __call__(self, *args, out=None, **kwargs):
         """Run the model.
 
-        Args are the model's inputs; NumPy arrays, or what `numpy.asarray` takes. `out`: arrays (in the output's
-        structure) to write the results into. `training=False` is accepted, as Keras' models take it.
+        Args are the model's inputs; NumPy arrays, what `numpy.asarray` takes, or sparse matrices of SciPy.
+        `out`: arrays (in the output's structure) to write the results into. `training=False` is accepted, as Keras'
+        models take it.
         Raises InputError naming the input that does not fit.
         """
         return self._call(args, kwargs, out)
@@ -100,9 +101,14 @@ class Model:
 
 
 def as_input(value, name: str, expected: TensorType) -> np.ndarray:
-    """A leaf of a call as an array of the expected dtype. Raises InputError for what is no numeric array."""
+    """A leaf of a call as an array of the expected dtype; sparse matrices of SciPy become dense ones.
+
+    Raises InputError for what is no numeric array.
+    """
     if value is None:
         raise InputError(f"input {name!r}: expected {expected}, got None")
+    if not isinstance(value, np.ndarray) and hasattr(value, "toarray"):
+        value = value.toarray()
     try:
         array = np.asarray(value)
         if array.dtype.kind == "O" and array.size and all(isinstance(x, (Number, np.generic)) for x in array.flat):

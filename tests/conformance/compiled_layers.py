@@ -1,7 +1,8 @@
 """Each layer that Keras' tests check with `run_layer_test` also goes through `kgraph.compile`.
 
 The compiled layer gets the inputs and the state of the eager one, and has to give the same outputs (structure, shapes,
-dtypes, values) and the same state after the call: moving statistics, seeds.
+dtypes, values; dense ones where the eager layer gives sparse tensors) and the same state after the call: moving
+statistics, seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def install() -> None:
         original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         given.pop("self")
-        if not given.get("input_sparse") and not given.get("input_ragged"):
+        if not given.get("input_ragged"):
             check(given["layer_cls"], given["init_kwargs"] or {}, given.get("call_kwargs") or {}, *_inputs(given))
 
     TestCase.run_layer_test = run_layer_test
@@ -45,7 +46,7 @@ def _inputs(given: dict) -> tuple:
     if shape is None:
         return ()
     dtype = given.get("input_dtype") or tree.map_shape_structure(lambda _: "float32", shape)
-    return (create_eager_tensors(shape, dtype, False, False),)
+    return (create_eager_tensors(shape, dtype, given.get("input_sparse", False), False),)
 
 
 def check(layer_cls, init_kwargs: dict, call_kwargs: dict, *inputs) -> None:

@@ -5,7 +5,8 @@ test's outcome to a file as soon as it is known, and, on kgraph, changes three t
 
 - They see the backend's name "kgraph", where Keras itself sees "numpy": many tests skip themselves on a backend called
   "numpy" because Keras' own one cannot train. `NAMES` lists the exceptions.
-- Tests that differentiate with the backend's framework do so with kgraph's gradients (`jax_branch`).
+- Tests that differentiate with the backend's framework do so with kgraph's gradients, and those that make sparse
+  tensors of it make kgraph's (`jax_branch`).
 - Each layer that a test hands to `TestCase.run_layer_test` also goes through `kgraph.compile` (`compiled_layers`).
 
 Settings come from the environment, so that the plugin works in the peers' environments too:
@@ -74,6 +75,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: Keras' own")
     if ON_KGRAPH:
         _name_the_backend()
+        jax_branch.install()
         from tests.conformance import compiled_layers
 
         compiled_layers.install()
@@ -88,7 +90,7 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("multi_device"):
             item.add_marker(pytest.mark.skip(reason="needs several devices"))
     if ON_KGRAPH:
-        for item in filter(jax_branch.concerns, items):
+        for item in items:
             jax_branch.take_off_skips(item)
 
 
@@ -108,14 +110,6 @@ def _without_given(items: list) -> list:
     return left
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    if not (ON_KGRAPH and jax_branch.concerns(item)):
-        return (yield)
-    with jax_branch.stand_in():
-        return (yield)
-
-
 # -- the backend's name ------------------------------------------------------------------------------------------------
 def _name_the_backend() -> None:
     """Let the test modules see "kgraph" as the backend's name; Keras' own code keeps the name that it knows."""
@@ -130,7 +124,7 @@ def _name_the_backend() -> None:
         place = (caller, frame.f_code.co_name)
         if place in NAMES:
             return NAMES[place]
-        if place in jax_branch.TESTS:
+        if place in jax_branch.PLACES:
             return "jax"
         of_a_test = caller.endswith("_test") or caller.startswith("keras.src.testing.")
         return "kgraph" if of_a_test else inner()

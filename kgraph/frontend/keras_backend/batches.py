@@ -11,20 +11,29 @@ from keras.src.trainers.data_adapters import data_adapter_utils
 from keras.src.trainers.epoch_iterator import EpochIterator
 
 from kgraph.errors import InputError
+from kgraph.frontend.keras_backend.core import dense_tensor, is_sparse
+from kgraph.frontend.keras_backend.sparse import SparseTensor
 
 
 class Batches(EpochIterator):
     """Lists of up to `steps_per_execution` batches; the last one may be shorter without a warning.
 
+    Batches of sparse data are dense: steps are compiled for dense inputs.
     Raises InputError for data of a known length of 0, or for none at all.
     """
 
     def __init__(self, x=None, *args, **options):
         if x is None:
             raise InputError("There is no data: give `x` (arrays, a PyDataset, a DataLoader, a generator).")
+        x, *args = tree.map_structure(_sliceable, [x, *args])
         super().__init__(x, *args, **options)
         if self.data_adapter.num_batches == 0:
             raise InputError(f"The data is empty: {type(x).__name__} `x` has no rows.")
+
+    def _get_iterator(self):
+        for batch in super()._get_iterator():
+            plain = type(batch) is tuple and all(type(x) is np.ndarray for x in batch)
+            yield batch if plain else tree.map_structure(_dense, batch, none_is_leaf=False)
 
     def __next__(self):
         begin_step, end_step, iterator = next(self._epoch_iterator)
@@ -34,6 +43,27 @@ class Batches(EpochIterator):
         with self.catch_stop_iteration():
             raise StopIteration
         raise StopIteration
+
+
+def _sliceable(x):
+    """A sparse matrix as SciPy's, of which Keras takes rows without making all of it dense."""
+    if type(x) is not SparseTensor or x.ndim != 2:
+        return x
+    from scipy import sparse
+
+    x = x.spelled_out()
+    return sparse.coo_matrix((x.values, tuple(x.indices.T)), shape=x.shape).tocsr()
+
+
+def _dense(x):
+    """A leaf of a batch, dense where it is a sparse tensor of kgraph's, SciPy's or another framework's."""
+    if isinstance(x, np.ndarray):
+        return x.view(np.ndarray) if isinstance(x, np.matrix) else x  # what Keras makes of SciPy's: `*` is matmul there
+    if data_adapter_utils.is_tensorflow_sparse(x):
+        x = SparseTensor(np.asarray(x.indices), np.asarray(x.values), x.shape)
+    elif data_adapter_utils.is_jax_sparse(x):
+        return np.asarray(x.todense())
+    return dense_tensor(x) if is_sparse(x) else x
 
 
 def rows_of(x):
@@ -50,7 +80,7 @@ def batch_of(*parts) -> tuple:
     def array(x):
         if x is None:
             return None
-        x = backend.convert_to_tensor(x)
+        x = dense_tensor(x)
         return x.astype(backend.floatx()) if x.dtype == np.float64 else x
 
     def convert(part):

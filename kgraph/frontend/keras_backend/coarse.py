@@ -17,7 +17,8 @@ import functools
 from keras.src import backend
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import Tensor, filled, reshape_to
 from kgraph.frontend.unsupported import collecting
 

@@ -12,7 +12,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from kgraph import ops
 from kgraph.errors import CaptureError, ShapeError
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, is_tracing, running_trace
 from kgraph.ir import TensorType, Value
 

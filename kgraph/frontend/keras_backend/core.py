@@ -29,12 +29,13 @@ from keras.src.backend.common.variables import standardize_shape as _standardize
 
 from kgraph import ops
 from kgraph.errors import DimDecisionError, InputError, UnsupportedError
+from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
 from kgraph.ir.primitive import current_tracer
 from kgraph.ir.types import SHORT_NAMES
 
-SUPPORTS_SPARSE_TENSORS = False
+SUPPORTS_SPARSE_TENSORS = True
 SUPPORTS_RAGGED_TENSORS = False
 SUPPORTS_COMPLEX_DTYPES = True
 # Keras asks in one place: whether callbacks may run in a thread beside the training. Logs are ready when a step returns
@@ -85,7 +86,7 @@ class Variable(KerasVariable):
             weights_version += 1
 
     def _convert_to_tensor(self, value, dtype=None):
-        return convert_to_tensor(value, dtype=dtype)
+        return dense_tensor(value, dtype)
 
     @property
     def value(self):
@@ -121,11 +122,25 @@ def adopt_values(variables, arrays) -> None:
 
 
 def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
-    """A tensor for anything that Keras takes for one: arrays, scalars, nested lists, variables, symbolic sizes."""
-    if sparse:
-        raise ValueError("`sparse=True` is not supported with the kgraph backend")
+    """A tensor for anything that Keras takes for one: what `dense_tensor` takes, and sparse matrices of SciPy.
+
+    sparse: sparse tensors become dense ones for False, and stay sparse otherwise. Nothing becomes sparse.
+    """
     if ragged:
         raise ValueError("`ragged=True` is not supported with the kgraph backend")
+    if sparse is not False and not isinstance(x, (TracedArray, np.ndarray)):
+        x = as_sparse(x)
+        if type(x) is SparseTensor:
+            return x if dtype is None else cast(x, dtype)
+    return dense_tensor(x, dtype)
+
+
+def dense_tensor(x, dtype=None):
+    """A dense tensor for anything that Keras takes for one: arrays, scalars, nested lists, variables, symbolic sizes.
+
+    The functions of the backend convert their arguments by it, under the name `convert_to_tensor`: a sparse tensor that
+    comes to one without a rule for it (`sparse_rules`) is dense there.
+    """
     if dtype is not None:
         dtype = standardize_dtype(dtype)
     if isinstance(x, Variable):
@@ -140,6 +155,9 @@ def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
         return ops.dim_value(dim=x, dtype=dtype or "int32")
     if isinstance(x, KerasTensor):
         raise ValueError(f"A KerasTensor is symbolic and cannot become a tensor. Received: {x}")
+    x = as_sparse(x)
+    if type(x) is SparseTensor:
+        return dense_tensor(x.to_dense(), dtype)
     if isinstance(x, (list, tuple)) and any(_needs_stacking(leaf) for leaf in tree.flatten(x)):
         return _stack_nested(x, dtype)
     if dtype is None:
@@ -159,6 +177,21 @@ def _convert_concrete(x: np.ndarray, dtype: str) -> np.ndarray:
         return x.astype("U" if dtype == "string" else np_dtype(dtype))
 
 
+def as_sparse(x):
+    """A sparse tensor for a sparse matrix of SciPy; anything else as it is."""
+    return SparseTensor.from_scipy(x) if is_scipy_sparse(x) else x
+
+
+def is_scipy_sparse(x) -> bool:
+    """Whether x is a sparse matrix or array of SciPy, which is not imported for the question."""
+    return type(x).__module__.startswith("scipy.sparse") and hasattr(x, "tocoo")
+
+
+def is_sparse(x) -> bool:
+    """Whether x is a sparse tensor, or a sparse matrix of SciPy."""
+    return type(x) is SparseTensor or is_scipy_sparse(x)
+
+
 def _needs_stacking(leaf) -> bool:
     return isinstance(leaf, (TracedArray, Dim)) or (isinstance(leaf, Variable) and current_tracer.get() is not None)
 
@@ -166,10 +199,10 @@ def _needs_stacking(leaf) -> bool:
 def _stack_nested(x, dtype):
     """Nested lists with traced values or symbolic sizes among the leaves."""
     if not isinstance(x, (list, tuple)):
-        return convert_to_tensor(x, dtype)
+        return dense_tensor(x, dtype)
     parts = [_stack_nested(item, dtype) for item in x]
     common = dtype or result_type(*[p.dtype for p in parts])
-    parts = [convert_to_tensor(p, common) for p in parts]
+    parts = [dense_tensor(p, common) for p in parts]
     return ops.concatenate(*[ops.reshape(p, shape=(1, *p.shape)) for p in parts], axis=0)
 
 
@@ -177,12 +210,12 @@ def convert_to_numpy(x):
     """A NumPy array that the caller may change."""
     if isinstance(x, Variable):
         x = x.value
-    return np.array(x)
+    return np.array(x if type(x) is not SparseTensor else x.to_dense())
 
 
 def is_tensor(x):
     """Whether x is a value of this backend."""
-    return isinstance(x, (np.ndarray, np.generic, TracedArray))
+    return isinstance(x, (np.ndarray, np.generic, TracedArray, SparseTensor))
 
 
 def shape(x):
@@ -191,7 +224,10 @@ def shape(x):
 
 
 def cast(x, dtype):
-    return convert_to_tensor(x, dtype=dtype)
+    if type(x) is SparseTensor:
+        x = x.coalesced()
+        return SparseTensor._of(x.indices, dense_tensor(x.values, dtype), x.shape, unique=True)
+    return dense_tensor(x, dtype)
 
 
 def standardize_shape(shape):
@@ -259,7 +295,7 @@ def compute_output_spec(fn, *args, **kwargs):
         if not isinstance(a, KerasTensor):
             return a
         sizes = tuple(m if m == n else None for m, n in zip(a.shape, b.shape))
-        return KerasTensor(sizes, a.dtype)
+        return KerasTensor(sizes, a.dtype, sparse=a.sparse)
 
     return tree.map_structure(merge, first, second)
 
@@ -285,11 +321,17 @@ def _output_spec(fn, args, kwargs, unknown):
             if x.dtype == "string":
                 raise InputError("Invalid dtype: string. Text is no tensor: turn it into numbers ahead of the model.")
             sizes = tuple(unknown if d is None else d for d in x.shape)
+            if x.sparse:
+                return _sparse_input(tracer, sizes, x.dtype)
             return tracer.add_input(TensorType(sizes, x.dtype))
+        if type(x) is SparseTensor and not x.is_traced:
+            return _sparse_input(tracer, x.shape, x.dtype.name)
         # Concrete tensors lose their values too, as in JAX: shapes must not depend on them.
         return tracer.add_input(type_of(x)) if isinstance(x, np.ndarray) and x.dtype.name in SHORT_NAMES else x
 
     def leave(x):
+        if type(x) is SparseTensor:
+            return KerasTensor(standardize_shape(x.shape), standardize_dtype(x.dtype), sparse=True)
         if isinstance(x, (np.ndarray, np.generic, TracedArray)):
             return KerasTensor(standardize_shape(tuple(x.shape)), standardize_dtype(x.dtype))
         if isinstance(x, Dim):
@@ -301,9 +343,15 @@ def _output_spec(fn, args, kwargs, unknown):
         return tree.map_structure(leave, fn(*args, **kwargs))
 
 
+def _sparse_input(tracer: GraphTracer, shape: tuple, dtype: str) -> SparseTensor:
+    """A sparse tensor of one entry: no shape depends on how many there are."""
+    indices = tracer.add_input(TensorType((1, len(shape)), "int64"))
+    return SparseTensor(indices, tracer.add_input(TensorType((1,), dtype)), shape)
+
+
 # -- the rest ----------------------------------------------------------------------------------------------------------
 def stop_gradient(variable):
-    return ops.stop_gradient(convert_to_tensor(variable))
+    return ops.stop_gradient(dense_tensor(variable))
 
 
 def random_seed_dtype():
@@ -350,7 +398,7 @@ class custom_gradient:
         inputs = [x for x in tree.flatten(args) if isinstance(x, TracedArray)]
         if tracer is None or not inputs:
             return output
-        results = [convert_to_tensor(leaf) for leaf in tree.flatten(output)]
+        results = [dense_tensor(leaf) for leaf in tree.flatten(output)]
         rule = GraphTracer("custom_gradient", parent=tracer)
         with rule.active():
             cotangents = [rule.add_input(TensorType(tuple(r.shape), r.dtype.name)) for r in results]
@@ -358,7 +406,7 @@ class custom_gradient:
             found = tree.flatten(found if isinstance(found, tuple) and len(args) > 1 else (found,))
             by_argument = zip(tree.flatten(args), found, strict=True)
             rule.graph.outputs = [
-                rule.lift(ops.full(shape=x.shape, value=0, dtype=x.dtype.name) if c is None else convert_to_tensor(c))
+                rule.lift(ops.full(shape=x.shape, value=0, dtype=x.dtype.name) if c is None else dense_tensor(c))
                 for x, c in by_argument
                 if isinstance(x, TracedArray)
             ]

@@ -10,7 +10,8 @@ from keras.src import backend
 
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.image_geometry import (
     affine_transform,
     compute_homography_matrix,

@@ -11,7 +11,8 @@ from keras.src.random.seed_generator import draw_seed
 
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.image_layout import as_batch, from_batch, require_image_rank
 from kgraph.frontend.keras_backend.image_smoothing import gaussian_blur
 from kgraph.frontend.keras_backend.numpy.common import Tensor, scalar

@@ -7,7 +7,8 @@ from keras.src import backend
 
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.image_layout import as_batch, from_batch
 from kgraph.frontend.keras_backend.layout import from_channels_last, to_channels_last
 from kgraph.frontend.keras_backend.numpy.common import Tensor, scalar

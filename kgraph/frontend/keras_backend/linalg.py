@@ -10,7 +10,7 @@ from keras.src import tree
 from keras.src.backend.common import dtypes
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     HALF_TYPES,
     Tensor,

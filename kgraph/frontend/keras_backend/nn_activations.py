@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import Tensor, scalar, to_inexact
 
 

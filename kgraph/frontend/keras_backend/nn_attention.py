@@ -8,7 +8,8 @@ from keras.src import backend
 
 from kgraph import ops
 from kgraph.errors import UnsupportedError
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import Tensor, insert_axes, to_bool
 from kgraph.frontend.tracer import TracedArray
 

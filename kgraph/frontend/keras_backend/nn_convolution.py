@@ -7,7 +7,7 @@ from keras.src import backend
 from keras.src.backend.common.backend_utils import check_conv_input_channels, check_conv_transpose_input_channels
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.layout import from_channels_last, to_channels_last
 from kgraph.frontend.keras_backend.numpy.common import Tensor, reshape_to
 

@@ -8,7 +8,8 @@ from keras.src import backend
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
 from kgraph.frontend.keras_backend.control_flow import scan
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.nn_activations import log_softmax
 from kgraph.frontend.keras_backend.nn_losses import one_hot
 from kgraph.frontend.keras_backend.numpy.common import Tensor, scalar

@@ -7,7 +7,9 @@ from keras.src import backend
 
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend import sparse_rules
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.nn_activations import log_sigmoid, log_softmax
 from kgraph.frontend.keras_backend.numpy.common import Tensor, insert_axes, scalar, to_inexact
 from kgraph.ir.types import FLOATS
@@ -16,27 +18,27 @@ from kgraph.ir.types import FLOATS
 def one_hot(x: Tensor, num_classes: int | None, axis: int = -1, dtype=None, sparse: bool = False) -> Tensor:
     """1 at the class of each element along a new axis; zeros where the class is outside [0, num_classes).
 
-    num_classes: None for those up to the largest class in `x`, which has to be concrete.
+    num_classes: None for those up to the largest class in `x`, which has to be concrete. sparse: as a SparseTensor.
     """
-    if sparse:
-        raise ValueError("Unsupported value `sparse=True` with the kgraph backend")
     x = convert_to_tensor(x)
     dtype = backend.standardize_dtype(dtype)
     x = x if x.dtype.kind in "iu" else ops.convert(x, dtype="int32")
     num_classes = int(knp.max(x)) + 1 if num_classes is None else num_classes
     rank = len(x.shape)
     axis = axis + rank + 1 if axis < 0 else axis
+    if sparse:
+        return sparse_rules.one_hot(x, num_classes, axis, dtype)
     shape = tuple(num_classes if a == axis else 1 for a in range(rank + 1))
     classes = ops.iota(shape=shape, dtype=x.dtype.name, axis=axis)
     return ops.convert(ops.eq(insert_axes(x, (axis,)), classes), dtype=dtype)
 
 
 def multi_hot(x: Tensor, num_classes: int, axis: int = -1, dtype=None, sparse: bool = False) -> Tensor:
-    """1 at every class that a row holds."""
-    if sparse:
-        raise ValueError("Unsupported value `sparse=True` with the kgraph backend")
+    """1 at every class that a row holds. sparse: as a SparseTensor."""
     x = convert_to_tensor(x, "int32")
     reduced = 1 if len(x.shape) > 1 else 0
+    if sparse:
+        return sparse_rules.multi_hot(x, num_classes, axis, reduced, backend.standardize_dtype(dtype))
     return knp.max(one_hot(x, num_classes, axis=axis, dtype=dtype), axis=reduced)
 
 

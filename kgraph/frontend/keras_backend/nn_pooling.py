@@ -7,7 +7,7 @@ from keras.src import backend
 
 from kgraph import ops
 from kgraph.errors import DimDecisionError
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.layout import from_channels_last, to_channels_last
 from kgraph.frontend.keras_backend.numpy.common import Tensor, is_float, scalar, to_inexact
 from kgraph.ir import Dim

@@ -10,7 +10,8 @@ from keras.src.backend.config import floatx
 from keras.src.random.seed_generator import SeedGenerator, draw_seed, make_default_seed
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor, is_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
+from kgraph.frontend.keras_backend.core import is_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     HALF_TYPES,
     Tensor,

@@ -16,7 +16,8 @@ from keras.src.backend.common.dtypes import result_type
 from kgraph import ops
 from kgraph.frontend.keras_backend import numpy as knp
 from kgraph.frontend.keras_backend.control_flow import scan
-from kgraph.frontend.keras_backend.core import cast, convert_to_tensor
+from kgraph.frontend.keras_backend.core import cast
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import Tensor, to_bool
 from kgraph.frontend.keras_backend.updates import unstack
 from kgraph.ops.recurrent_cells import ACTIVATIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.ir.dims import product
 
 

@@ -8,7 +8,9 @@ import numpy as np
 from keras.src.backend.common import dtypes
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor, while_loop
+from kgraph.frontend.keras_backend import sparse_rules
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
+from kgraph.frontend.keras_backend.core import while_loop
 from kgraph.frontend.keras_backend.numpy.common import (
     Tensor,
     broadcast,
@@ -28,12 +30,14 @@ def _promote_bool_to_int(x1: Tensor, x2: Tensor) -> list[Tensor]:
     return [convert(x, "int32") for x in (x1, x2)] if dtype_of(x1) == "bool" else [x1, x2]
 
 
+@sparse_rules.union
 def add(x1: Tensor, x2: Tensor) -> Tensor:
     """x1 + x2; `or` of booleans."""
     x1, x2 = promote(x1, x2)
     return ops.logical_or(x1, x2) if dtype_of(x1) == "bool" else ops.add(x1, x2)
 
 
+@sparse_rules.union
 def subtract(x1: Tensor, x2: Tensor) -> Tensor:
     """x1 - x2. Raises TypeError for two booleans."""
     x1, x2 = promote(x1, x2)
@@ -42,12 +46,14 @@ def subtract(x1: Tensor, x2: Tensor) -> Tensor:
     return ops.sub(x1, x2)
 
 
+@sparse_rules.intersection
 def multiply(x1: Tensor, x2: Tensor) -> Tensor:
     """x1 * x2; `and` of booleans."""
     x1, x2 = promote(x1, x2)
     return ops.logical_and(x1, x2) if dtype_of(x1) == "bool" else ops.mul(x1, x2)
 
 
+@sparse_rules.division
 def divide(x1: Tensor, x2: Tensor) -> Tensor:
     """x1 / x2 in floating point."""
     return ops.div(*promote_inexact(x1, x2))
@@ -58,6 +64,7 @@ def true_divide(x1: Tensor, x2: Tensor) -> Tensor:
     return divide(x1, x2)
 
 
+@sparse_rules.division
 def divide_no_nan(x1: Tensor, x2: Tensor) -> Tensor:
     """x1 / x2 in floating point, 0 where x2 is 0; its gradient is free of NaN as well."""
     x1, x2 = promote_inexact(x1, x2)
@@ -89,12 +96,14 @@ def power(x1: Tensor, x2: Tensor) -> Tensor:
     return ops.pow(*_promote_bool_to_int(x1, x2))
 
 
+@sparse_rules.union
 def maximum(x1: Tensor, x2: Tensor) -> Tensor:
     """The larger of two; NaN where one is NaN."""
     x1, x2 = promote(x1, x2)
     return ops.logical_or(x1, x2) if dtype_of(x1) == "bool" else ops.maximum(x1, x2)
 
 
+@sparse_rules.union
 def minimum(x1: Tensor, x2: Tensor) -> Tensor:
     """The smaller of two; NaN where one is NaN."""
     x1, x2 = promote(x1, x2)
@@ -107,12 +116,14 @@ def _ignoring_nan(x1: Tensor, x2: Tensor, chosen: Tensor) -> Tensor:
     return ops.select(ops.is_nan(x1), x2, ops.select(ops.is_nan(x2), x1, chosen))
 
 
+@sparse_rules.union
 def fmax(x1: Tensor, x2: Tensor) -> Tensor:
     """The larger of two; the other one where one is NaN."""
     x1, x2 = promote(x1, x2)
     return _ignoring_nan(x1, x2, maximum(x1, x2))
 
 
+@sparse_rules.union
 def fmin(x1: Tensor, x2: Tensor) -> Tensor:
     """The smaller of two; the other one where one is NaN."""
     x1, x2 = promote(x1, x2)

@@ -12,7 +12,8 @@ from keras.src.backend.common.variables import standardize_dtype
 
 from kgraph import ops
 from kgraph.errors import UnsupportedError
-from kgraph.frontend.keras_backend.core import convert_to_tensor, is_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
+from kgraph.frontend.keras_backend.core import is_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     Tensor,
     broadcast,

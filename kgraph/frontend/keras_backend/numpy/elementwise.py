@@ -9,7 +9,7 @@ import numpy as np
 from keras.src.backend.common.variables import standardize_dtype
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     Tensor,
     convert,
@@ -25,6 +25,8 @@ from kgraph.frontend.keras_backend.numpy.common import (
     to_inexact,
     widened,
 )
+from kgraph.frontend.keras_backend.sparse import SparseTensor
+from kgraph.frontend.keras_backend.sparse_rules import linear, on_entries, zero_preserving
 from kgraph.ir import Traced
 
 
@@ -38,6 +40,7 @@ def _integer_to_floatx(x: Tensor) -> Tensor:
 
 
 # -- magnitude and sign ---------------------------------------------------------------------------------------------
+@zero_preserving
 def absolute(x: Tensor) -> Tensor:
     """|x|; real for complex x."""
     x = convert_to_tensor(x)
@@ -49,22 +52,26 @@ def abs(x: Tensor) -> Tensor:
     return absolute(x)
 
 
+@zero_preserving
 def fabs(x: Tensor) -> Tensor:
     """|x| in floating point."""
     return ops.abs(to_inexact(x))
 
 
+@linear
 def negative(x: Tensor) -> Tensor:
     """-x."""
     return ops.neg(convert_to_tensor(x))
 
 
+@zero_preserving
 def sign(x: Tensor) -> Tensor:
     """-1, 0 or 1; NaN stays NaN."""
     x = convert_to_tensor(x)
     return x if dtype_of(x) == "bool" else ops.sign(x)
 
 
+@zero_preserving
 def signbit(x: Tensor) -> Tensor:
     """Whether the sign bit is set, which tells -0.0 from 0.0."""
     x = convert_to_tensor(x)
@@ -75,6 +82,7 @@ def signbit(x: Tensor) -> Tensor:
     return ops.lt(x, scalar(0, x))
 
 
+@zero_preserving
 def square(x: Tensor) -> Tensor:
     """x²."""
     x = convert_to_tensor(x)
@@ -99,6 +107,7 @@ def exp2(x: Tensor) -> Tensor:
     return ops.exp2(_integer_to_floatx(x))
 
 
+@zero_preserving
 def expm1(x: Tensor) -> Tensor:
     """exp(x) - 1, accurate near 0."""
     return ops.expm1(_integer_to_floatx(x))
@@ -115,6 +124,7 @@ def log10(x: Tensor) -> Tensor:
     return ops.mul(ops.log(x), scalar(1 / math.log(10), x))
 
 
+@zero_preserving
 def log1p(x: Tensor) -> Tensor:
     """log(1 + x), accurate near 0."""
     return ops.log1p(to_inexact(x))
@@ -125,6 +135,7 @@ def log2(x: Tensor) -> Tensor:
     return ops.log2(to_inexact(x))
 
 
+@zero_preserving
 def sqrt(x: Tensor) -> Tensor:
     """The square root."""
     return ops.sqrt(to_inexact(x))
@@ -136,6 +147,7 @@ def cbrt(x: Tensor) -> Tensor:
 
 
 # -- trigonometry ---------------------------------------------------------------------------------------------------
+@zero_preserving
 def sin(x: Tensor) -> Tensor:
     """The sine of x radians."""
     return ops.sin(to_inexact(x))
@@ -146,11 +158,13 @@ def cos(x: Tensor) -> Tensor:
     return ops.cos(to_inexact(x))
 
 
+@zero_preserving
 def tan(x: Tensor) -> Tensor:
     """The tangent of x radians."""
     return ops.tan(to_inexact(x))
 
 
+@zero_preserving
 def arcsin(x: Tensor) -> Tensor:
     """The inverse sine, in radians."""
     return ops.asin(to_inexact(x))
@@ -161,11 +175,13 @@ def arccos(x: Tensor) -> Tensor:
     return ops.acos(to_inexact(x))
 
 
+@zero_preserving
 def arctan(x: Tensor) -> Tensor:
     """The inverse tangent, in radians."""
     return ops.atan(to_inexact(x))
 
 
+@zero_preserving
 def sinh(x: Tensor) -> Tensor:
     """The hyperbolic sine."""
     return ops.sinh(to_inexact(x))
@@ -176,11 +192,13 @@ def cosh(x: Tensor) -> Tensor:
     return ops.cosh(to_inexact(x))
 
 
+@zero_preserving
 def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent."""
     return ops.tanh(to_inexact(x))
 
 
+@zero_preserving
 def arcsinh(x: Tensor) -> Tensor:
     """The inverse hyperbolic sine."""
     return ops.asinh(to_inexact(x))
@@ -191,6 +209,7 @@ def arccosh(x: Tensor) -> Tensor:
     return ops.acosh(to_inexact(x))
 
 
+@zero_preserving
 def arctanh(x: Tensor) -> Tensor:
     """The inverse hyperbolic tangent."""
     return ops.atanh(to_inexact(x))
@@ -263,11 +282,13 @@ def i0(x: Tensor) -> Tensor:
 
 
 # -- rounding -------------------------------------------------------------------------------------------------------
+@zero_preserving
 def ceil(x: Tensor) -> Tensor:
     """The smallest integer of at least x, in floating point."""
     return ops.ceil(to_inexact(x))
 
 
+@zero_preserving
 def floor(x: Tensor) -> Tensor:
     """The largest integer of at most x, in floating point."""
     return ops.floor(to_inexact(x))
@@ -281,6 +302,8 @@ def trunc(x: Tensor) -> Tensor:
 
 def round(x: Tensor, decimals: int = 0) -> Tensor:
     """x rounded to the nearest multiple of 10**-decimals, halves to even."""
+    if type(x) is SparseTensor:
+        return on_entries(lambda values: round(values, decimals), x)
     x = convert_to_tensor(x)
     dtype = dtype_of(x)
     if not is_float(x):
@@ -305,6 +328,7 @@ def isfinite(x: Tensor) -> Tensor:
     return ops.is_finite(x) if is_float(x) else filled(x.shape, True, "bool")
 
 
+@zero_preserving
 def isinf(x: Tensor) -> Tensor:
     """Where x is infinite."""
     x = convert_to_tensor(x)
@@ -313,6 +337,7 @@ def isinf(x: Tensor) -> Tensor:
     return ops.is_inf(x) if is_float(x) else filled(x.shape, False, "bool")
 
 
+@zero_preserving
 def isnan(x: Tensor) -> Tensor:
     """Where x is NaN."""
     x = convert_to_tensor(x)
@@ -359,18 +384,21 @@ def bitwise_not(x: Tensor) -> Tensor:
 
 
 # -- parts, representation ------------------------------------------------------------------------------------------
+@linear
 def real(x: Tensor) -> Tensor:
     """The real part."""
     x = convert_to_tensor(x)
     return ops.real(x) if is_complex(x) else x
 
 
+@linear
 def imag(x: Tensor) -> Tensor:
     """The imaginary part; zeros for real x."""
     x = convert_to_tensor(x)
     return ops.imag(x) if is_complex(x) else filled(x.shape, 0, dtype_of(x))
 
 
+@linear
 def conjugate(x: Tensor) -> Tensor:
     """The complex conjugate; x itself where it is real."""
     x = convert_to_tensor(x)
@@ -401,6 +429,7 @@ def _largest(dtype: str) -> float:
     return float(ml_dtypes.finfo(standardize_dtype(dtype)).max)
 
 
+@linear
 def copy(x: Tensor) -> Tensor:
     """A tensor of its own memory; a value under trace is immutable and stands for itself."""
     x = convert_to_tensor(x)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend import sparse_rules
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     Tensor,
     axis_of,
@@ -21,6 +22,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     widened,
 )
 from kgraph.frontend.keras_backend.numpy.elementwise import conjugate
+from kgraph.frontend.keras_backend.sparse import SparseTensor
 
 
 def _operands(*tensors: Tensor) -> tuple[list[Tensor], str | None]:
@@ -38,7 +40,12 @@ def _of_numbers(product: Any, operands: list[Tensor]) -> Tensor:
 
 
 def matmul(x1: Tensor, x2: Tensor) -> Tensor:
-    """The product of matrices [..., M, K] and [..., K, N]; vectors stand for a row or a column. int8 gives int32."""
+    """The product of matrices [..., M, K] and [..., K, N]; vectors stand for a row or a column. int8 gives int32.
+
+    Sparse where both are.
+    """
+    if type(x1) is SparseTensor or type(x2) is SparseTensor:
+        return sparse_rules.matmul(x1, x2, matmul)
     (x1, x2), preferred = _operands(x1, x2)
     return _of_numbers(lambda a, b: ops.matmul(a, b, preferred_dtype=preferred), [x1, x2])
 

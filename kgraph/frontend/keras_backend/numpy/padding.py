@@ -8,7 +8,7 @@ import numpy as np
 from keras.src.backend.common import dtypes
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     Tensor,
     broadcast,

@@ -10,7 +10,8 @@ from keras.src.backend.common import dtypes
 from keras.src.backend.common.variables import standardize_dtype
 
 from kgraph import ops
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend import sparse_rules
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     HALF_TYPES,
     SMALL_INTS,
@@ -28,6 +29,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     to_bool,
     widened,
 )
+from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.ir import Dim
 from kgraph.ir.dims import product
 
@@ -63,6 +65,8 @@ def _accumulation_dtype(x: Tensor) -> str:
 # -- sums and products ----------------------------------------------------------------------------------------------
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The sum over axes; small integers and booleans are summed in 32 bits, half floats in float32."""
+    if type(x) is SparseTensor:
+        return sparse_rules.sum(x, axis, keepdims)
     x = convert_to_tensor(x)
     dtype = SMALL_INTS.get(dtype_of(x), dtype_of(x))
     total = reduce_over(ops.reduce_sum, widened(convert(x, dtype)), axis, keepdims)
@@ -79,9 +83,12 @@ def prod(x: Tensor, axis: Axis = None, keepdims: bool = False, dtype: str | None
 
 def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The mean over axes: of integers in float32, of half floats computed in float32."""
-    x = convert_to_tensor(x)
+    x = x if type(x) is SparseTensor else convert_to_tensor(x)
     compute = _accumulation_dtype(x)
     result = dtype_of(x) if is_float(x) or is_complex(x) else compute
+    if type(x) is SparseTensor:
+        divide = lambda total: divided_by_count(total, count_over(x, axis))
+        return sparse_rules.mean(x, axis, keepdims, compute, result, divide)
     total = reduce_over(ops.reduce_sum, convert(x, compute), axis, keepdims)
     return convert(divided_by_count(total, count_over(x, axis)), result)
 

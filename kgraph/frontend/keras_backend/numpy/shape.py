@@ -11,7 +11,8 @@ import numpy as np
 
 from kgraph import ops
 from kgraph.errors import UnsupportedError
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend import sparse_rules
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     Axes,
     Tensor,
@@ -31,6 +32,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     slice_axis,
     tensors_of,
 )
+from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.ir import Dim
 from kgraph.ir.dims import product
 from kgraph.ops.common import sizes_differ
@@ -39,7 +41,14 @@ from kgraph.ops.common import sizes_differ
 # -- order and rank -------------------------------------------------------------------------------------------------
 def reshape(x: Tensor, newshape: Any) -> Tensor:
     """The same elements in another shape; one size may be -1. Raises ValueError where the sizes do not fit."""
+    if type(x) is SparseTensor:
+        return sparse_rules.reshape(x, _complete_shape(x, newshape))
     x = convert_to_tensor(x)
+    return reshape_to(x, _complete_shape(x, newshape))
+
+
+def _complete_shape(x: Tensor, newshape: Any) -> tuple:
+    """`newshape` with the size that stands for -1. Raises ValueError where there is none."""
     shape = list(shape_of(newshape))
     unknown = [i for i, s in enumerate(shape) if isinstance(s, int) and s == -1]
     if len(unknown) > 1:
@@ -51,7 +60,7 @@ def reshape(x: Tensor, newshape: Any) -> Tensor:
         if isinstance(total, int) and isinstance(known, int) and total % known:
             raise ValueError(f"reshape: {total} elements of shape {tuple(x.shape)} do not fit into {newshape}")
         shape[unknown[0]] = total // known
-    return reshape_to(x, tuple(shape))
+    return tuple(shape)
 
 
 def ravel(x: Tensor) -> Tensor:
@@ -71,13 +80,11 @@ def size(x: Tensor) -> int | Dim:
 
 def transpose(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     """A tensor with its axes in the given order, reversed by default."""
-    x = convert_to_tensor(x)
-    if axes is None:
-        return permute(x, tuple(reversed(range(x.ndim))))
-    order = tuple(axis_of(a, x.ndim) for a in axes)
+    x = x if type(x) is SparseTensor else convert_to_tensor(x)
+    order = tuple(reversed(range(x.ndim))) if axes is None else tuple(axis_of(a, x.ndim) for a in axes)
     if sorted(order) != list(range(x.ndim)):
-        raise ValueError(f"transpose: axes {tuple(axes)} are not an order of the {x.ndim} axes of the tensor")
-    return permute(x, order)
+        raise ValueError(f"transpose: axes {axes} are not an order of the {x.ndim} axes of the tensor")
+    return (sparse_rules.permute if type(x) is SparseTensor else permute)(x, order)
 
 
 def swapaxes(x: Tensor, axis1: int, axis2: int) -> Tensor:
@@ -104,21 +111,20 @@ def moveaxis(x: Tensor, source: Axes, destination: Axes) -> Tensor:
 
 def expand_dims(x: Tensor, axis: Axes) -> Tensor:
     """A tensor with axes of size 1 put in, at places of the result."""
-    x = convert_to_tensor(x)
+    x = x if type(x) is SparseTensor else convert_to_tensor(x)
     places = list(axis) if isinstance(axis, (tuple, list)) else [axis]
-    return insert_axes(x, axes_of(places, x.ndim + len(places)))
+    axes = axes_of(places, x.ndim + len(places))
+    return (sparse_rules.insert_axes if type(x) is SparseTensor else insert_axes)(x, axes)
 
 
 def squeeze(x: Tensor, axis: Axes | None = None) -> Tensor:
     """A tensor without axes of size 1. Raises ValueError for an axis of another size."""
-    x = convert_to_tensor(x)
-    if axis is None:
-        return drop_axes(x, tuple(i for i, s in enumerate(x.shape) if s == 1))
-    axes = axes_of(axis, x.ndim)
+    x = x if type(x) is SparseTensor else convert_to_tensor(x)
+    axes = tuple(i for i, s in enumerate(x.shape) if s == 1) if axis is None else axes_of(axis, x.ndim)
     for a in axes:
         if sizes_differ(x.shape[a], 1):
             raise ValueError(f"squeeze: axis {a} of shape {tuple(x.shape)} is not of size 1")
-    return drop_axes(x, axes)
+    return (sparse_rules.drop_axes if type(x) is SparseTensor else drop_axes)(x, axes)
 
 
 def broadcast_to(x: Tensor, shape: Any) -> Tensor:
@@ -199,8 +205,11 @@ def _roll_axis(x: Tensor, shift: Any, axis: int) -> Tensor:
 
 # -- joining --------------------------------------------------------------------------------------------------------
 def concatenate(xs: Sequence[Tensor], axis: int | None = 0) -> Tensor:
-    """Tensors joined along an axis; flattened first where it is None."""
-    xs = promote(*(convert_to_tensor(x) for x in tensors_of(xs)))
+    """Tensors joined along an axis; flattened first where it is None; sparse where all of them are."""
+    xs = tensors_of(xs)
+    if axis is not None and builtins.all(type(x) is SparseTensor for x in xs):
+        return sparse_rules.concatenate(xs, axis)
+    xs = promote(*(convert_to_tensor(x) for x in xs))
     if axis is None:
         xs, axis = [flatten(x) for x in xs], 0
     axis = axis_of(axis, xs[0].ndim)
@@ -209,7 +218,7 @@ def concatenate(xs: Sequence[Tensor], axis: int | None = 0) -> Tensor:
 
 def append(x1: Tensor, x2: Tensor, axis: int | None = None) -> Tensor:
     """x2 joined to the end of x1."""
-    return concatenate([x1, x2], axis)
+    return concatenate([convert_to_tensor(x1), convert_to_tensor(x2)], axis)
 
 
 def stack(x: Sequence[Tensor], axis: int = 0) -> Tensor:

@@ -9,7 +9,8 @@ from keras.src.backend.common import dtypes
 
 from kgraph import ops
 from kgraph.errors import UnsupportedError
-from kgraph.frontend.keras_backend.core import convert_to_tensor
+from kgraph.frontend.keras_backend import sparse_rules
+from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.keras_backend.numpy.common import (
     Tensor,
     axis_of,
@@ -28,6 +29,7 @@ from kgraph.frontend.keras_backend.numpy.common import (
     slice_axis,
 )
 from kgraph.frontend.keras_backend.numpy.creation import linspace
+from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.ir import Dim
 
 
@@ -72,6 +74,8 @@ def searchsorted(sorted_sequence: Tensor, values: Tensor, side: str = "left") ->
 
 def digitize(x: Tensor, bins: Tensor) -> Tensor:
     """The int32 number of the bin of each element; bins are vectors of ascending or descending edges."""
+    if type(x) is SparseTensor:
+        return sparse_rules.digitize(x, bins, digitize)
     x, bins = promote(x, bins)
     if bins.ndim != 1:
         raise ValueError(f"digitize: bins must be a vector. Received: bins.shape={tuple(bins.shape)}")
@@ -93,10 +97,11 @@ def digitize(x: Tensor, bins: Tensor) -> Tensor:
 def bincount(x: Tensor, weights: Tensor | None = None, minlength: int = 0, sparse: bool = False) -> Tensor:
     """How often each number from 0 on occurs in a vector, or in each row of a matrix; or the sum of its weights.
 
-    The result has as many places as the largest number needs, at least `minlength`; so x has to be concrete.
+    The result has as many places as the largest number needs, at least `minlength`; so x has to be concrete. It is
+    sparse for a sparse x, whose entries alone count, and with `sparse=True`.
     """
-    if sparse:
-        raise ValueError("Unsupported value `sparse=True` with the kgraph backend")
+    if sparse or type(x) is SparseTensor:
+        return sparse_rules.bincount(x, weights, minlength, bincount)
     (x,) = concrete("bincount", x)
     if weights is None:
         weights, dtype = filled(x.shape, 1, "int32"), "int32"
