@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+from kgraph.codegen.contractions import Axes
 from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Parts, take_apart
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileRange, TileSet, register_tile
@@ -57,28 +58,11 @@ def packing_for(node: Node, target) -> tuple | None:
     if not rhs.type.is_static or 0 in rhs.shape:
         return None
     accumulate = accumulate_dtype(lhs.dtype, parts.result.dtype)
-    axes = _Axes(parts.node)
+    axes = Axes(parts.node)
     lanes = target.vector_bytes // itemsize(accumulate)
     panel = register_tile(target)[1] * lanes
     layout = panels_layout(rhs.shape, axes.rhs_batch, axes.rhs_contract, axes.rhs_free, 1, panel, lanes, accumulate)
     return ((node.inputs.index(parts.operands[1]), layout),)
-
-
-class _Axes:
-    """The axes of a dot_general, contracted ones in an order that suits the first operand."""
-
-    def __init__(self, node: Node):
-        lhs, rhs = node.inputs
-        self.lhs_batch, self.rhs_batch = tuple(node.attrs["lhs_batch"]), tuple(node.attrs["rhs_batch"])
-        pairs = sorted(zip(node.attrs["lhs_contract"], node.attrs["rhs_contract"]))
-        self.lhs_contract = tuple(left for left, _ in pairs)
-        self.rhs_contract = tuple(right for _, right in pairs)
-        self.lhs_free = _others(lhs.type.rank, self.lhs_batch, self.lhs_contract)
-        self.rhs_free = _others(rhs.type.rank, self.rhs_batch, self.rhs_contract)
-
-
-def _others(rank: int, *taken: tuple) -> tuple:
-    return tuple(a for a in range(rank) if not any(a in t for t in taken))
 
 
 @dataclass
@@ -186,7 +170,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     parts = take_apart(node, "dot_general")
     if isinstance(parts, str):
         raise ValueError(parts)
-    axes = _Axes(parts.node)
+    axes = Axes(parts.node)
     lhs, rhs = parts.node.inputs
     batch = tuple(lhs.shape[a] for a in axes.lhs_batch)
     rows = product(lhs.shape[a] for a in axes.lhs_free)

@@ -10,30 +10,23 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import F64, MEMORY_TYPES, Int, KernelBuilder, Pointer, compute_dtype, is_float
+from kgraph.codegen.contractions import accumulate_dtype, has_products
+from kgraph.codegen.cpu.builder import F64, Int, KernelBuilder, Pointer, compute_dtype, is_float
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.transpose import transpose_vectors
 from kgraph.ir.dims import ceil_div
 
 STEPS = 16  # rows of B that are packed together: they stay in reach of the prefetchers and of the page tables' cache
 
-
-def has_products(operand: str) -> bool:
-    """Whether there are kernels for products of `operand` elements."""
-    return operand in MEMORY_TYPES and operand != "bool"
-
-
-def accumulate_dtype(operand: str, result: str) -> str:
-    """The dtype in which products of `operand` elements are summed for a `result`. Raises ValueError without kernel."""
-    if operand in ("float16", "bfloat16", "float32"):
-        return "float64" if result == "float64" else "float32"
-    if operand == "float64":
-        return "float64"
-    if operand in ("int8", "uint8", "int16", "uint16", "int32", "uint32"):
-        return "int64" if result in ("int64", "uint64", "float64") else "int32"
-    if operand in ("int64", "uint64"):
-        return "int64"
-    raise ValueError(f"no kernels for products of {operand}")
+__all__ = [
+    "PackPlan",
+    "accumulate_dtype",
+    "batch_offset",
+    "copy_run",
+    "has_products",
+    "render_pack",
+    "widen",
+]
 
 
 def widen(b: KernelBuilder, value: ir.Value, dtype: str, wide: str) -> ir.Value:
