@@ -10,12 +10,15 @@ from kgraph.ir import Node
 
 # Modules of kgraph.codegen.cuda, by primitive name. What is elementwise and not named here goes to `loop`.
 BY_PRIMITIVE = {
+    "conv": "conv",
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
 }
 BY_KIND = {
+    "conv": "conv",
+    "depthwise": "conv",
     "loop": "loop",
     "reduce": "reduce",
 }

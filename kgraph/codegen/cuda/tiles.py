@@ -1,0 +1,145 @@
+"""Tiles of matrix products: a block of threads sums products from panels in shared memory into registers.
+
+A block makes `rows` x `columns` results. Depth goes in chunks: while the products of one are summed, the operands of the
+next are on their way from memory into registers. A thread has `height` x `width` results that lie `down` rows and
+`across` columns apart, so that neighbouring threads read neighbouring words of shared memory, or the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from kgraph.codegen.cuda import scalar_ops
+from kgraph.codegen.cuda.source import KernelSource, Operand
+from kgraph.codegen.expressions import compute_dtype
+
+
+class Tile(NamedTuple):
+    """rows, columns: results of a block. depth: of a chunk. height, width: results of a thread."""
+
+    rows: int
+    columns: int
+    depth: int
+    height: int
+    width: int
+
+    @property
+    def across(self) -> int:
+        """Threads side by side along the columns."""
+        return self.columns // self.width
+
+    @property
+    def down(self) -> int:
+        """Threads below each other along the rows."""
+        return self.rows // self.height
+
+    @property
+    def block(self) -> int:
+        return self.across * self.down
+
+
+SIMULATED_TILE = Tile(4, 4, 2, 2, 2)
+# From the widest on; all take 256 threads.
+TILES = (Tile(128, 128, 16, 8, 8), Tile(128, 64, 16, 8, 4), Tile(128, 32, 16, 4, 4), Tile(256, 16, 16, 4, 4))
+SMALL_TILE = Tile(64, 64, 16, 4, 4)
+
+
+def choose_tile(rows, columns: int, batch: int, dtype: str, target) -> Tile:
+    """The tile for `batch` products of `rows` (int | Dim; a Dim counts as many) x `columns` results of `dtype` sums."""
+    if target.simulator:
+        return SIMULATED_TILE
+    waste = lambda tile: -(-columns // tile.columns) * tile.columns - columns
+    least = min(waste(tile) for tile in TILES)
+    tile = next(t for t in TILES if waste(t) <= max(least, columns // 8))
+    if tile.height * tile.width > 16:
+        blocks = batch * -(-rows // tile.rows) * -(-columns // tile.columns) if isinstance(rows, int) else target.num_sms
+        if dtype in ("float64", "int64") or blocks < target.num_sms:
+            return SMALL_TILE
+    return tile
+
+
+class TileProduct:
+    """The sums of one tile, in registers."""
+
+    def __init__(self, k: KernelSource, tile: Tile, dtype: str):
+        self.k, self.tile, self.dtype = k, tile, dtype
+        # A row more than there are keeps threads that write one row of operands in different banks.
+        self.pitch = tile.rows + 1
+        self.left = k.shared(dtype, tile.depth * self.pitch)
+        self.right = k.shared(dtype, tile.depth * tile.columns)
+        self.stage = k.shared(dtype, tile.block * tile.width)
+        self.thread = k.thread()
+        self.row = k.let(k.div(self.thread, tile.across), "row")
+        self.column = k.let(k.mod(self.thread, tile.across), "column")
+        # Which operands a thread fetches: neighbours fetch along the depth on the left, along the columns on the right.
+        self.left_row, self.left_depth = (
+            k.let(f(self.thread, tile.depth), n) for f, n in ((k.div, "from_row"), (k.mod, "at"))
+        )
+        self.right_depth, self.right_column = (
+            k.let(f(self.thread, tile.columns), n) for f, n in ((k.div, "at"), (k.mod, "from_column"))
+        )
+        self.left_step = tile.block // tile.depth
+        self.right_step = max(tile.block // tile.columns, 1)
+        self.sums = [[k.fresh("sum") for _ in range(tile.width)] for _ in range(tile.height)]
+        self.fetched_left = [k.fresh("left") for _ in range(tile.rows // self.left_step)]
+        self.fetched_right = [k.fresh("right") for _ in range(tile.depth // self.right_step)]
+
+    def left_rows(self) -> list[str]:
+        """The rows of the tile whose operands this thread fetches."""
+        return [self.k.add(self.left_row, n * self.left_step) for n in range(len(self.fetched_left))]
+
+    def right_depths(self) -> list[str]:
+        """The depths of a chunk whose right operands this thread fetches."""
+        return [self.k.add(self.right_depth, n * self.right_step) for n in range(len(self.fetched_right))]
+
+    def fetch(self, name: str, conditions: list[str], operand: Operand, index: Callable[[], str]) -> None:
+        """Sets a variable to an element in the sums' dtype where all conditions hold, else to 0."""
+        k = self.k
+        k.line(f"{name} = {k.literal(0, self.dtype)}")
+        with k.suite(f"if {' and '.join(conditions)}:"):
+            value = k.load(operand, index())
+            k.line(f"{name} = {scalar_ops.convert(k, value, compute_dtype(operand.dtype), self.dtype)}")
+
+    def run(self, chunks: str, fetch: Callable[[], None]) -> None:
+        """Sums over `chunks` chunks. fetch: writes code that sets the `fetched` variables for the next chunk."""
+        k, zero = self.k, self.k.literal(0, self.dtype)
+        for name in (n for row in (*self.sums, self.fetched_left, self.fetched_right) for n in row):
+            k.line(f"{name} = {zero}")
+        with k.range(0, k.add(chunks, 1), 1) as step:
+            with k.suite(f"if {step} > {k.i(0)}:"):
+                k.synchronise()
+                for row, name in zip(self.left_rows(), self.fetched_left):
+                    k.store(self.left, k.add(k.mul(self.left_depth, self.pitch), row), name)
+                for depth, name in zip(self.right_depths(), self.fetched_right):
+                    k.store(self.right, k.add(k.mul(depth, self.tile.columns), self.right_column), name)
+                k.synchronise()
+            with k.suite(f"if {step} < {chunks}:"):
+                fetch()
+            with k.suite(f"if {step} > {k.i(0)}:"):
+                self._products()
+
+    def _products(self) -> None:
+        k, tile = self.k, self.tile
+        with k.range(0, k.i(tile.depth), 1) as d:
+            left = k.let(k.add(k.mul(d, self.pitch), self.row))
+            right = k.let(k.add(k.mul(d, tile.columns), self.column))
+            ys = [k.load(self.right, k.add(right, j * tile.across)) for j in range(tile.width)]
+            for i, sums in enumerate(self.sums):
+                x = k.load(self.left, k.add(left, i * tile.down))
+                for name, y in zip(sums, ys):
+                    total = f"{name} + {x} * {y}"
+                    k.line(f"{name} = {total if scalar_ops.is_float(self.dtype) else f'{self.dtype}({total})'}")
+
+    def results(self, visit: Callable[[str, str, str], None]) -> None:
+        """Calls `visit(row of the tile, column of the tile, sum)` once, in loops over a thread's results."""
+        k, tile = self.k, self.tile
+        with k.range(0, k.i(tile.height), 1) as i:
+            for number, sums in enumerate(self.sums):
+                with k.suite(f"if {i} == {k.i(number)}:"):
+                    for j, name in enumerate(sums):
+                        k.store(self.stage, k.add(self.thread, j * tile.block), name)
+            row = k.let(k.add(self.row, k.mul(i, tile.down)), "row")
+            with k.range(0, k.i(tile.width), 1) as j:
+                column = k.let(k.add(self.column, k.mul(j, tile.across)), "column")
+                visit(row, column, k.load(self.stage, k.add(self.thread, k.mul(j, tile.block))))
