@@ -113,15 +113,16 @@ def test_members_that_do_not_fit(indices, values, error, match):
 
 
 def test_a_traced_entry_out_of_range_is_no_element():
-    indices = np.array([[0, 1], [0, -1], [5, 0], [1, 2], [0, 1]])
-    values = np.array([1, 2, 4, 8, 16], "float32")
+    # The last but one would be the place of the last, were places counted without a look at each index.
+    indices = np.array([[0, 1], [0, -1], [5, 0], [1, 2], [0, 1], [0, 4], [1, 1]])
+    values = np.array([1, 2, 4, 8, 16, 32, 64], "float32")
 
     def with_outside(function):
         return kgraph.jit(lambda i, v: ops.convert_to_tensor(function(SparseTensor(i, v, (2, 3))), sparse=False))(
             indices, values
         )
 
-    expected = np.array([[0, 17, 0], [0, 0, 8]], "float32")
+    expected = np.array([[0, 17, 0], [0, 64, 8]], "float32")
     for function in (lambda x: x, ops.square, lambda x: ops.sum(x, axis=0), ops.sum, lambda x: ops.reshape(x, (3, 2)),
                      lambda x: ops.transpose(x), lambda x: ops.add(x, x), lambda x: ops.concatenate([x, x], 1),
                      lambda x: ops.sum(ops.squeeze(ops.expand_dims(x, 0), 0))):  # fmt: skip
