@@ -129,6 +129,15 @@ def test_a_traced_entry_out_of_range_is_no_element():
         assert_agree(with_outside(function), function(expected))
 
 
+def test_a_traced_entry_out_of_range_is_none_either_when_the_axis_is_gone():
+    @kgraph.jit
+    def squeezed(indices, values):
+        return ops.squeeze(SparseTensor(indices, values, (1, 3)), 0).to_dense()
+
+    found = squeezed(np.array([[0, 1], [1, 2]]), np.array([1, 2], "float32"))
+    np.testing.assert_array_equal(found, [0, 1, 0])
+
+
 def test_sparse_and_dense_conversion():
     x = SparseTensor([[0, 0], [0, 0]], [1.0, 2.0], (2, 3))
     assert ops.is_tensor(x)
@@ -464,6 +473,7 @@ def test_shape_inference(size):
         (ops.square, (size, 3), True),
         (lambda x: ops.add(x, x), (size, 3), True),
         (lambda x: ops.multiply(x, np.ones((3,), "float32")), (size, 3), True),
+        (lambda x: ops.divide(x, np.array([1, 0, 2], "float32")), (size, 3), True),
         (lambda x: ops.matmul(x, np.ones((3, 5), "float32")), (size, 5), False),
         (lambda x: ops.sum(x, axis=1), (size,), True),
         (lambda x: ops.reshape(x, (-1,)), (None if size is None else 12,), True),

@@ -194,10 +194,10 @@ def _division(function: Callable, x1: Tensor, x2: Tensor) -> Tensor:
     number = _number(x2)
     divisor = dense_tensor(x2)
     of_zero = None if is_traced(divisor) else np.asarray(function(np.zeros((), x1.dtype), divisor))
-    if of_zero is None or (x1.is_traced and of_zero.any()):
-        # Where the divisor is 0 or NaN is not known under a trace: every place gets an entry.
-        return SparseTensor.from_dense(function(x1.to_dense(), x2))
     shape = broadcast_sizes(x1.shape, divisor.shape)
+    if of_zero is None or (of_zero.any() and any(isinstance(n, Dim) for n in shape)):
+        # How many places the divisor is 0 or NaN at is not known: every place gets an entry.
+        return SparseTensor.from_dense(function(x1.to_dense(), x2))
     x1 = _broadcast(x1, shape)
     if of_zero.any():
         x1 = _merged(lambda values, _: values, x1, SparseTensor.from_dense(np.broadcast_to(of_zero, shape)))
