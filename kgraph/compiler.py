@@ -166,7 +166,7 @@ def compile_graph(
     else:
         objects = compile_specs(specs, progress=progress, target=target)
         kernels_done = time.perf_counter()
-        make = functools.partial(CudaProgram, device=device_for(target.machine))
+        make = functools.partial(CudaProgram, device=device_for(target.device))
     program = lowered.program(graph.name, objects, make, **fields)
     seconds = {
         **{f"pass {name}": t for name, t in context.seconds.items()},
