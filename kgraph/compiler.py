@@ -147,13 +147,9 @@ def compile_graph(
     optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
+    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
     if isinstance(target, Target):
-        lowered = lower(
-            split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0]
-        )
         arrange_updates(lowered, donations, target)
-    else:
-        lowered = lower(split.main, target, context.decisions)
     lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
     fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}

@@ -10,6 +10,7 @@ from kgraph.frontend.capture import Captured
 from kgraph.frontend.keras_backend import core
 from kgraph.ir import Graph
 from kgraph.passes.pipeline import TRAINING
+from kgraph.runtime.cuda.control import there
 from kgraph.runtime.cuda.device import Device, device_for
 from kgraph.runtime.cuda.device_array import DeviceArray
 
@@ -40,11 +41,8 @@ class DeviceVariant:
         """Run the step; the results are arrays on the device, or host arrays of a step that reads no variable."""
         arrays: list[Any] = [*leaves, *(resident(v, self.device) for v in self.variables)]
         results = self.program(arrays)
-        core.adopt_residents(self.updates, [self._there(r) for r in results[self.num_results :]])
+        core.adopt_residents(self.updates, [there(r, self.device) for r in results[self.num_results :]])
         return self.outputs.pack(list(results[: self.num_results]))
-
-    def _there(self, result) -> DeviceArray:
-        return result if isinstance(result, DeviceArray) else DeviceArray.copy_of(self.device, result)
 
     def refresh(self) -> None:
         """Parameters are inputs: nothing is to be prepared."""

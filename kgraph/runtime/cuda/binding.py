@@ -20,6 +20,7 @@ from kgraph.dims import Dim, evaluate
 from kgraph.errors import DeviceError, InputError, KGraphError
 from kgraph.runtime import threads
 from kgraph.runtime.binding import StepTime
+from kgraph.runtime.cuda import control
 from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.device_array import Allocation, DeviceArray, from_foreign
 from kgraph.runtime.steps import HostStep, LaunchStep
@@ -384,9 +385,22 @@ class CudaBinding:
         buffers = [Argument(self._address(place, call), nbytes, dtype) for place, nbytes, dtype in work.buffers]
         self.device.launch(work.function, work.grid, work.block, work.shared_bytes, buffers, work.sizes)
 
+    def _view(self, b: int, call: _Call) -> DeviceArray:
+        """A buffer during a call; its memory is the call's."""
+        address = self._address(self.storage.places[b], call)
+        return DeviceArray(self.device, address, self.storage.shapes[b], self.program.dtypes[b], self._memory)
+
     def _run_host(self, step: HostStep, call: _Call) -> None:
-        """Copy the operands out, run, copy the results in."""
+        """Copy the operands out, run, copy the results in; branches and loops run on the device."""
         split = len(step.operands) - step.outputs
+        run = control.on_device(step.function)
+        if run is not None:
+            views = [self._view(b, call) for b in step.operands]
+            for view, result in zip(views[split:], run(views[:split], self.sizes, self.device)):
+                if result.nbytes != view.nbytes:
+                    raise KGraphError(f"{self.program.name}: {step.label} gave {result!r}, expected {view!r}")
+                self.device.copy(view.address, result.address, view.nbytes)
+            return
         given = []
         for b in step.operands[:split]:
             array = np.empty(self.storage.shapes[b], self.program.dtypes[b])
