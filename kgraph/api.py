@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kgraph.config import Options
+from kgraph.errors import UnsupportedError
 from kgraph.frontend.install import foreign_backend
 
 TARGETS = ("cpu", "cuda", "cuda:N", "cuda-simulator")
@@ -40,9 +41,14 @@ def compile(
     backend = foreign_backend()
     if backend is not None:
         from kgraph.foreign import ForeignModel
+        from kgraph.runtime.cuda.device import get_device
 
         if not isinstance(model, keras.Model):
             raise TypeError(f"with Keras on {backend}, kgraph.compile takes a keras.Model, got {model!r}")
+        if (target or get_device()) != "cpu":
+            raise UnsupportedError(
+                f"with Keras on {backend}, kgraph.compile has the target 'cpu' alone, got {target!r}"
+            )
         return ForeignModel(model, backend, freeze=freeze, example=example)
     from kgraph.compiled import CompiledModel
     from kgraph.frontend.capture import capture

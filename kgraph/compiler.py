@@ -148,8 +148,7 @@ def compile_graph(
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
     lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
-    if isinstance(target, Target):
-        arrange_updates(lowered, donations, target)
+    arrange_updates(lowered, donations, target)
     lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
     fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
