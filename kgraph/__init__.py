@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "CompiledModel": "kgraph.compiled",
+    "DeviceArray": "kgraph.runtime.cuda.device_array",
     "LoadedModel": "kgraph.runtime.artifact",
     "LoadedStep": "kgraph.runtime.artifact_step",
     "SparseTensor": "kgraph.frontend.keras_backend.sparse",
@@ -21,10 +22,12 @@ _EXPORTS = {
     "compile": "kgraph.api",
     "compile_step": "kgraph.training",
     "errors": "kgraph.errors",
+    "get_device": "kgraph.runtime.cuda.device",
     "get_num_threads": "kgraph.runtime.threads",
     "grad": "kgraph.gradients",
     "jit": "kgraph.api",
     "load": "kgraph.loading",
+    "set_device": "kgraph.runtime.cuda.device",
     "set_num_threads": "kgraph.runtime.threads",
     "value_and_grad": "kgraph.gradients",
 }

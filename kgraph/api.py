@@ -7,19 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 from kgraph.config import Options
+from kgraph.errors import UnsupportedError
 from kgraph.frontend.install import foreign_backend
 
-TARGETS = ("cpu", "cuda", "cuda-simulator")
+TARGETS = ("cpu", "cuda", "cuda:N", "cuda-simulator")
 
 
-def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = None, progress: bool | None = None):
+def compile(
+    model, *, target: str | None = None, freeze: bool = False, example: Any = None, progress: bool | None = None
+):
     """Compile a Keras model's inference to native kernels.
 
     Args:
         model: a built Keras model or layer (Functional, Sequential, subclassed, nested). A subclassed model that has
             not been called yet needs `example`.
-        target: "cpu", "cuda" (the GPU that `kgraph.set_device` names, else the first), or "cuda-simulator": GPU kernels
-            interpreted on the CPU by Numba, for tests.
+        target: "cpu", "cuda" (the GPU that `kgraph.set_device` names, else the first), "cuda:N", or "cuda-simulator":
+            GPU kernels interpreted on the CPU by Numba, for tests. By default what `kgraph.set_device` was given.
         freeze: bake the weights in as they are now.
         example: inputs of one call, for models that do not state their input shapes.
         progress: show a progress bar for compiles over a second; by default only on a terminal.
@@ -38,9 +41,14 @@ def compile(model, *, target: str = "cpu", freeze: bool = False, example: Any = 
     backend = foreign_backend()
     if backend is not None:
         from kgraph.foreign import ForeignModel
+        from kgraph.runtime.cuda.device import get_device
 
         if not isinstance(model, keras.Model):
             raise TypeError(f"with Keras on {backend}, kgraph.compile takes a keras.Model, got {model!r}")
+        if (target or get_device()) != "cpu":
+            raise UnsupportedError(
+                f"with Keras on {backend}, kgraph.compile has the target 'cpu' alone, got {target!r}"
+            )
         return ForeignModel(model, backend, freeze=freeze, example=example)
     from kgraph.compiled import CompiledModel
     from kgraph.frontend.capture import capture
@@ -60,7 +68,7 @@ def _capture_model(capture, model, example, sizes: dict[str, int]):
     return capture(model, sizes=sizes, example=example)
 
 
-def jit(function: Callable | None = None, *, target: str = "cpu", progress: bool | None = None):
+def jit(function: Callable | None = None, *, target: str | None = None, progress: bool | None = None):
     """Compile a function written in `keras.ops`, at its first call with each set of shapes, dtypes and other arguments.
 
     Usable as a decorator. Arguments that are no arrays (numbers, strings, None, hashable objects) count by value: a
@@ -79,8 +87,9 @@ def jit(function: Callable | None = None, *, target: str = "cpu", progress: bool
     return CompiledFunction(function, Options(target=target, progress=progress))
 
 
-def _check_target(target: str) -> None:
-    if target not in TARGETS:
+def _check_target(target: str | None) -> None:
+    numbered = target is not None and target.startswith("cuda:") and target[5:].isdigit()
+    if target is not None and target not in TARGETS and not numbered:
         raise ValueError(f"kgraph has no target {target!r}; targets: {', '.join(TARGETS)}")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.compiler import CompiledGraph, compile_graph
 from kgraph.config import Options
 from kgraph.errors import InputError
@@ -20,6 +21,7 @@ from kgraph.frontend.tracer import is_tracing
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
+from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.model import Model, sizes_of
 from kgraph.targets import resolve
 
@@ -91,7 +93,8 @@ class CompiledModel(Model):
         """capture: gives the model's graph, with some sizes fixed. variables: gives the model's, once it is built.
         adapts_rank: a last axis of size 1 may be missing or in excess in an input, as in Keras' functional models."""
         self._capture, self._variables = capture, variables
-        self._options = options
+        self._options, self._target = options, resolve(options.target)
+        self._device = device_for(self._target.device) if isinstance(self._target, CudaTarget) else None
         self._adapts_rank = adapts_rank
         self._baked: dict[int, np.ndarray] | None = None
         self.name = name
@@ -122,7 +125,7 @@ class CompiledModel(Model):
                     # Arrays of variables never change, so that keeping them keeps the weights of this moment.
                     self._baked = {id(v): v._value for v in self._variables()}
             with CompileProgress(self.name, self._options.progress) as progress:
-                compiled = compile_graph(captured.graph, progress, target=resolve(self._options.target))
+                compiled = compile_graph(captured.graph, progress, target=self._target)
         variant = Variant(captured, compiled, self._baked)
         variant.refresh_weights()
         self._compiles += 1

@@ -147,13 +147,8 @@ def compile_graph(
     optimised, context = optimise(graph, target, passes)
     split = split_prologue(optimised)
     passes_done = time.perf_counter()
-    if isinstance(target, Target):
-        lowered = lower(
-            split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0]
-        )
-        arrange_updates(lowered, donations, target)
-    else:
-        lowered = lower(split.main, target, context.decisions)
+    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
+    arrange_updates(lowered, donations, target)
     lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
     fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
@@ -166,7 +161,7 @@ def compile_graph(
     else:
         objects = compile_specs(specs, progress=progress, target=target)
         kernels_done = time.perf_counter()
-        make = functools.partial(CudaProgram, device=device_for(target.machine))
+        make = functools.partial(CudaProgram, device=device_for(target.device))
     program = lowered.program(graph.name, objects, make, **fields)
     seconds = {
         **{f"pass {name}": t for name, t in context.seconds.items()},

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class Options:
     """What `kgraph.compile` may be told.
 
-    target: "cpu", "cuda" or "cuda-simulator".
+    target: "cpu", "cuda", "cuda:N" or "cuda-simulator"; None for what `kgraph.set_device` was given.
     freeze: bake the weights in as they are now; later changes of the model's weights are not seen.
     progress: show progress of a compile that takes longer than a second; None shows it on a terminal only.
     """
 
-    target: str = "cpu"
+    target: str | None = None
     freeze: bool = False
     progress: bool | None = None

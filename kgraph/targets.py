@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from kgraph.codegen.cuda.target import CudaTarget, make_target, simulator_target
 from kgraph.codegen.target import Target, host_target
-from kgraph.runtime.cuda.device import device_for
+from kgraph.runtime.cuda.device import device_for, get_device
 
 
-def resolve(name: str) -> Target | CudaTarget:
-    """The target called "cpu", "cuda" or "cuda-simulator".
+def resolve(name: str | None) -> Target | CudaTarget:
+    """The target called "cpu", "cuda" (a GPU: that of `set_device`, or the first), "cuda:N" or "cuda-simulator".
 
-    Raises DeviceError where there is no such device, saying what is missing.
+    name: None means what `kgraph.set_device` was given. Raises ValueError for another name, DeviceError where there is
+    no such device, saying what is missing.
     """
+    name = target_name(name)
     if name == "cpu":
         return host_target()
     device = device_for(name)
-    return simulator_target() if name == "cuda-simulator" else make_target(device.capability, device.num_sms)
+    if name == "cuda-simulator":
+        return simulator_target()
+    return make_target(device.capability, device.num_sms, device.ordinal)
+
+
+def target_name(name: str | None) -> str:
+    """The name of a device that a target stands for."""
+    current = get_device()
+    if name is None or (name == "cuda" and current.startswith("cuda:")):
+        return current
+    return name

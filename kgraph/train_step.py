@@ -12,7 +12,9 @@ import numpy as np
 from keras.src.random.seed_generator import global_seed_generator
 
 from kgraph.batch_shapes import BatchShapes, Pattern, Position, symbolic, symbols_of
+from kgraph.codegen.target import Target
 from kgraph.compiler import compile_graph
+from kgraph.device_step import DeviceVariant
 from kgraph.frontend.capture import Captured, SpecialisationError, capture_function
 from kgraph.frontend.keras_backend import core
 from kgraph.garbage import earlier_objects_set_aside
@@ -20,6 +22,7 @@ from kgraph.ir import Graph
 from kgraph.passes.manager import Pass
 from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.progress import CompileProgress
+from kgraph.targets import resolve
 
 MOST_PROGRAMS = 32
 MANY_COMPILES = 8
@@ -38,19 +41,31 @@ class CompiledStep:
     why. The MOST_PROGRAMS programs that ran last are kept; MANY_COMPILES compiles lead to a warning.
     """
 
-    def __init__(self, function: Callable, name: str, *, training: bool, symbolic_batch: bool = True):
+    def __init__(
+        self,
+        function: Callable,
+        name: str,
+        *,
+        training: bool,
+        symbolic_batch: bool = True,
+        target: str | None = None,
+    ):
         """
         function: takes one batch (nested tuples, lists and dicts of arrays and None), gives a nested value of tensors.
         training: the step holds gradients. symbolic_batch: False where the model is made for one batch size.
+        target: "cpu", "cuda" and so on; by default what `kgraph.set_device` was given. On a GPU the variables stay
+            there, and the step gives arrays there, which may still be being computed.
+        Raises DeviceError where there is no such device.
         """
+        self._target = resolve(target)
         self.name = name
         self._function = _named(function, name)
         self._passes = tuple(TRAINING if training else INFERENCE)
         self._specialised_because = None if symbolic_batch else "the model is declared for a fixed batch size"
         self._shapes = BatchShapes(symbolic_batch)
-        self._by_key: dict[tuple, Variant] = {}  # a shortcut: the variant for every key seen
-        self._variants: dict[tuple[tuple, Pattern], Variant] = {}
-        self._last: Variant | None = None
+        self._by_key: dict[tuple, Variant | DeviceVariant] = {}  # a shortcut: the variant for every key seen
+        self._variants: dict[tuple[tuple, Pattern], Variant | DeviceVariant] = {}
+        self._last: Variant | DeviceVariant | None = None
         self._compiles = 0
         self._compile_seconds = 0.0
 
@@ -63,7 +78,7 @@ class CompiledStep:
             variant = self._last = self._variant_for(batch, leaves, key)
         return variant(leaves)
 
-    def prepare(self, batch) -> Variant:
+    def prepare(self, batch) -> Variant | DeviceVariant:
         """The program for batches like this one, compiled if there is none; nothing is run or assigned."""
         leaves: list[np.ndarray] = []
         key = self._key(_flatten(batch, leaves), leaves)
@@ -76,7 +91,7 @@ class CompiledStep:
         """What decides which program runs."""
         return structure, tuple([(a.shape, a.dtype) for a in leaves])
 
-    def _variant_for(self, batch, leaves: list[np.ndarray], key: tuple) -> Variant:
+    def _variant_for(self, batch, leaves: list[np.ndarray], key: tuple) -> Variant | DeviceVariant:
         """The program for a batch, compiled if there is none; moved to the end of those that are kept."""
         structure, described = key
         shapes, kind = [shape for shape, _ in described], (structure, tuple([dtype for _, dtype in described]))
@@ -113,14 +128,18 @@ class CompiledStep:
         self._by_key[key] = variant
         return variant
 
-    def _compile(self, batch, pattern: Pattern) -> Variant:
+    def _compile(self, batch, pattern: Pattern) -> Variant | DeviceVariant:
         start = time.perf_counter()
+        variant: Variant | DeviceVariant
         # Made outside of the trace: a variable that is made inside of one has no value yet.
         global_seed_generator()
         with earlier_objects_set_aside():
             captured = capture_function(self._function, batch, shapes=symbolic(pattern))
             with CompileProgress(self.name) as progress:
-                variant = Variant(captured, self._passes, progress)
+                if isinstance(self._target, Target):
+                    variant = Variant(captured, self._passes, progress)
+                else:
+                    variant = DeviceVariant(captured, self._target, progress)
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
         if self._compiles == MANY_COMPILES:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from kgraph.device_step import DeviceVariant
 from kgraph.errors import CaptureError, InputError
 from kgraph.report import Explanation, explain
 from kgraph.train_step import CompiledStep, Variant
@@ -52,7 +53,7 @@ class TrainingStep:
         self._model, self._step, self._batch = model, step, batch
         self._program()
 
-    def _program(self) -> Variant:
+    def _program(self) -> Variant | DeviceVariant:
         return self._step.prepare(self._batch)
 
     def __call__(self, batch) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kgraph.artifact.save import SavedForm, SavedModel, StateVariable
 from kgraph.ir import Graph
+from kgraph.runtime.cuda.program import CudaProgram
 from kgraph.structure import Structure
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ def saved_model(
     return SavedModel("model", name, inputs, forms, adapts_rank, fixed, specialised)
 
 
+def _for_this_machine(compiled: CompiledGraph) -> CompiledGraph | None:
+    """The compiled graph if its code is for processors; what runs on a GPU is compiled again for them."""
+    return None if isinstance(compiled.program, CudaProgram) else compiled
+
+
 def unique_names(variables) -> dict[int, str]:
     """A name for every variable (by its `id`), its path where no other one has it."""
     names: dict[int, str] = {}
@@ -46,7 +52,7 @@ def _form(sizes: dict[str, int], variant: Variant, names: Mapping[int, str]) -> 
     captured = variant.captured
     values = dict(zip(map(id, captured.variables), variant.weights()))
     graph, state = captured.graph, []
-    compiled: CompiledGraph | None = variant.compiled
+    compiled = _for_this_machine(variant.compiled)
     updated = {id(v) for v in captured.updates}
     own = list(zip(captured.variables, graph.params, strict=True))
     if updated:
@@ -102,7 +108,7 @@ def saved_step(
         inputs=variant.inputs,
         outputs=variant.outputs,
         sizes={},
-        compiled=variant.compiled,
+        compiled=_for_this_machine(variant.compiled),
         state=state,
         passes=variant.passes,
         donations=variant.donations,

@@ -10,6 +10,7 @@ import numpy as np
 
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.cpu.repeat import SPEC as REPEAT
+from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.target import Target
 from kgraph.ir import Dim, Graph, Node, TensorType, Value, append_graph, constant_value, live_nodes
 from kgraph.runtime.control import Body, Branches, Scan, While
@@ -62,7 +63,7 @@ class ControlStep:
         if self.node.name == "cond":
             text = f"its branches are compiled ({kernels}); Python calls the one that is chosen"
         else:
-            who = "Python counts" if hosts else "native code counts"
+            who = "native code counts" if self.bodies[-1].repeat and not hosts else "Python counts"
             text = f"its body is compiled ({kernels}); {who} the iterations"
         return text + (f"; host steps in there: {', '.join(hosts)}" if hosts else "")
 
@@ -78,7 +79,11 @@ class ControlStep:
 
 
 def lower_control(
-    node: Node, known: set[str], optimise: Callable[[Graph], Graph], lower: Callable[[Graph], Lowered], target: Target
+    node: Node,
+    known: set[str],
+    optimise: Callable[[Graph], Graph],
+    lower: Callable[[Graph], Lowered],
+    target: Target | CudaTarget,
 ) -> ControlStep | str:
     """The step for a node of control flow, or the reason why its bodies cannot be compiled.
 
@@ -97,7 +102,7 @@ def lower_control(
         if isinstance(body, str):
             return body
         step.bodies.append(body)
-    if node.name != "cond":
+    if node.name != "cond" and isinstance(target, Target):
         body = step.bodies[-1]
         body.repeat = spec_key(REPEAT, target)
         body.lowered.specs[body.repeat] = REPEAT

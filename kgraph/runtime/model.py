@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from numbers import Number
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from kgraph.errors import InputError
 from kgraph.structure import Structure
 from kgraph.types import TensorType
+
+if TYPE_CHECKING:
+    from kgraph.runtime.cuda.device import Device
 
 
 class Form(Protocol):
@@ -33,6 +36,8 @@ class Model:
     name: str
     _inputs: Structure
     _adapts_rank: bool
+    # What models on a GPU take beside host arrays: arrays there, of any library.
+    _device: Device | None = None
 
     def _form_for(self, arrays: list[np.ndarray]) -> Form:
         """What serves inputs of these shapes."""
@@ -65,10 +70,23 @@ class Model:
                 raise InputError(f"{self.name} is compiled for inference; call the Keras model with training=True")
             kwargs = {name: value for name, value in kwargs.items() if name != "training"}
         leaves = map(self._leaf_value, inputs.flatten_call(args, kwargs))
-        arrays = [as_input(*each) for each in zip(leaves, inputs.names, inputs.types, strict=True)]
+        arrays = [self._as_input(*each) for each in zip(leaves, inputs.names, inputs.types, strict=True)]
         if self._adapts_rank:
             arrays = [_with_rank(array, type_) for array, type_ in zip(arrays, inputs.types)]
         return self._form_for(arrays), arrays
+
+    def _as_input(self, value, name: str, expected: TensorType):
+        if self._device is not None and not isinstance(value, np.ndarray):
+            from kgraph.runtime.cuda.device_array import from_foreign
+
+            array = from_foreign(value, self._device, f"input {name!r}")
+            if array is not None:
+                if array.dtype != expected.np_dtype:
+                    raise InputError(
+                        f"input {name!r}: expected {expected}, got {array.dtype} on the GPU; convert it there"
+                    )
+                return array
+        return as_input(value, name, expected)
 
     def predict(self, x, batch_size: int | None = None, verbose: int = 0):
         """Outputs for all rows of `x`, computed batch by batch (the last one may be smaller).
@@ -129,9 +147,9 @@ def as_input(value, name: str, expected: TensorType) -> np.ndarray:
 def _with_rank(array: np.ndarray, expected: TensorType) -> np.ndarray:
     """The array with a last axis of size 1 added or removed where that gives the expected rank."""
     if array.ndim == expected.rank + 1 and array.shape[-1] == 1:
-        return array[..., 0]
+        return array.reshape(array.shape[:-1])
     if array.ndim == expected.rank - 1 and isinstance(expected.shape[-1], int) and expected.shape[-1] == 1:
-        return array[..., None]
+        return array.reshape((*array.shape, 1))
     return array
 
 

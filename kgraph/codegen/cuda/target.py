@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kgraph.errors import CompileError
 
@@ -20,7 +20,7 @@ class CudaTarget:
     capability: (major, minor) of the compute capability. simulator: whether Numba's simulator runs the kernels.
     block: threads of a block of elementwise kernels and reductions. group: threads that work on one row together where
         a whole block would have too little to do: a warp. Both are powers of two. num_sms: multiprocessors.
-    shared_bytes: shared memory that a kernel may declare.
+    shared_bytes: shared memory that a kernel may declare. ordinal: number of the GPU, which no kernel depends on.
     """
 
     capability: tuple[int, int]
@@ -29,6 +29,7 @@ class CudaTarget:
     group: int = 32
     num_sms: int = 132
     shared_bytes: int = _STATIC_SHARED_BYTES
+    ordinal: int = field(default=0, repr=False)  # cache keys are made of the text
 
     @property
     def families(self) -> str:
@@ -53,6 +54,11 @@ class CudaTarget:
         return "cuda-simulator" if self.simulator else "cuda"
 
     @property
+    def device(self) -> str:
+        """The name of the device that programs for this target run on."""
+        return "cuda-simulator" if self.simulator else f"cuda:{self.ordinal}"
+
+    @property
     def arch(self) -> str:
         """The architecture as the toolkit names it (`sm_90`)."""
         return "sm_{}{}".format(*self.capability)
@@ -74,12 +80,12 @@ def _version(*packages: str) -> str:
     return "unknown"
 
 
-def make_target(capability: tuple[int, int], num_sms: int = 0) -> CudaTarget:
+def make_target(capability: tuple[int, int], num_sms: int = 0, ordinal: int = 0) -> CudaTarget:
     """The target for a compute capability. Raises CompileError below 7.5, which NVVM no longer knows."""
     if capability < (7, 5):
         raise CompileError(f"kgraph needs compute capability 7.5 (Turing) or later, the GPU has {capability}")
     known = [c for c in _TYPICAL_SMS if c <= capability]
-    return CudaTarget(capability, num_sms=num_sms or _TYPICAL_SMS[max(known)])
+    return CudaTarget(capability, num_sms=num_sms or _TYPICAL_SMS[max(known)], ordinal=ordinal)
 
 
 def simulator_target() -> CudaTarget:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
+from typing import Any
 
 import numpy as np
 from keras.src import tree
@@ -28,7 +30,7 @@ from keras.src.backend.common.symbolic_scope import SymbolicScope
 from keras.src.backend.common.variables import standardize_shape as _standardize_shape
 
 from kgraph import ops
-from kgraph.errors import DimDecisionError, InputError, UnsupportedError
+from kgraph.errors import DeviceError, DimDecisionError, InputError, UnsupportedError
 from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
@@ -64,9 +66,47 @@ class Variable(KerasVariable):
 
     `version` grows with each assignment. During a trace the value is a graph parameter, and assignments go to the
     scope of the trace as state updates.
+
+    Steps on a GPU leave the value there: `resident` is an array on the device that has it, and `_value`, the array of
+    the host, is copied from there when it is read and behind. `spare` is the resident that an assignment has replaced:
+    its memory takes the next one.
     """
 
     version = 0
+    resident: Any = None
+    spare: Any = None
+    _host: np.ndarray | None = None
+    _is_behind = False
+
+    @property
+    def _value(self):
+        if self._is_behind:
+            self._fetch()
+        return self._host
+
+    @_value.setter
+    def _value(self, value):
+        if self.resident is not None:
+            self.spare, self.resident = self.resident, None
+        self._host, self._is_behind = value, False
+
+    def _fetch(self) -> None:
+        """Copy the value from the device. If that is lost, the last copy stays, after a warning."""
+        try:
+            value = self.resident.numpy()
+        except DeviceError as error:
+            if not self.resident.device.is_lost:
+                raise
+            warnings.warn(
+                f"{self.path}: the value on the GPU is gone, what was last read of it is used: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self.resident = self.spare = None
+        else:
+            value.setflags(write=False)
+            self._host = value
+        self._is_behind = False
 
     def _initialize(self, value):
         self._direct_assign(value)
@@ -115,6 +155,17 @@ def adopt_values(variables, arrays) -> None:
     for variable, array in zip(variables, arrays, strict=True):
         array.setflags(write=False)
         variable._value = array
+    with _version_lock:
+        for variable in variables:
+            variable.version += 1
+        weights_version += 1
+
+
+def adopt_residents(variables, arrays) -> None:
+    """Make arrays on a device, of the right types and held by nobody else, the variables' values without copies."""
+    global weights_version
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.resident, variable._is_behind = array, True
     with _version_lock:
         for variable in variables:
             variable.version += 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,38 +19,88 @@ class Argument(NamedTuple):
     dtype: str
 
 
+class Holder(Protocol):
+    """Something that can do without its memory on the device for a while."""
+
+    def release_idle(self) -> None:
+        """Give the memory back unless it is in use."""
+
+
 class Device(ABC):
     """Memory and execution of one device. All work goes to one stream, in order.
 
-    name: of the product. capability: (major, minor). num_sms: multiprocessors. most_blocks: of a grid.
+    machine: "cuda" or "cuda-simulator". name: of the product. ordinal: number of the GPU. stream_number: the stream as
+    other libraries know it. capability: (major, minor). num_sms: multiprocessors. most_blocks: of a grid.
+    lock: held while the launches of a call are handed over, so that those of several threads do not mix.
     Every method raises DeviceError for a fault of the device, and all of them from then on if the device is lost.
     """
 
+    machine = "cuda"
     name: str
+    ordinal = 0
+    stream_number = 0
     capability: tuple[int, int]
     num_sms: int
     most_blocks: int
 
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._holders: weakref.WeakSet = weakref.WeakSet()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the device cannot be used any more."""
+        return False
+
+    def add_holder(self, holder: Holder) -> None:
+        """Ask `holder` for its memory when an allocation fails."""
+        self._holders.add(holder)
+
+    def _reclaim(self) -> None:
+        for holder in list(self._holders):
+            holder.release_idle()
+
+    # -- memory -------------------------------------------------------------------------------------------------------
     @abstractmethod
     def allocate(self, nbytes: int) -> int:
-        """The address of fresh memory, aligned to 256 bytes. Raises DeviceMemoryError."""
+        """The address of fresh memory, aligned to 256 bytes.
+
+        Where there is not enough, what idle programs hold is given back first. Raises DeviceMemoryError.
+        """
 
     @abstractmethod
-    def release(self, address: int) -> None:
-        """Give memory back, once all work that was asked for so far is done."""
+    def release(self, address: int, shared: bool = False) -> None:
+        """Give memory back; work that was asked for before may still use it.
 
+        shared: another library may have used it, whose work is waited for.
+        """
+
+    @abstractmethod
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes."""
+
+    @abstractmethod
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Fresh host memory (uint8) from which copies run beside other work."""
+
+    # -- copies -------------------------------------------------------------------------------------------------------
     @abstractmethod
     def copy_in(self, address: int, array: np.ndarray) -> None:
-        """Copy a contiguous array to the device; the array may change as soon as this returns."""
+        """Copy a contiguous array to the device; it may change as soon as this returns, unless it is pinned memory."""
 
     @abstractmethod
     def copy_out(self, array: np.ndarray, address: int) -> None:
         """Copy from the device into a contiguous array, which has the values when this returns."""
 
     @abstractmethod
+    def copy_out_later(self, array: np.ndarray, address: int) -> None:
+        """Like `copy_out`; the array has the values after `synchronize`."""
+
+    @abstractmethod
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy within the device."""
 
+    # -- kernels ------------------------------------------------------------------------------------------------------
     @abstractmethod
     def load(self, kernels: Mapping[str, bytes]) -> dict[str, Any]:
         """Functions for `launch` by key. Raises DeviceError with the driver's log for objects that it refuses."""
@@ -61,28 +112,78 @@ class Device(ABC):
         """Run a kernel on `grid` blocks of `block` threads; shared_bytes: beside what the kernel declares."""
 
     @abstractmethod
+    def begin_capture(self) -> None:
+        """From now on launches and copies within the device are kept instead of run."""
+
+    @abstractmethod
+    def end_capture(self) -> Any:
+        """What was kept, for `replay`."""
+
+    @abstractmethod
+    def replay(self, graph: Any) -> None:
+        """Run what was kept."""
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all work is done."""
 
     @abstractmethod
-    def memory(self) -> tuple[int, int]:
-        """(free, total) bytes."""
+    def synchronize_stream(self, stream: int) -> None:
+        """Wait until the work of another library's stream is done."""
+
+    @abstractmethod
+    def mark(self, timing: bool = False) -> Any:
+        """The moment at which all work so far is done. timing: for `milliseconds`."""
+
+    @abstractmethod
+    def wait(self, event: Any) -> None:
+        """Wait for such a moment."""
+
+    @abstractmethod
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """The time between two moments."""
 
 
 _lock = threading.Lock()
 _devices: dict[str, Device] = {}
+_current = "cpu"
 
 
 def device_for(name: str) -> Device:
-    """The device of the targets "cuda" and "cuda-simulator". Raises DeviceError saying what is missing."""
+    """The device called "cuda" (the first GPU), "cuda:N" or "cuda-simulator".
+
+    Raises ValueError for another name, DeviceError where there is no such device, saying what is missing.
+    """
+    name = "cuda:0" if name == "cuda" else name
     with _lock:
         if name not in _devices:
             if name == "cuda-simulator":
                 from kgraph.runtime.cuda.simulator import SimulatorDevice
 
                 _devices[name] = SimulatorDevice()
-            else:
+            elif name.startswith("cuda:") and name[5:].isdigit():
                 from kgraph.runtime.cuda.gpu import Gpu
 
-                _devices[name] = Gpu()
+                _devices[name] = Gpu(int(name[5:]))
+            else:
+                raise ValueError(f"there is no device {name!r}: use 'cpu', 'cuda', 'cuda:N' or 'cuda-simulator'")
         return _devices[name]
+
+
+def set_device(name: str) -> None:
+    """Compile for this device from now on, where no target is named: "cpu", "cuda", "cuda:N" or "cuda-simulator".
+
+    `fit`, `evaluate` and `predict` of Keras models run there too, if they have not been compiled yet. Weights and the
+    optimizer's state stay on the device between steps, and are copied back when they are read.
+    Raises ValueError for another name, DeviceError where there is no such device, saying what is missing.
+    """
+    global _current
+    if name != "cpu":
+        device_for(name)
+    _current = name
+
+
+def get_device() -> str:
+    """The name that `set_device` was last given; "cpu" without."""
+    return _current

@@ -8,7 +8,9 @@ the process.
 from __future__ import annotations
 
 import linecache
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from types import FunctionType
@@ -27,6 +29,7 @@ _MEMORY_DTYPES = {"bool": "uint8", "float16": "uint16", "bfloat16": "uint16"}
 class SimulatorDevice(Device):
     """See the module's docstring. limit: bytes that can be allocated, for tests of what happens beyond."""
 
+    machine = "cuda-simulator"
     name = "Numba's CUDA simulator"
     capability = (9, 0)
     num_sms = 1
@@ -41,12 +44,17 @@ class SimulatorDevice(Device):
             raise DeviceError(
                 "Numba's CUDA simulator is off: set NUMBA_ENABLE_CUDASIM=1 before the process first imports numba.cuda"
             )
+        super().__init__()
         self._cuda = cuda
+        self._captured: list | None = None
         self._limit, self._used = limit, 0
         self._memory: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()  # the simulator runs one kernel at a time
+        self._running = threading.Lock()  # the simulator runs one kernel at a time
+        _make_shared_arrays_safe()
 
     def allocate(self, nbytes: int) -> int:
+        if self._used + nbytes > self._limit:
+            self._reclaim()
         if self._used + nbytes > self._limit:
             free = self._limit - self._used
             raise DeviceMemoryError(f"{self.name}: {nbytes} bytes were asked for, {free} of {self._limit} are free")
@@ -58,7 +66,7 @@ class SimulatorDevice(Device):
         self._used += nbytes
         return address
 
-    def release(self, address: int) -> None:
+    def release(self, address: int, shared: bool = False) -> None:
         self._used -= self._memory.pop(address).nbytes
 
     def _view(self, address: int, nbytes: int) -> np.ndarray:
@@ -75,8 +83,13 @@ class SimulatorDevice(Device):
         if array.nbytes:
             array.reshape(-1).view(np.uint8)[:] = self._view(address, array.nbytes)
 
+    def copy_out_later(self, array: np.ndarray, address: int) -> None:
+        self.copy_out(array, address)
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        if nbytes:
+        if self._captured is not None:
+            self._captured.append(lambda: self.copy(target, source, nbytes))
+        elif nbytes:
             self._view(target, nbytes)[:] = self._view(source, nbytes)
 
     def load(self, kernels: Mapping[str, bytes]) -> dict[str, Any]:
@@ -93,16 +106,68 @@ class SimulatorDevice(Device):
     def launch(
         self, function: Any, grid: int, block: int, shared_bytes: int, buffers: Sequence[Argument], sizes: Sequence[int]
     ) -> None:
+        if self._captured is not None:
+            self._captured.append(lambda: self.launch(function, grid, block, shared_bytes, buffers, sizes))
+            return
         pointers = [_Pointer(self._view(address, nbytes), dtype) for address, nbytes, dtype in buffers]
-        with self._lock, warnings.catch_warnings():
+        with self._running, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # integers wrap, floats overflow
             function[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
+
+    def begin_capture(self) -> None:
+        self._captured = []
+
+    def end_capture(self) -> Any:
+        captured, self._captured = self._captured, None
+        return captured
+
+    def replay(self, graph: Any) -> None:
+        for run in graph:
+            run()
 
     def synchronize(self) -> None:
         pass
 
+    def synchronize_stream(self, stream: int) -> None:
+        pass
+
+    def mark(self, timing: bool = False) -> Any:
+        return time.perf_counter()
+
+    def wait(self, event: Any) -> None:
+        pass
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        return (end - start) * 1e3
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        return np.empty(nbytes, np.uint8)
+
     def memory(self) -> tuple[int, int]:
         return self._limit - self._used, self._limit
+
+
+def _make_shared_arrays_safe() -> None:
+    """Numba's simulator may give two threads of a block two arrays for one declaration, if both come to it at once.
+
+    So its method is replaced by one that does the same (a declaration is known by its line) under a lock.
+    """
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    lock = threading.Lock()
+
+    def array(self, shape, dtype, alignment=None):
+        dtype = np.dtype(getattr(dtype, "name", dtype))
+        if shape == 0:
+            return np.frombuffer(self._dynshared.data, dtype, self._dynshared_size // dtype.itemsize)
+        caller = sys._getframe(1)
+        with lock:
+            key = caller.f_code.co_filename, caller.f_lineno
+            if key not in self._allocations:
+                self._allocations[key] = np.empty(shape, dtype)
+            return self._allocations[key]
+
+    FakeCUDAShared.array = array  # type: ignore[method-assign]
 
 
 class _Pointer:

@@ -1,0 +1,90 @@
+"""Branches and loops on a device: Python calls the compiled bodies, and values stay where they are.
+
+Only what decides is copied to the host: the number of a branch, and whether a loop goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kgraph.dims import evaluate
+from kgraph.errors import KGraphError
+from kgraph.runtime.control import Body, Branches, Scan, While
+from kgraph.runtime.cuda.device import Device
+from kgraph.runtime.cuda.device_array import DeviceArray
+
+Arrays = Sequence[DeviceArray]
+
+
+def on_device(function: object) -> Callable[[Arrays, dict[str, int], Device], list[DeviceArray]] | None:
+    """How the function of a step runs on arrays of a device; None for a function of host arrays."""
+    if isinstance(function, Branches):
+        return lambda arrays, sizes, device: _branches(function, arrays, sizes, device)
+    if isinstance(function, While):
+        return lambda arrays, sizes, device: _while(function, arrays, sizes, device)
+    if isinstance(function, Scan):
+        return lambda arrays, sizes, device: _scan(function, arrays, sizes, device)
+    return None
+
+
+def _run(body: Body, arrays: Arrays, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
+    """The results of a body for its operands and extras; they may be operands themselves."""
+    binding: Any = body.bind([a.shape for a in arrays])
+    outputs = [there(r, device) for r in binding(arrays)]
+    types = body.result_types(sizes, binding)
+    places = [(arrays if kind == "input" else outputs)[number] for kind, number in body.results]
+    return [a.reshape(shape) for a, (shape, _) in zip(places, types)]
+
+
+def there(result, device: Device) -> DeviceArray:
+    """A result on the device; of a program without inputs there, results are host arrays."""
+    return result if isinstance(result, DeviceArray) else DeviceArray.copy_of(device, result)
+
+
+def _extra(body: Body, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
+    return [DeviceArray.copy_of(device, a) for a in body.extra(sizes)]
+
+
+def _branches(step: Branches, arrays: Arrays, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
+    body = step.bodies[min(max(int(arrays[0]), 0), len(step.bodies) - 1)]
+    return _run(body, [*arrays[1:], *_extra(body, sizes, device)], sizes, device)
+
+
+def _while(step: While, arrays: Arrays, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
+    if not _run(step.first, [*arrays, *_extra(step.first, sizes, device)], sizes, device)[0]:
+        return list(arrays)
+    rest = _extra(step.body, sizes, device)
+    while True:
+        *given, go_on = _run(step.body, [*arrays, *rest], sizes, device)
+        _check_carried(step.body, arrays, given)
+        if not go_on:
+            return given
+        arrays = given
+
+
+def _scan(step: Scan, arrays: Arrays, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
+    count, held = evaluate(step.length, sizes), step.num_carry + step.num_xs
+    carries, xs = list(arrays[: step.num_carry]), arrays[step.num_carry : held]
+    if any(len(x) != count for x in xs):
+        raise KGraphError(f"{step.body.program.name}: a sequence has another length than {count}")
+    rest = [*arrays[held:], *_extra(step.body, sizes, device)]
+    shapes = [*(a.shape for a in carries), *(x.shape[1:] for x in xs), *(a.shape for a in rest)]
+    types = step.body.result_types(sizes, step.body.bind(shapes))
+    stacks = [DeviceArray.empty(device, (count, *shape), dtype) for shape, dtype in types[step.num_carry :]]
+    for t in range(count)[:: -1 if step.reverse else 1]:
+        results = _run(step.body, [*carries, *(x[t : t + 1].reshape(x.shape[1:]) for x in xs), *rest], sizes, device)
+        _check_carried(step.body, carries, results)
+        carries = results[: step.num_carry]
+        for stack, y in zip(stacks, results[step.num_carry :]):
+            device.copy(stack[t : t + 1].address, y.address, y.nbytes)
+    return [*carries, *stacks]
+
+
+def _check_carried(body: Body, before: Arrays, after: Arrays) -> None:
+    """Raises KGraphError where a carried value leaves with another type than it entered with."""
+    for number, (a, b) in enumerate(zip(before, after)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise KGraphError(
+                f"{body.program.name}: carry {number} is {a.dtype}{list(a.shape)}, not {b.dtype}{list(b.shape)}"
+            )
