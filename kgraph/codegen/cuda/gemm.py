@@ -11,13 +11,15 @@ order and applies the epilogue.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from kgraph.codegen import expressions
 from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_products, take_apart
 from kgraph.codegen.cpu.strided import SizeTable, collapse, collapse_streams, dense_strides
-from kgraph.codegen.cuda import reduce, scalar_ops
+from kgraph.codegen.cuda import reduce
+from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource, index_type
 from kgraph.codegen.cuda.tiles import Tile, TileProduct
 from kgraph.codegen.expressions import compute_dtype
@@ -105,9 +107,11 @@ def lower(node: Node, target) -> list[KernelCall]:
     pieces = _pieces(p, tile, target) if accumulate == compute_dtype(parts.result.dtype) else 1
     name = "gemm" + parts.name
     if pieces == 1:
-        return [_call(name, parts, p, tile, accumulate, 1, parts.extras, parts.outputs, parts.expression)]
+        extras, finish = [v for _, v in parts.extras], Finish.params(parts, accumulate)
+        return [_call(name, parts, p, tile, 1, extras, parts.outputs, finish)]
     partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
-    first = _call("gemm_partial", parts, p, tile, accumulate, pieces, [], [partial], None)
+    untouched = (accumulate, accumulate, (), (accumulate,), None)
+    first = _call("gemm_partial", parts, p, tile, pieces, [], [partial], untouched)
     return [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
 
 
@@ -159,30 +163,27 @@ def _call(
     parts: Parts,
     p: Product,
     tile: Tile,
-    accumulate: str,
     pieces: int,
-    extras: Sequence[tuple[str, Value]],
+    extras: Sequence[Value],
     outputs: Sequence[Value | Temporary],
-    expression: tuple | None,
+    finish: tuple,
 ) -> KernelCall:
     """The call of a kernel that makes `outputs`: the sums of pieces of K, or the finished results."""
     table = SizeTable()
     stride = lambda n: 1 if isinstance(n, int) and n == 1 else table.run_time(n)
     axes = lambda of: tuple((table.run_time(n), stride(t)) for n, t in of)
     piece = p.depth if pieces == 1 else ceil_div(p.depth, pieces * tile.depth) * tile.depth
-    operands = [p.a.value, p.b.value, *(v for _, v in extras), *outputs]
+    operands = [p.a.value, p.b.value, *extras, *outputs]
     plan = Plan(
         name=name,
         tile=tile,
-        dtypes=(p.a.value.dtype, p.b.value.dtype, accumulate, parts.result.dtype),
-        extras=tuple((kind, v.dtype) for kind, v in extras),
-        outputs=tuple(o.type.dtype for o in outputs),
-        expression=expression,
+        dtypes=(p.a.value.dtype, p.b.value.dtype),
+        finish=finish,
         sizes=tuple(table.run_time(n) for n in (p.entries, p.rows, p.columns, p.depth, pieces, piece)),
         batch=tuple((table.run_time(n), tuple(map(stride, strides))) for n, strides in p.batch),
         a=(axes(p.a.rows), axes(p.a.columns)),
         b=(axes(p.b.rows), axes(p.b.columns)),
-        index=index_type([o.type.size for o in operands]),
+        indices=index_type([o.type.size for o in operands]),
         num_sizes=len(table.values),
     )
     return KernelCall(
@@ -202,22 +203,20 @@ def _call(
 class Plan(NamedTuple):
     """Params of `render`. Sizes are ("size", slot), strides that or 1.
 
-    dtypes: of A, of B, of the sums, of the product's result. extras: (kind, dtype). outputs: dtypes. expression: of the
-    epilogue, or None. sizes: of the batch, M, N, K, the number of pieces, the length of a piece. batch: (size, strides
-    in A and B). a: axes (size, stride) of M and of K; b: of K and of N.
+    dtypes: of A and B. finish: params of `Finish`. sizes: of the batch, M, N, K, the number of pieces, the length of a
+    piece. batch: (size, strides in A and B). a: axes (size, stride) of M and of K; b: of K and of N. indices: their
+    type. num_sizes: how many there are.
     """
 
     name: str
     tile: Tile
     dtypes: tuple
-    extras: tuple
-    outputs: tuple
-    expression: tuple | None
+    finish: tuple
     sizes: tuple
     batch: tuple
     a: tuple
     b: tuple
-    index: str
+    indices: str
     num_sizes: int
 
 
@@ -230,10 +229,9 @@ def render(params: tuple, target) -> str:
 class _Gemm:
     def __init__(self, plan: Plan, target):
         self.plan, tile = plan, plan.tile
-        self.k = k = KernelSource(plan.name, target, tile.block, plan.index)
+        self.k = k = KernelSource(plan.name, target, tile.block, plan.indices)
         self.a, self.b = k.operand(plan.dtypes[0]), k.operand(plan.dtypes[1])
-        self.extras = [(kind, k.operand(dtype)) for kind, dtype in plan.extras]
-        self.outputs = [k.operand(dtype) for dtype in plan.outputs]
+        self.finish = Finish(k, *plan.finish)
         self.slots = [k.size() for _ in range(plan.num_sizes)]
         self.entries, self.rows, self.columns, self.depth, self.pieces, self.piece = map(self._value, plan.sizes)
 
@@ -252,7 +250,7 @@ class _Gemm:
         k, plan, tile = self.k, self.plan, self.plan.tile
         (a_rows, a_depth), (b_depth, b_columns) = plan.a, plan.b
         unit = lambda axes: bool(axes) and axes[-1][1] == 1
-        product = TileProduct(k, tile, plan.dtypes[2], unit(a_rows), unit(b_depth) and not unit(b_columns))
+        product = TileProduct(k, tile, self.finish.accumulate, unit(a_rows), unit(b_depth) and not unit(b_columns))
         row_tiles = k.let(k.ceil_div(self.rows, tile.rows), "row_tiles")
         column_tiles = k.let(k.ceil_div(self.columns, tile.columns), "column_tiles")
         total = k.let(k.product([self.pieces, self.entries, row_tiles, column_tiles]), "total")
@@ -289,7 +287,7 @@ class _Gemm:
                     offsets = {depth: self._walk(at[depth], axes) for depth in dict.fromkeys(of)}
                     for name, depth, base in zip(names, of, bases, strict=True):
                         index = k.add(base, offsets[depth])
-                        product.fetch(name, [f"{at[depth]} < {end}"], operand, lambda index=index: k.let(index))
+                        product.fetch(name, [f"{at[depth]} < {end}"], operand, functools.partial(k.let, index))
                 k.line(f"{start} = {k.add(start, tile.depth)}")
 
             product.run(chunks, fetch)
@@ -298,19 +296,7 @@ class _Gemm:
             def visit(row: str, column: str, value: str) -> None:
                 row, column = k.let(k.add(first_row, row), "row"), k.let(k.add(first_column, column), "column")
                 with k.suite(f"if {row} < {self.rows} and {column} < {self.columns}:"):
-                    self._finish(k.let(k.add(above, row), "pixel"), column, value)
+                    self.finish.store(value, k.let(k.add(above, row), "pixel"), column, self.columns)
 
             product.results(visit)
         return k.text()
-
-    def _finish(self, pixel: str, column: str, value: str) -> None:
-        """Stores the outputs for one sum."""
-        k, plan = self.k, self.plan
-        accumulate, result = plan.dtypes[2:]
-        place = k.let(k.add(k.mul(pixel, self.columns), column), "place")
-        values = [k.let(scalar_ops.convert(k, value, accumulate, compute_dtype(result)))]
-        at = {"full": place, "row": pixel, "channel": column, "scalar": k.i(0)}
-        values += [k.load(extra, at[kind]) for kind, extra in self.extras]
-        results = values if plan.expression is None else k.emit(plan.expression, values)
-        for output, finished in zip(self.outputs, results, strict=True):
-            k.store(output, place, finished)
