@@ -15,6 +15,7 @@ BY_PRIMITIVE = {
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
     "dot_general": "gemm",
+    "attention": "attention",
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
 }
 BY_KIND = {

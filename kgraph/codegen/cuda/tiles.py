@@ -61,6 +61,27 @@ def choose_tile(rows, columns: int, batch: int, dtype: str, target) -> Tile:
     return tile
 
 
+def panel_places(
+    k: KernelSource, thread: str, block: int, outer: int, inner: int, along_outer: bool = False
+) -> list[tuple[str, str]]:
+    """The places of a panel [outer, inner] that a thread of a block fetches; the whole block fetches all of them.
+
+    along_outer: neighbouring threads fetch along that axis, not along the inner one.
+    """
+    width = outer if along_outer else inner
+    if outer * inner % block or (block % width and width % block):
+        raise ValueError(f"{block} threads do not fetch panels of {outer} x {inner} in equal parts")
+    out = []
+    near, far = k.let(k.mod(thread, width), "near"), k.let(k.div(thread, width), "far")
+    for start in range(0, outer * inner, block):
+        if block < width:  # a line of the panel takes several turns
+            place = k.let(k.add(thread, start % width), "near"), k.i(start // width)
+        else:
+            place = near, k.let(k.add(far, start // width), "far")
+        out.append(place if along_outer else place[::-1])
+    return out
+
+
 class TileProduct:
     """The sums of one tile, in registers."""
 
@@ -80,26 +101,10 @@ class TileProduct:
         self.column = k.let(k.mod(self.thread, tile.across), "column")
         self.sums = [[k.fresh("sum") for _ in range(tile.width)] for _ in range(tile.height)]
         # Which operands a thread fetches: (row, depth) on the left, (depth, column) on the right.
-        self.left_places = self._places(tile.rows, tile.depth, left_along_rows)
-        self.right_places = self._places(tile.depth, tile.columns, right_along_depth)
+        self.left_places = panel_places(k, self.thread, tile.block, tile.rows, tile.depth, left_along_rows)
+        self.right_places = panel_places(k, self.thread, tile.block, tile.depth, tile.columns, right_along_depth)
         self.fetched_left = [k.fresh("left") for _ in self.left_places]
         self.fetched_right = [k.fresh("right") for _ in self.right_places]
-
-    def _places(self, outer: int, inner: int, along_outer: bool) -> list[tuple[str, str]]:
-        """The places of a panel [outer, inner] that a thread fetches; the whole block fetches all of them."""
-        k, block = self.k, self.tile.block
-        width = outer if along_outer else inner
-        if outer * inner % block or (block % width and width % block):
-            raise ValueError(f"{block} threads do not fetch panels of {outer} x {inner} in equal parts")
-        out = []
-        near, far = k.let(k.mod(self.thread, width), "near"), k.let(k.div(self.thread, width), "far")
-        for start in range(0, outer * inner, block):
-            if block < width:  # a line of the panel takes several turns
-                place = k.let(k.add(self.thread, start % width), "near"), k.i(start // width)
-            else:
-                place = near, k.let(k.add(far, start // width), "far")
-            out.append(place if along_outer else place[::-1])
-        return out
 
     def left_rows(self) -> list[str]:
         """The rows of the tile whose operands this thread fetches."""
