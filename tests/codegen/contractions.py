@@ -75,11 +75,17 @@ def check(
     reason = family.accepts(node)
     assert reason is None, reason
     results = run_node(family.lower, node, run_arrays, sizes, parts, run_target)
+    verify(reference_node, arrays, results, sizes)
+    return results
+
+
+def verify(node: Node, arrays, results, sizes: dict) -> None:
+    """Compares results of a node on `arrays` with its references in float64."""
     wide = [a if a.dtype.kind in "iu" or a.dtype == bool else a.astype(np.float64) for a in arrays]
-    if reference_node.name == "fusion":
-        wanted = _evaluate(reference_node.attrs["body"], wide, sizes)
+    if node.name == "fusion":
+        wanted = _evaluate(node.attrs["body"], wide, sizes)
     else:
-        wanted = [primitive.reference(*wide, **concrete_attrs(attrs, sizes))]
+        wanted = [node.primitive.reference(*wide, **concrete_attrs(node.attrs, sizes))]
     for result, expected, value in zip(results, wanted, node.outputs, strict=True):
         assert result.dtype == value.type.np_dtype
         assert result.shape == expected.shape
@@ -90,7 +96,6 @@ def check(
             scale = np.abs(expected).max(initial=1e-30)
             error = np.abs(result.astype(np.float64) - expected).max(initial=0)
             assert error <= tolerance * scale, (error / scale, tolerance)
-    return results
 
 
 def _evaluate(body: Graph, arrays, sizes) -> list[np.ndarray]:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kgraph.codegen.attention import LOG2E, MASKED, extra_strides
 from kgraph.codegen.cpu.attention_operands import (
-    LOG2E,
-    MASKED,
     AttentionOperands,
     Shape,
     accepts_operands,
     exp2_nonpositive,
-    extra_strides,
 )
 from kgraph.codegen.cpu.block_product import BlockProduct, Panel
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer, compute_dtype, itemsize
@@ -87,7 +85,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     layout = _layout(shape, target)
     table = SizeTable()
     full = (batch, heads, queries, keys)
-    params = (tuple(shape), table(queries), table(keys), tuple(table.all(extra_strides(x, full)) for x in rest))
+    params = (tuple(shape), table(queries), table(keys), tuple(table.all(extra_strides(x)) for x in rest))
     panels = ceil_div(keys, layout.key_panel)
     elements = layout.keys + panels * (layout.key_panel * depth) + keys * layout.sum_stride
     tensors = (*node.inputs, node.output)

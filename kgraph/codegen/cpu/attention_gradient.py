@@ -14,14 +14,12 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
+from kgraph.codegen.attention import LOG2E, MASKED, extra_strides
 from kgraph.codegen.cpu.attention_operands import (
-    LOG2E,
-    MASKED,
     AttentionOperands,
     Shape,
     accepts_operands,
     exp2_nonpositive,
-    extra_strides,
 )
 from kgraph.codegen.cpu.block_product import BlockProduct, Panel
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer, compute_dtype, itemsize
@@ -94,7 +92,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     layout = layout_of(shape, keys, target)
     table = SizeTable()
     full = (batch, heads, queries, keys)
-    strides = tuple(table.all(extra_strides(x, full)) for x in rest[:-1])
+    strides = tuple(table.all(extra_strides(x)) for x in rest[:-1])
     params = (tuple(shape), tuple(layout), table(queries), table(keys), strides)
     elements = layout.tile + layout.keys(shape, keys) + 2 * layout.scores(keys)
     tensors = (*node.inputs, *node.outputs)

@@ -1,7 +1,4 @@
-"""What the kernels of attention and of its gradient share: operands, packing for one head, masks and bias.
-
-Scores are in units of log2: the scale of q carries log2(e), so that the exponential is a power of two.
-"""
+"""What the kernels of attention and of its gradient share: operands, packing for one head, masks and bias."""
 
 from __future__ import annotations
 
@@ -10,15 +7,12 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
+from kgraph.codegen.attention import LOG2E, MASKED
 from kgraph.codegen.cpu import polynomials, vector_math
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer, compute_dtype
-from kgraph.codegen.cpu.strided import dense_strides, resolve, resolve_all
+from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.transpose import transpose_vectors
 from kgraph.ir import Dim, Value
-
-LOG2E = 1.4426950408889634
-# Stands for the logit of a masked key: finite, so that a row masked whole weighs all keys alike.
-MASKED = {"float32": -2e38, "float64": -1e300}
 
 
 def accepts_operands(q: Value, k: Value, v: Value) -> str | None:
@@ -48,13 +42,6 @@ class Shape(NamedTuple):
         """The structure for the operands and attributes of a node."""
         flags = (bool(attrs[name]) for name in ("is_causal", "has_mask", "has_bias"))
         return Shape(q.dtype, q.shape[2], k.shape[2], q.shape[3], v.shape[3], float(attrs["scale"]), *flags)
-
-
-def extra_strides(value: Value, full: tuple) -> tuple:
-    """Strides of a mask or bias along (batch, heads, queries, keys), 0 where it broadcasts."""
-    shape = (1,) * (4 - value.type.rank) + tuple(value.shape)
-    strides = zip(shape, dense_strides(shape), strict=True)
-    return tuple(0 if not isinstance(n, Dim) and n == 1 else t for n, t in strides)
 
 
 def exp2_nonpositive(b: KernelBuilder, x: ir.Value) -> ir.Value:

@@ -14,6 +14,8 @@ BY_PRIMITIVE = {
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
+    "dot_general": "gemm",
+    "attention": "attention",
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
 }
 BY_KIND = {
@@ -21,6 +23,7 @@ BY_KIND = {
     "depthwise": "conv",
     "loop": "loop",
     "reduce": "reduce",
+    "dot": "gemm",
 }
 
 

@@ -1,7 +1,7 @@
 """Tiles of matrix products: a block of threads sums products from panels in shared memory into registers.
 
-A block makes `rows` x `columns` results. Depth goes in chunks: while the products of one are summed, the operands of the
-next are on their way from memory into registers. A thread has `height` x `width` results that lie `down` rows and
+A block makes `rows` x `columns` results. Depth goes in chunks: while the products of one are summed, the operands of
+the next are on their way from memory into registers. A thread has `height` x `width` results that lie `down` rows and
 `across` columns apart, so that neighbouring threads read neighbouring words of shared memory, or the same one.
 """
 
@@ -53,45 +53,76 @@ def choose_tile(rows, columns: int, batch: int, dtype: str, target) -> Tile:
     least = min(waste(tile) for tile in TILES)
     tile = next(t for t in TILES if waste(t) <= max(least, columns // 8))
     if tile.height * tile.width > 16:
-        blocks = batch * -(-rows // tile.rows) * -(-columns // tile.columns) if isinstance(rows, int) else target.num_sms
+        blocks = (
+            batch * -(-rows // tile.rows) * -(-columns // tile.columns) if isinstance(rows, int) else target.num_sms
+        )
         if dtype in ("float64", "int64") or blocks < target.num_sms:
             return SMALL_TILE
     return tile
 
 
+def panel_places(
+    k: KernelSource, thread: str, block: int, outer: int, inner: int, along_outer: bool = False
+) -> list[tuple[str, str]]:
+    """The places of a panel [outer, inner] that a thread of a block fetches; the whole block fetches all of them.
+
+    along_outer: neighbouring threads fetch along that axis, not along the inner one.
+    """
+    width = outer if along_outer else inner
+    if outer * inner % block or (block % width and width % block):
+        raise ValueError(f"{block} threads do not fetch panels of {outer} x {inner} in equal parts")
+    out = []
+    near, far = k.let(k.mod(thread, width), "near"), k.let(k.div(thread, width), "far")
+    for start in range(0, outer * inner, block):
+        if block < width:  # a line of the panel takes several turns
+            place = k.let(k.add(thread, start % width), "near"), k.i(start // width)
+        else:
+            place = near, k.let(k.add(far, start // width), "far")
+        out.append(place if along_outer else place[::-1])
+    return out
+
+
 class TileProduct:
     """The sums of one tile, in registers."""
 
-    def __init__(self, k: KernelSource, tile: Tile, dtype: str):
+    def __init__(
+        self, k: KernelSource, tile: Tile, dtype: str, left_along_rows: bool = False, right_along_depth: bool = False
+    ):
+        """left_along_rows, right_along_depth: neighbouring threads fetch along those axes, not along the other one."""
         self.k, self.tile, self.dtype = k, tile, dtype
-        # A row more than there are keeps threads that write one row of operands in different banks.
+        # An element more than there are keeps threads that write along the depth in different banks.
         self.pitch = tile.rows + 1
+        self.right_pitch = tile.columns + 1 if right_along_depth else tile.columns
         self.left = k.shared(dtype, tile.depth * self.pitch)
-        self.right = k.shared(dtype, tile.depth * tile.columns)
+        self.right = k.shared(dtype, tile.depth * self.right_pitch)
         self.stage = k.shared(dtype, tile.block * tile.width)
         self.thread = k.thread()
         self.row = k.let(k.div(self.thread, tile.across), "row")
         self.column = k.let(k.mod(self.thread, tile.across), "column")
-        # Which operands a thread fetches: neighbours fetch along the depth on the left, along the columns on the right.
-        self.left_row, self.left_depth = (
-            k.let(f(self.thread, tile.depth), n) for f, n in ((k.div, "from_row"), (k.mod, "at"))
-        )
-        self.right_depth, self.right_column = (
-            k.let(f(self.thread, tile.columns), n) for f, n in ((k.div, "at"), (k.mod, "from_column"))
-        )
-        self.left_step = tile.block // tile.depth
-        self.right_step = max(tile.block // tile.columns, 1)
         self.sums = [[k.fresh("sum") for _ in range(tile.width)] for _ in range(tile.height)]
-        self.fetched_left = [k.fresh("left") for _ in range(tile.rows // self.left_step)]
-        self.fetched_right = [k.fresh("right") for _ in range(tile.depth // self.right_step)]
+        # Which operands a thread fetches: (row, depth) on the left, (depth, column) on the right.
+        self.left_places = panel_places(k, self.thread, tile.block, tile.rows, tile.depth, left_along_rows)
+        self.right_places = panel_places(k, self.thread, tile.block, tile.depth, tile.columns, right_along_depth)
+        self.fetched_left = [k.fresh("left") for _ in self.left_places]
+        self.fetched_right = [k.fresh("right") for _ in self.right_places]
 
     def left_rows(self) -> list[str]:
         """The rows of the tile whose operands this thread fetches."""
-        return [self.k.add(self.left_row, n * self.left_step) for n in range(len(self.fetched_left))]
+        return [row for row, _ in self.left_places]
 
     def right_depths(self) -> list[str]:
         """The depths of a chunk whose right operands this thread fetches."""
-        return [self.k.add(self.right_depth, n * self.right_step) for n in range(len(self.fetched_right))]
+        return [depth for depth, _ in self.right_places]
+
+    @property
+    def left_depth(self) -> str:
+        """The depth of what this thread fetches on the left, where neighbours fetch along the depth."""
+        return self.left_places[0][1]
+
+    @property
+    def right_column(self) -> str:
+        """The column of what this thread fetches on the right, where neighbours fetch along the columns."""
+        return self.right_places[0][1]
 
     def fetch(self, name: str, conditions: list[str], operand: Operand, index: Callable[[], str]) -> None:
         """Sets a variable to an element in the sums' dtype where all conditions hold, else to 0."""
@@ -109,10 +140,10 @@ class TileProduct:
         with k.range(0, k.add(chunks, 1), 1) as step:
             with k.suite(f"if {step} > {k.i(0)}:"):
                 k.synchronise()
-                for row, name in zip(self.left_rows(), self.fetched_left):
-                    k.store(self.left, k.add(k.mul(self.left_depth, self.pitch), row), name)
-                for depth, name in zip(self.right_depths(), self.fetched_right):
-                    k.store(self.right, k.add(k.mul(depth, self.tile.columns), self.right_column), name)
+                for (row, depth), name in zip(self.left_places, self.fetched_left):
+                    k.store(self.left, k.add(k.mul(depth, self.pitch), row), name)
+                for (depth, column), name in zip(self.right_places, self.fetched_right):
+                    k.store(self.right, k.add(k.mul(depth, self.right_pitch), column), name)
                 k.synchronise()
             with k.suite(f"if {step} < {chunks}:"):
                 fetch()
@@ -123,7 +154,7 @@ class TileProduct:
         k, tile = self.k, self.tile
         with k.range(0, k.i(tile.depth), 1) as d:
             left = k.let(k.add(k.mul(d, self.pitch), self.row))
-            right = k.let(k.add(k.mul(d, tile.columns), self.column))
+            right = k.let(k.add(k.mul(d, self.right_pitch), self.column))
             ys = [k.load(self.right, k.add(right, j * tile.across)) for j in range(tile.width)]
             for i, sums in enumerate(self.sums):
                 x = k.load(self.left, k.add(left, i * tile.down))

@@ -1,0 +1,151 @@
+"""Scaled dot-product attention without the score matrix in memory.
+
+A block takes a tile of queries of one head through all tiles of keys, and carries maxima and sums of the softmax along
+(Dao et al., "FlashAttention", 2022; Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). Where
+values have more columns than a block keeps sums for, several blocks make a part of them each, from the same scores.
+"""
+
+from __future__ import annotations
+
+from kgraph.codegen.attention import MASKED
+from kgraph.codegen.cuda.attention_block import AttentionBlock, Plan, Rows, choose_tile, plan_of
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
+from kgraph.ir import Node
+from kgraph.ir.dims import ceil_div, product
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def accepts(node: Node) -> str | None:
+    """None where `lower` takes the node, else why not."""
+    dtype = node.inputs[0].dtype
+    return None if dtype in DTYPES else f"no attention kernel for {dtype}"
+
+
+def lower(node: Node, target) -> list[KernelCall]:
+    """The one call of an attention node."""
+    q, k, v = node.inputs[:3]
+    batch, queries, heads, depth = q.shape
+    tile = choose_tile(q.dtype, v.shape[3], target)
+    operands = [*node.inputs, node.output]
+    name = "attention_causal" if node.attrs["is_causal"] else "attention"
+    plan, sizes = plan_of(name, node, tile, operands)
+    return [
+        KernelCall(
+            KernelSpec(name, "kgraph.codegen.cuda.attention:render", tuple(plan)),
+            operands,
+            outputs=1,
+            sizes=sizes,
+            extent=batch * heads * ceil_div(queries, tile.rows) * ceil_div(v.shape[3], tile.width),
+            flops=2 * product([batch, heads, queries, k.shape[1]]) * (depth + v.shape[3]),
+            bytes=sum((x.type.nbytes for x in operands), 0),
+            launch=Launch(tile.block),
+        )
+    ]
+
+
+def render(params: tuple, target) -> str:
+    """Kernel (q, k, v, mask, bias, result)."""
+    return _Forward(Plan(*params), target).text()
+
+
+class _Forward(AttentionBlock):
+    def __init__(self, plan: Plan, target):
+        def operands(k):
+            self.result = k.operand(plan.dtype)
+
+        super().__init__(plan, target, operands)
+        rows = self.tile.rows
+        self.maxima, self.norms, self.factors = (self.shared(rows) for _ in range(3))
+        self.parts = self.shared(self.tile.block)
+        self.lanes = self.tile.block // rows  # threads that share a row of scores
+
+    def text(self) -> str:
+        k, tile = self.k, self.tile
+        tiles = k.let(k.ceil_div(self.queries, tile.rows), "tiles")
+        parts = k.let(k.ceil_div(self.value_depth, tile.width), "parts")
+        with k.block_stride(k.let(k.product([self.batch, self.heads, tiles, parts]), "total")) as number:
+            batch, head, at, part = k.coordinates(number, [self.batch, self.heads, tiles, parts])
+            first_query, first_column = k.let(k.mul(at, tile.rows)), k.let(k.mul(part, tile.width))
+            key_head = k.let(k.div(head, self.group))
+            query_start = self.start(batch, self.queries, self.heads, head, self.depth)
+            key_start = self.start(batch, self.keys, self.key_heads, key_head, self.depth)
+            value_start = self.start(batch, self.keys, self.key_heads, key_head, self.value_depth)
+            query = Rows(self.query, query_start, self.query_stride, first_query, self.queries, self.depth)
+            k.synchronise()  # the tile before is done with its rows
+            with k.suite(f"if {self.thread} < {k.i(tile.rows)}:"):
+                k.store(self.maxima, self.thread, self.literal(MASKED[self.dtype]))
+                k.store(self.norms, self.thread, self.literal(0))
+            sums = self.new_sums(tile.width)
+            with k.range(0, self.visible_keys(first_query), tile.rows) as first_key:
+                key = Rows(self.key, key_start, self.key_stride, first_key, self.keys, self.depth)
+                scores = self.products(query, key)
+                for total, row, column, place in self.each(scores, first_query, first_key):
+                    k.store(self.scores, place, self.score(total, batch, head, row, column)[0])
+                self.softmax()
+                for i, names in enumerate(sums):
+                    factor = k.load(self.factors, k.add(self.row, i * tile.side))
+                    for name in names:
+                        k.line(f"{name} = {name} * {factor}")
+                value = Rows(self.value, value_start, self.value_stride, first_key, self.keys, self.value_depth)
+                self.weigh(sums, value, first_column)
+            k.synchronise()
+            self.finish(sums, batch, head, first_query, first_column)
+        return k.text()
+
+    def softmax(self) -> None:
+        """Turns the shared scores into weights relative to the running maxima; leaves the factors of earlier sums."""
+        k, tile = self.k, self.tile
+        row, lane = k.let(k.div(self.thread, self.lanes), "row"), k.let(k.mod(self.thread, self.lanes), "lane")
+        count = tile.rows // self.lanes
+        first = k.let(k.add(k.mul(row, tile.pitch), k.mul(lane, count)), "first")
+        before = k.fresh("before")
+        k.synchronise()
+        k.line(f"{before} = {self.maxima.name}[{row}]")
+        best, total = k.fresh("best"), k.fresh("total")
+        k.line(f"{best} = {before}")
+        with k.range(0, k.i(count), 1) as i:
+            score = k.load(self.scores, k.add(first, i))
+            k.line(f"{best} = ({score} if {score} > {best} else {best})")
+        k.store(self.parts, self.thread, best)
+        k.synchronise()
+        for other in self._lanes(row):
+            k.line(f"{best} = ({other} if {other} > {best} else {best})")
+        k.line(f"{total} = {self.literal(0)}")
+        with k.range(0, k.i(count), 1) as i:
+            at = k.let(k.add(first, i))
+            weight = k.let(self.exp2(f"{k.load(self.scores, at)} - {best}"))
+            k.store(self.scores, at, weight)
+            k.line(f"{total} = {total} + {weight}")
+        k.synchronise()
+        k.store(self.parts, self.thread, total)
+        k.synchronise()
+        with k.suite(f"if {lane} == {k.i(0)}:"):
+            factor = k.let(self.exp2(f"{before} - {best}"))
+            norm = k.let(f"{k.load(self.norms, row)} * {factor}")
+            for other in self._lanes(row):
+                norm = k.let(f"{norm} + {other}")
+            k.store(self.norms, row, norm)
+            k.store(self.maxima, row, best)
+            k.store(self.factors, row, factor)
+        k.synchronise()
+
+    def _lanes(self, row: str) -> list[str]:
+        """What the threads of a row left in `parts`."""
+        k = self.k
+        return [k.load(self.parts, k.add(k.mul(row, self.lanes), lane)) for lane in range(self.lanes)]
+
+    def finish(self, sums: list[list[str]], batch: str, head: str, first_query: str, first_column: str) -> None:
+        """The weighted values divided by the sum of the weights, which is 0 where there are no keys at all."""
+        k = self.k
+        start = self.start(batch, self.queries, self.heads, head, self.value_depth)
+        for i, names in enumerate(sums):
+            row = k.let(k.add(self.row, i * self.tile.side), "row")
+            query = k.let(k.add(first_query, row))
+            norm = k.load(self.norms, row)
+            norm = k.let(f"({self.literal(1)} if {norm} == {self.literal(0)} else {norm})")
+            for j, name in enumerate(names):
+                column = k.let(k.add(first_column, k.add(self.column, j * self.tile.side)))
+                with k.suite(f"if {query} < {self.queries} and {column} < {self.value_depth}:"):
+                    place = k.add(start, k.add(k.mul(query, self.result_stride), column))
+                    k.store(self.result, place, f"({name} / {norm})")
