@@ -14,6 +14,9 @@ BY_PRIMITIVE = {
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
+    **dict.fromkeys("softmax log_softmax logsumexp".split(), "softmax"),
+    **dict.fromkeys("layer_norm rms_norm group_norm batch_norm".split(), "norm"),
+    "moments": "moments",
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
 }
 BY_KIND = {
@@ -21,6 +24,9 @@ BY_KIND = {
     "depthwise": "conv",
     "loop": "loop",
     "reduce": "reduce",
+    "softmax": "softmax",
+    "norm": "norm",
+    "moments": "moments",
 }
 
 
