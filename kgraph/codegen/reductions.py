@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -87,6 +88,28 @@ def take_apart(node: Node) -> Parts | str:
     return Parts(shape, axes, leaves, prologue, kinds, extras, epilogue, node.outputs)
 
 
+def take_apart_moments(node: Node) -> Parts | str:
+    """The parts of a node that gives the mean and the variance of a prologue, or the reason why it has none.
+
+    The reductions stand for what their kernels sum up, and the epilogue gives three partial results as they are.
+    """
+    inputs, outer, nodes, outputs = regions.body_of(node)
+    found = [n for n in nodes if n.name == "moments"]
+    if len(found) != 1 or tuple(outputs) != tuple(found[0].outputs):
+        return "a kernel of moments gives just the mean and the variance of one operand"
+    (core,) = found
+    (x,) = core.inputs
+    before = regions.needed(nodes, [x])
+    inner, leaves, kept = regions.leaves_and_nodes(*regions.used_inputs(inputs, outer, before, [x]), before, x.shape)
+    prologue = expressions.encode_nodes(kept, inner, [x])
+    if isinstance(prologue, str):
+        return prologue
+    dtype = compute_dtype(x.dtype)
+    triple = ((dtype,) * 3, (), (0, 1, 2))
+    sums = (("sum", x.dtype, dtype),) * 2
+    return Parts(x.shape, core.attrs["axes"], leaves, prologue, sums, [], triple, node.outputs)
+
+
 def _axes(node: Node) -> tuple[int, ...]:
     rank = len(node.inputs[0].shape)
     if node.name in POSITIONS:
@@ -147,7 +170,16 @@ class Walk:
         return [s for s, role in zip(self.sizes, self.roles) if role == "r"]
 
 
-def walk(parts: Parts) -> Walk:
+class Reduced(Protocol):
+    """What `walk` asks of the parts of a node."""
+
+    shape: tuple
+    axes: tuple[int, ...]
+    leaves: list[Leaf]
+    extras: list[Leaf]
+
+
+def walk(parts: Reduced) -> Walk:
     """Merges the axes of a reduction's operands; one axis at least is reduced."""
     roles = tuple("r" if a in parts.axes else "k" for a in range(len(parts.shape)))
     spans = [leaf.spans for leaf in parts.leaves] + [leaf.spans for leaf in parts.extras]

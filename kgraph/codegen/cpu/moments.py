@@ -13,43 +13,26 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu import expressions, reduce, regions
-from kgraph.codegen.cpu.builder import compute_dtype
+from kgraph.codegen.cpu import reduce, regions
 from kgraph.codegen.cpu.regions import Leaf
+from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, Temporary
+from kgraph.codegen.reductions import take_apart_moments
 from kgraph.ir import Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
 TEMPLATE = "kgraph.codegen.cpu.moments:render_{}"
 
 
-def _take_apart(node: Node) -> reduce.Parts | str:
-    inputs, outer, nodes, outputs = regions.body_of(node)
-    found = [n for n in nodes if n.name == "moments"]
-    if len(found) != 1 or tuple(outputs) != tuple(found[0].outputs):
-        return "a kernel of moments gives just the mean and the variance of one operand"
-    (core,) = found
-    (x,) = core.inputs
-    before = regions.needed(nodes, [x])
-    inner, leaves, kept = regions.leaves_and_nodes(*regions.used_inputs(inputs, outer, before, [x]), before, x.shape)
-    prologue = expressions.encode_nodes(kept, inner, [x])
-    if isinstance(prologue, str):
-        return prologue
-    dtype = compute_dtype(x.dtype)
-    triple = ((dtype,) * 3, (), (0, 1, 2))
-    sums = (("sum", x.dtype, dtype),) * 2
-    return reduce.Parts(x.shape, core.attrs["axes"], leaves, prologue, sums, [], triple, node.outputs)
-
-
 def accepts(node: Node) -> str | None:
     """None where the node is one `moments` behind elementwise nodes with scalar code."""
-    parts = _take_apart(node)
+    parts = take_apart_moments(node)
     return parts if isinstance(parts, str) else None
 
 
 def lower(node: Node, target) -> list[KernelCall]:
     """One kernel call where the operand is small, else one over its chunks and one that combines these."""
-    parts = _take_apart(node)
+    parts = take_apart_moments(node)
     if isinstance(parts, str):
         raise ValueError(f"{node.name}: {parts}")
     plan, leaves, _ = reduce.merged(parts, target)

@@ -5,41 +5,14 @@ Statistics take two passes over a row that is kept close: first the mean, then t
 
 from __future__ import annotations
 
-from kgraph.codegen.cpu import loop, regions, rows
+from kgraph.codegen.cpu import loop, rows
 from kgraph.codegen.cpu import vector_math as vm
-from kgraph.codegen.cpu.regions import Leaf
-from kgraph.codegen.kernel import KernelCall, Temporary
-from kgraph.ir import Node, TensorType, Value
+from kgraph.codegen.kernel import KernelCall
+from kgraph.codegen.normalisations import in_groups, lower_batch_norm, take_apart_norm
+from kgraph.ir import Node
 
-ROW_CORES = ("layer_norm", "rms_norm")
 MOST_GROUP_VECTORS = 4  # vectors of channels in a group up to which a strip covers whole groups
 TEMPLATE = "kgraph.codegen.cpu.norm:render"
-
-
-def _axes(core: Node) -> tuple[int, ...]:
-    rank = len(core.inputs[0].shape)
-    return tuple(sorted(a % rank for a in core.attrs["axes"]))
-
-
-def _affine(core: Node, parameters: list[Value], rank: int):
-    """gamma (and beta) as leaves, and `normalised * gamma + beta` as instructions."""
-    dtype = core.output.dtype
-    leaves = [Leaf(v, v.dtype, regions.spans_of(v.shape, rank)) for v in parameters]
-    instructions = [("mul", (0, 1), (), dtype)]
-    if len(parameters) == 2:
-        instructions.append(("add", (3, 2), (), dtype))
-    return leaves, tuple(instructions)
-
-
-def _is_group_norm(node: Node) -> bool:
-    return any(n.name == "group_norm" for n in regions.body_of(node)[2])
-
-
-def _take_apart(node: Node) -> rows.Parts | str:
-    if _is_group_norm(node):
-        spatial = lambda core: tuple(range(1, len(core.inputs[0].shape) - 1))
-        return rows.take_apart(node, ("group_norm",), spatial, _affine)
-    return rows.take_apart(node, ROW_CORES, _axes, _affine)
 
 
 def _lower_group_norm(parts: rows.Parts, target) -> list[KernelCall]:
@@ -52,63 +25,28 @@ def _lower_group_norm(parts: rows.Parts, target) -> list[KernelCall]:
     if isinstance(size, int) and size & (size - 1) == 0 and 1 <= size <= widest * MOST_GROUP_VECTORS:
         strip = lambda lanes: max(rows.STRIP, size // lanes)
         return rows.lower_parts(parts, TEMPLATE, ("group_norm", epsilon, size), target, "group_norm", strip_of=strip)
-    rank = len(parts.shape)
-    split = lambda leaves: [Leaf(x.value, x.dtype, (*x.spans, x.spans[-1])) for x in leaves]
-    parts.shape = (*parts.shape[:-1], groups, size)
-    parts.axes = (*range(1, rank - 1), rank)
-    parts.leaves, parts.extras = split(parts.leaves), split(parts.extras)
-    return rows.lower_parts(parts, TEMPLATE, ("group_norm", epsilon, 1), target, "group_norm")
+    return rows.lower_parts(in_groups(parts), TEMPLATE, ("group_norm", epsilon, 1), target, "group_norm")
 
 
 def accepts(node: Node) -> str | None:
     """None where the node is a normalisation with scalar code around it."""
     if node.name == "batch_norm":
         return None
-    parts = _take_apart(node)
-    if isinstance(parts, str):
-        return parts
-    channel_numbers = any(x.is_coordinate and x.spans[-1] for x in (*parts.leaves, *parts.extras))
-    return "channel numbers in a fused group_norm" if _is_group_norm(node) and channel_numbers else None
+    parts = take_apart_norm(node)
+    return parts if isinstance(parts, str) else None
 
 
 def lower(node: Node, target) -> list[KernelCall]:
     """One kernel call (two for batch_norm); a unit is a row, or a strip of rows where the last axis is kept."""
     if node.name == "batch_norm":
-        return _lower_batch_norm(node, target)
-    parts = _take_apart(node)
+        return lower_batch_norm(node, loop.lower_expression, target)
+    parts = take_apart_norm(node)
     if isinstance(parts, str):
         raise ValueError(f"{node.name}: {parts}")
     if parts.core.name == "group_norm":
         return _lower_group_norm(parts, target)
     algorithm = (parts.core.name, parts.core.attrs["epsilon"], 1)
     return rows.lower_parts(parts, TEMPLATE, algorithm, target, parts.core.name, registers=16)
-
-
-def _lower_batch_norm(node: Node, target) -> list[KernelCall]:
-    """`x * scale + shift`, where a first kernel makes scale and shift from the statistics."""
-    x, mean, variance, gamma, beta = node.inputs
-    dtype, rank, axis = x.dtype, len(x.shape), node.attrs["axis"]
-    wide = "float32" if dtype in ("float16", "bfloat16") else dtype
-    channels = (x.shape[axis],)
-    scale, shift = (Temporary(TensorType(channels, wide)) for _ in range(2))
-    statistics = (
-        (dtype,) * 4,  # mean, variance, gamma, beta
-        (
-            ("constant", (), (("value", node.attrs["epsilon"]),), dtype),
-            ("add", (1, 4), (), dtype),
-            ("sqrt", (5,), (), dtype),
-            ("div", (2, 6), (), dtype),
-            ("mul", (0, 7), (), dtype),
-            ("sub", (3, 8), (), dtype),
-        ),
-        (7, 9),
-    )
-    vectors = [Leaf(v, dtype, (True,)) for v in (mean, variance, gamma, beta)]
-    first = loop.lower_expression(statistics, vectors, channels, [scale, shift], target)
-    affine = ((dtype, wide, wide), (("mul", (0, 1), (), wide), ("add", (3, 2), (), dtype)), (4,))
-    channel = tuple(a == axis for a in range(rank))
-    leaves = [Leaf(x, dtype, (True,) * rank), Leaf(scale, wide, channel), Leaf(shift, wide, channel)]
-    return [*first, *loop.lower_expression(affine, leaves, x.shape, node.outputs, target)]
 
 
 def render(params: tuple, target) -> str:

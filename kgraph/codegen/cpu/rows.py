@@ -14,97 +14,16 @@ from typing import Any
 from llvmlite import ir
 
 from kgraph.codegen.cpu import accumulators, expressions, regions
-from kgraph.codegen.cpu.builder import Int, KernelBuilder, compute_dtype, itemsize
-from kgraph.codegen.cpu.regions import Leaf
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Node, Value
+from kgraph.codegen.normalisations import EXPONENTIAL
+from kgraph.codegen.reductions import walk
+from kgraph.codegen.rows import Parts, row_dtype
 from kgraph.ir.dims import ceil_div, product
 
 SLOTS = 4  # independent accumulators along a row
 STRIP = 2  # vectors of rows of an outer kernel
 BLOCK_STEPS = 16
-
-
-@dataclass
-class Parts:
-    """A node taken apart around its core (softmax, layer_norm ...).
-
-    core: the node; shape, axes: of its operand and of the statistics. leaves, prologue: give the core's operand.
-    extras, epilogue: give the outputs; the expression's inputs are the core's result, then the extras.
-    outputs: values written. reduced: whether results have the shape left by the axes, rather than the operand's.
-    label: what the epilogue holds besides the core's own parameters.
-    """
-
-    core: Node
-    shape: tuple
-    axes: tuple[int, ...]
-    leaves: list[Leaf]
-    prologue: tuple
-    extras: list[Leaf]
-    epilogue: tuple
-    outputs: Sequence[Value]
-    reduced: bool = False
-    label: str = ""
-
-
-def take_apart(node: Node, cores: Sequence[str], axes_of: Callable, affine: Callable | None = None) -> Parts | str:
-    """The parts of a fused or lone node around the one core in it, or the reason why it has none.
-
-    axes_of(core): the axes of the statistics. affine(core, inputs, outers, rank) -> (leaves, instructions): parameters
-    of the core, applied to the normalised values (expression input 0) ahead of the epilogue.
-    """
-    inputs, outer, nodes, outputs = regions.body_of(node)
-    found = [n for n in nodes if n.name in cores]
-    if len(found) != 1:
-        return f"a kernel of this family needs exactly one of {', '.join(cores)}"
-    core = found[0]
-    shape = core.inputs[0].shape
-    rank = len(shape)
-    before = regions.needed(nodes, [core.inputs[0]])
-    inner, leaves, kept = regions.leaves_and_nodes(
-        *regions.used_inputs(inputs, outer, before, [core.inputs[0]]), before, shape
-    )
-    prologue = expressions.encode_nodes(kept, inner, [core.inputs[0]])
-    if isinstance(prologue, str):
-        return prologue
-    if any(o.shape != core.output.shape for o in outputs):
-        return f"the outputs need the shape of {core.name}"
-    reduced = core.name == "logsumexp"
-    if reduced and tuple(outputs) != core.outputs:
-        return "logsumexp takes no epilogue"
-    parameters: list[Leaf] = []
-    instructions: tuple = ()
-    if affine is not None:
-        outside = dict(zip(inputs, outer, strict=True))
-        if any(v not in outside for v in core.inputs[1:]):
-            return f"the parameters of {core.name} are computed inside of the fused node"
-        parameters, instructions = affine(core, [outside[v] for v in core.inputs[1:]], rank)
-    after = regions.needed(nodes, outputs, stop=core.outputs)
-    inner, extras, kept = regions.leaves_and_nodes(*regions.used_inputs(inputs, outer, after, outputs), after, shape)
-    epilogue = expressions.encode_nodes(kept, [core.output, *inner], outputs)
-    if isinstance(epilogue, str):
-        return epilogue
-    label = expressions.name(epilogue)
-    epilogue = _with_parameters(epilogue, instructions, [p.dtype for p in parameters])
-    extras = parameters + extras
-    return Parts(core, shape, axes_of(core), leaves, prologue, extras, epilogue, node.outputs, reduced, label)
-
-
-def _with_parameters(epilogue: tuple, instructions: tuple, dtypes: list[str]) -> tuple:
-    """The epilogue with `instructions` on (result, *parameters) in front; parameters come before its own extras."""
-    own_dtypes, own, outputs = epilogue
-    count, inputs = len(dtypes), len(own_dtypes)
-    place = lambda i: i if i <= count else i + inputs - 1  # of an index of `instructions`
-    head = tuple((op, tuple(place(i) for i in xs), attrs, d) for op, xs, attrs, d in instructions)
-    last = inputs + count + len(head) - 1 if head else 0
-
-    def moved(i: int) -> int:
-        if i == 0:
-            return last
-        return i + count if i < inputs else i + count + len(head)
-
-    tail = tuple((op, tuple(map(moved, xs)), attrs, d) for op, xs, attrs, d in own)
-    return ((own_dtypes[0], *dtypes, *own_dtypes[1:]), head + tail, tuple(map(moved, outputs)))
 
 
 def lower_parts(
@@ -121,26 +40,16 @@ def lower_parts(
     registers: the longest row of known length, in vectors, that stays in registers (on machines with 32 of them).
     strip_of(lanes): vectors in a strip of an outer kernel, where the algorithm minds.
     """
-    shape = parts.shape
-    roles = tuple("r" if a in parts.axes else "k" for a in range(len(shape)))
-    spans = [leaf.spans for leaf in (*parts.leaves, *parts.extras)]
-    sizes, merged = regions.collapse(shape, [*spans, tuple(r == "k" for r in roles)], roles)
-    kept = merged.pop() if merged else ()
-    if all(kept):
-        sizes, kept, merged = [1, *sizes], (False, *kept), [(False, *m) for m in merged]
-    roles = tuple("k" if k else "r" for k in kept)
-    count = len(parts.leaves)
-    leaves = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.leaves, merged[:count])]
-    extras = [Leaf(x.value, x.dtype, s) for x, s in zip(parts.extras, merged[count:])]
+    over = walk(parts)
+    sizes, roles, leaves, extras = over.sizes, over.roles, over.leaves, over.extras
     inner = roles[-1] == "r"
     last = sizes[-1]
     widest = max(expressions.widest(parts.prologue), expressions.widest(parts.epilogue))
     lanes = max(1, target.vector_bytes // widest)
     while isinstance(last, int) and lanes > 1 and lanes // 2 >= last:
         lanes //= 2
-    element = itemsize(_row_dtype(parts.prologue))
-    reduced_sizes = [s for s, r in zip(sizes, roles) if r == "r"]
-    kept_sizes = [s for s, r in zip(sizes, roles) if r == "k"]
+    element = itemsize(row_dtype(parts.prologue))
+    reduced_sizes, kept_sizes = over.reduced_sizes, over.kept_sizes
     strip, static = 1, 0
     registers = registers * target.num_vector_registers // 32
     if inner:
@@ -158,8 +67,8 @@ def lower_parts(
     bound = regions.bound_of(last) if inner and len(reduced_sizes) == 1 else 0
     layout = (roles, lanes, strip, static, bound, parts.reduced)
     operands = [x.value for x in (*leaves, *extras) if x.value is not None] + list(parts.outputs)
-    total = product(shape)
-    work = expressions.flops(parts.prologue) + expressions.flops(parts.epilogue) + (24 if prefix in _EXPONENTIAL else 6)
+    total = product(parts.shape)
+    work = expressions.flops(parts.prologue) + expressions.flops(parts.epilogue) + (24 if prefix in EXPONENTIAL else 6)
     # A row is read in full before it is written, and extras are read element by element ahead of the outputs.
     inplace = regions.inplace_pairs([*leaves, *extras], parts.outputs, len(operands) - len(parts.outputs))
     return [
@@ -179,13 +88,6 @@ def lower_parts(
             notes={"inplace": () if parts.reduced else inplace},
         )
     ]
-
-
-_EXPONENTIAL = ("softmax", "log_softmax", "logsumexp")
-
-
-def _row_dtype(prologue: tuple) -> str:
-    return compute_dtype(expressions.output_dtypes(prologue)[0])
 
 
 @dataclass
@@ -227,7 +129,7 @@ class RowKernel:
         self.dense = regions.row_strides(b, self.sizes, [True] * self.rank)
         self.kept = [a for a in range(self.rank) if self.roles[a] == "k"]
         self.reduced = [a for a in range(self.rank) if self.roles[a] == "r"]
-        self.dtype = _row_dtype(self.prologue)
+        self.dtype = row_dtype(self.prologue)
         self.columns = 1 if self.inner else self.strip
         self.scratch = b.scratch(self.dtype)
         # Without a prologue the operand is as near as scratch memory, and later sweeps read it again.

@@ -6,28 +6,21 @@ from kgraph.codegen.cpu import rows
 from kgraph.codegen.cpu import vector_math as vm
 from kgraph.codegen.cpu.accumulators import MAX_NUMBER
 from kgraph.codegen.kernel import KernelCall
+from kgraph.codegen.normalisations import take_apart_softmax
 from kgraph.ir import Node
 
-CORES = ("softmax", "log_softmax", "logsumexp")
 TEMPLATE = "kgraph.codegen.cpu.softmax:render"
 
 
-def _axes(core: Node) -> tuple[int, ...]:
-    axes = core.attrs["axes"] if core.name == "logsumexp" else core.attrs["axis"]
-    axes = (axes,) if isinstance(axes, int) else axes
-    rank = len(core.inputs[0].shape)
-    return tuple(sorted(a % rank for a in axes))
-
-
 def accepts(node: Node) -> str | None:
-    """None where the node is one of CORES with scalar code around it."""
-    parts = rows.take_apart(node, CORES, _axes)
+    """None where the node is one of `EXPONENTIAL` with scalar code around it."""
+    parts = take_apart_softmax(node)
     return parts if isinstance(parts, str) else None
 
 
 def lower(node: Node, target) -> list[KernelCall]:
     """One kernel call; a unit is a row (or a strip of rows where the axis is not the last)."""
-    parts = rows.take_apart(node, CORES, _axes)
+    parts = take_apart_softmax(node)
     if isinstance(parts, str):
         raise ValueError(f"{node.name}: {parts}")
     return rows.lower_parts(parts, TEMPLATE, (parts.core.name,), target, parts.core.name)

@@ -106,7 +106,9 @@ def render_depthwise(params: tuple, target) -> str:
                 met.append(k.let(k.add(place, k.mul(t, along.reach)), "place"))
                 loops.enter_context(k.suite(f"if {inside(k, met[-1], axis.size)}:"))
                 taps.append(along.tap(k, t))
-            at = k.add(k.mul(k.offset([image, *met], [images, *(a.size for a in axes)], [True, *spanned]), channels), channel)
+            at = k.add(
+                k.mul(k.offset([image, *met], [images, *(a.size for a in axes)], [True, *spanned]), channels), channel
+            )
             weight = k.add(k.mul(k.offset(taps, windows, spanned), filters), column)
             x_value, w_value = (
                 scalar_ops.convert(k, k.load(operand, index), compute, plan.accumulate)

@@ -16,6 +16,9 @@ BY_PRIMITIVE = {
     ),
     "dot_general": "gemm",
     "attention": "attention",
+    **dict.fromkeys("softmax log_softmax logsumexp".split(), "softmax"),
+    **dict.fromkeys("layer_norm rms_norm group_norm batch_norm".split(), "norm"),
+    "moments": "moments",
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
 }
 BY_KIND = {
@@ -24,6 +27,9 @@ BY_KIND = {
     "loop": "loop",
     "reduce": "reduce",
     "dot": "gemm",
+    "softmax": "softmax",
+    "norm": "norm",
+    "moments": "moments",
 }
 
 

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kgraph.codegen import expressions, regions
-from kgraph.codegen.cuda import scalar_ops
+from kgraph.codegen.cuda.accumulators import GROUP, Lanes, accumulator, strips
 from kgraph.codegen.cuda.loop import leaf_value
-from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
-from kgraph.codegen.expressions import compute_dtype
+from kgraph.codegen.cuda.source import KernelSource, index_type
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
-from kgraph.codegen.reductions import POSITIONS, Parts, Walk, in_stages, neutral, take_apart, walk
+from kgraph.codegen.reductions import POSITIONS, Parts, Walk, in_stages, take_apart, walk
 from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div, product
 
@@ -30,6 +29,7 @@ LONG_ROW = 1024  # elements from which on a whole block reduces one row
 SHORT_ROW = 8  # elements up to which a thread does it alone
 CHUNK = 4096  # operands that a block reduces at least, where the reduced axes are cut
 PLAIN_STEPS = 64  # additions per lane up to which sums are not compensated
+GROUPED_FLOPS = 16  # operations per element up to which several are computed side by side
 WAVES = 2  # blocks per multiprocessor below which the reduced axes are cut
 
 
@@ -50,7 +50,7 @@ def lower(node: Node, target) -> list[KernelCall]:
 def lower_parts(parts: Parts, target) -> list[KernelCall]:
     over = walk(parts)
     shape = BlockShape.choose(over, target)
-    chunk = _chunk(parts, over, shape, target)
+    chunk = chunk_of(parts, over, shape, target)
     last = parts.epilogue, parts.outputs
     if not chunk:
         return [call(over, shape, parts.prologue, parts.reductions, over.extras, *last, 0, target)]
@@ -92,7 +92,7 @@ class BlockShape:
         return BlockShape(False, target.block // lanes, lanes)
 
 
-def _chunk(parts: Parts, over: Walk, shape: BlockShape, target) -> int:
+def chunk_of(parts: Parts, over: Walk, shape: BlockShape, target) -> int:
     """Reduced elements that one block takes, or 0 for one stage."""
     units, length = product(over.kept_sizes), product(over.reduced_sizes)
     if any(kind in POSITIONS for kind, _, _ in parts.reductions) or not isinstance(units, int) or units == 0:
@@ -118,7 +118,8 @@ def call(
     units, length = product(over.kept_sizes), product(over.reduced_sizes)
     steps = chunk or length
     compensated = not (isinstance(steps, int) and steps <= PLAIN_STEPS * shape.lanes)
-    layout = (over.roles, shape, bool(chunk), compensated, index_type([product(over.sizes)]))
+    grouped = expressions.flops(prologue) <= GROUPED_FLOPS and not (isinstance(steps, int) and steps < 2 * shape.lanes)
+    layout = (over.roles, shape, bool(chunk), compensated, GROUP if grouped else 1, index_type([product(over.sizes)]))
     operands = [x.value for x in (*over.leaves, *extras) if not x.is_coordinate] + list(outputs)
     groups = ceil_div(units, shape.units)
     return KernelCall(
@@ -138,7 +139,7 @@ def call(
 # -- the kernel -------------------------------------------------------------------------------------------------------
 def render(params: tuple, target) -> str:
     name, prologue, leaves, reductions, extras, epilogue, layout = params
-    roles, shape, chunked, compensated, index = layout
+    roles, shape, chunked, compensated, group, index = layout
     k = KernelSource(name, target, target.block, index)
     pointers = [None if is_coordinate else k.operand(dtype) for dtype, _, is_coordinate in (*leaves, *extras)]
     outputs = [k.operand(dtype) for dtype in expressions.output_dtypes(epilogue)]
@@ -170,7 +171,8 @@ def render(params: tuple, target) -> str:
         with k.suite(f"if {unit} < {units}:"):
             for a, at in zip(kept, k.coordinates(unit, [sizes[a] for a in kept])):
                 coordinates[a] = at
-            with k.range(start, stop, shape.lanes) as j:
+
+            def element(j: str) -> list[str]:
                 at_reduced = list(coordinates)
                 for a, at in zip(reduced, k.coordinates(j, [sizes[a] for a in reduced])):
                     at_reduced[a] = at
@@ -179,13 +181,19 @@ def render(params: tuple, target) -> str:
                     leaf_value(k, pointer, dtype, spans, whole, at_reduced, sizes)
                     for pointer, (dtype, spans, _) in zip(pointers, leaves)
                 ]
-                for s, value in zip(sums, k.emit(prologue, values)):
-                    s.step(value, j)
+                return k.emit(prologue, values)
+
+            for positions in strips(k, start, stop, shape.lanes, group):
+                elements = [element(j) for j in positions]
+                taken = 0
+                for s in sums:
+                    s.group([values[taken : taken + s.inputs] for values in elements], positions)
+                    taken += s.inputs
         for s in sums:
             s.finish()
         merged.merge(thread, lane)
         with k.suite(f"if {lane} == {k.i(0)} and {unit} < {units}:"):
-            values = [s.result(result) for s, (_, _, result) in zip(sums, reductions)]
+            values = [v for s, (_, _, result) in zip(sums, reductions) for v in s.results(result)]
             # A reduced axis counts 0; extras do not extend over it.
             at_kept = [at if role == "k" else k.i(0) for at, role in zip(_again(k, unit, kept, sizes, roles), roles)]
             for pointer, (_, spans, _) in zip(pointers[len(leaves) :], extras):
@@ -206,126 +214,3 @@ def _again(k: KernelSource, unit: str, kept: list[int], sizes: list[str], roles:
     for a, at in zip(kept, k.coordinates(unit, [sizes[a] for a in kept])):
         out[a] = at
     return out
-
-
-class Lanes:
-    """Merges what the lanes of each result have: `stride` threads lie between two lanes."""
-
-    def __init__(self, k: KernelSource, sums: Sequence[Accumulator], lanes: int, stride: int):
-        self.k, self.sums, self.lanes, self.stride = k, sums, lanes, stride
-        self.arrays: list[list[Operand]] = []
-        if lanes > 1:
-            self.arrays = [[k.shared(dtype, k.block) for dtype in s.dtypes] for s in sums]
-
-    def merge(self, thread: str, lane: str) -> None:
-        """Leaves the results in lane 0. All threads of the block come here."""
-        k = self.k
-        if self.lanes == 1:
-            return
-        for arrays, s in zip(self.arrays, self.sums):
-            for array, name in zip(arrays, s.names):
-                k.store(array, thread, name)
-        k.synchronise()
-        half = self.lanes // 2
-        while half:
-            with k.suite(f"if {lane} < {k.i(half)}:"):
-                other = k.let(k.add(thread, half * self.stride))
-                for arrays, s in zip(self.arrays, self.sums):
-                    s.merge([k.load(array, other) for array in arrays])
-                    for array, name in zip(arrays, s.names):
-                        k.store(array, thread, name)
-            k.synchronise()
-            half //= 2
-
-
-class Accumulator:
-    """A reduction's value in one thread. names: its variables, of `dtypes` (compute form)."""
-
-    def __init__(self, k: KernelSource, kind: str, dtype: str):
-        self.k, self.kind, self.dtype = k, kind, compute_dtype(dtype)
-        self.dtypes = [self.dtype]
-        self.names = [k.fresh("sum")]
-
-    def reset(self) -> None:
-        self.k.line(f"{self.names[0]} = {self.k.literal(neutral(self.kind, self.dtype), self.dtype)}")
-
-    def step(self, value: str, position: str) -> None:
-        """Take in one more value, which stands at `position` of the reduced axes."""
-        self.merge([value])
-
-    def finish(self) -> None:
-        """No more values come in this thread."""
-
-    def merge(self, others: Sequence[str]) -> None:
-        """Take in another thread's variables."""
-        name = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}.get(self.kind, f"bitwise_{self.kind}")
-        (mine,) = self.names
-        self.k.line(f"{mine} = {scalar_ops.form(self.k, name, [mine, others[0]], [self.dtype] * 2, self.dtype)}")
-
-    def result(self, dtype: str) -> str:
-        """The result as a value of `dtype`."""
-        return self.names[0]
-
-
-class CompensatedSum(Accumulator):
-    """A float sum that keeps the rounding errors of its steps."""
-
-    def __init__(self, k: KernelSource, kind: str, dtype: str):
-        super().__init__(k, kind, dtype)
-        self.lost = k.fresh("lost")
-
-    def reset(self) -> None:
-        super().reset()
-        self.k.line(f"{self.lost} = {self.k.literal(0, self.dtype)}")
-
-    def step(self, value: str, position: str) -> None:
-        k, (total,) = self.k, self.names
-        after = k.let(f"({total} + {value})")
-        rounded = k.let(f"({after} - {total})")
-        k.line(f"{self.lost} = {self.lost} + (({total} - ({after} - {rounded})) + ({value} - {rounded}))")
-        k.line(f"{total} = {after}")
-
-    def finish(self) -> None:
-        # After an overflow or an infinite operand the error is NaN while the sum itself is right.
-        (total,) = self.names
-        self.k.line(f"{total} = ({total} + {self.lost} if {self.lost} == {self.lost} else {total})")
-
-
-class Position(Accumulator):
-    """argmax and argmin: the extremum and its first position; the first NaN wins over everything."""
-
-    def __init__(self, k: KernelSource, kind: str, dtype: str):
-        super().__init__(k, kind, dtype)
-        self.dtypes = [self.dtype, k.index]
-        self.names = [*self.names, k.fresh("at")]
-
-    def reset(self) -> None:
-        super().reset()
-        self.k.line(f"{self.names[1]} = {self.k.i((1 << 31) - 1 if self.k.index == 'uint32' else (1 << 63) - 1)}")
-
-    def step(self, value: str, position: str) -> None:
-        self.merge([value, position])
-
-    def _beats(self, x: str, y: str) -> str:
-        """Whether x comes before y, whatever their positions."""
-        beats = f"{x} {'>' if self.kind == 'argmax' else '<'} {y}"
-        return f"({beats} or ({x} != {x} and {y} == {y}))" if scalar_ops.is_float(self.dtype) else f"({beats})"
-
-    def merge(self, others: Sequence[str]) -> None:
-        (best, at), (value, position) = self.names, others
-        tie = f"(not {self._beats(best, value)} and {position} < {at})"
-        with self.k.suite(f"if {self._beats(value, best)} or {tie}:"):
-            self.k.line(f"{best} = {value}")
-            self.k.line(f"{at} = {position}")
-
-    def result(self, dtype: str) -> str:
-        return self.k.let(scalar_ops.convert(self.k, f"int64({self.names[1]})", "int64", dtype))
-
-
-def accumulator(k: KernelSource, kind: str, dtype: str, compensated: bool) -> Accumulator:
-    """The accumulator of a reduction of `dtype` values."""
-    if kind in POSITIONS:
-        return Position(k, kind, dtype)
-    if kind == "sum" and compensated and scalar_ops.is_float(dtype):
-        return CompensatedSum(k, kind, dtype)
-    return Accumulator(k, kind, dtype)
