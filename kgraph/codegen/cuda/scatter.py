@@ -29,7 +29,7 @@ _HERE = "kgraph.codegen.cuda.scatter"
 COMBINE = {"add": "add", "mul": "mul", "max": "maximum", "min": "minimum"}
 WAVES = 4  # blocks per multiprocessor that the rows are split between
 LOOKED_AT = 8  # indices of a tile per thread
-AHEAD = 8  # updates that a thread loads before it applies them
+AHEAD = 6  # updates that a thread loads before it applies them
 
 
 def accepts(node: Node) -> str | None:
