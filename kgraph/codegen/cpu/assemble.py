@@ -6,8 +6,6 @@ result's shape. Every row of the result is written once, piece by piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer
@@ -25,10 +23,10 @@ from kgraph.codegen.cpu.strided import (
     word,
 )
 from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.views import mirror_axes, pad_axes, update_axes
 from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product
 
-MIRROR_MODES = frozenset({"reflect", "symmetric", "edge", "wrap"})
 SHORT_ROW_BYTES = 8192  # rows up to this length are written whole; longer ones are cut for the threads
 
 
@@ -90,47 +88,19 @@ def _concatenate_chunk(b: KernelBuilder, destination, sources, pieces, row, unit
 
 
 # -- pad and dynamic_update_slice: a foreground over a background -----------------------------------------------------
-# An axis is (size of the result, size of the foreground, start of the foreground, interior). The start is a size, or
-# ("start", operand, greatest start, scale) where an operand holds it.
 def _lower_pad(node: Node) -> KernelCall:
-    x, value = node.inputs
-    low, interior = node.attrs["low"], node.attrs.get("interior") or (0,) * x.type.rank
-    axes = list(zip(node.output.shape, x.shape, low, interior, strict=True))
-    return _lower_overlay("pad", axes, [x, value, node.output], background="value")
+    return _lower_overlay("pad", pad_axes(node), [*node.inputs, node.output], background="value")
 
 
 def _lower_update(node: Node) -> KernelCall:
     x, update, *starts = node.inputs
-    axes = []
-    for number, (n, m) in enumerate(zip(x.shape, update.shape, strict=True)):
-        start = 0 if _covers(n, m, 0, 0) else ("start", number + 2, n - m, 1)
-        axes.append((n, m, start, 0))
-    operands = [update, x, *starts, node.output]
-    return _lower_overlay("dynamic_update_slice", axes, operands, background="array")
-
-
-def _covers(size, own, start, interior) -> bool:
-    """Whether the foreground covers an axis in full."""
-    same = isinstance(size, Dim) == isinstance(own, Dim) and size == own
-    return same and not isinstance(start, tuple | Dim) and start == 0 and interior == 0
-
-
-def _merged(axes: Sequence[tuple]) -> list[tuple]:
-    """Fewer axes: one that the foreground covers joins the one before it, if that has no interior."""
-    out: list[tuple] = []
-    for size, own, start, interior in axes:
-        if out and _covers(size, own, start, interior) and out[-1][3] == 0:
-            wide, wide_own, at, _ = out.pop()
-            scaled = (*at[:3], at[3] * size) if isinstance(at, tuple) else at * size
-            out.append((wide * size, wide_own * size, scaled, 0))
-        else:
-            out.append((size, own, start, interior))
-    return out or [(1, 1, 0, 0)]
+    return _lower_overlay(
+        "dynamic_update_slice", update_axes(node), [update, x, *starts, node.output], background="array"
+    )
 
 
 def _lower_overlay(name: str, axes, operands: list, background: str) -> KernelCall:
     out = operands[-1]
-    axes = _merged(axes)
     size, _, _, interior = axes[-1]
     chunk = 0 if interior else split_rows(size, out.type.itemsize)
     table = SizeTable()
@@ -249,16 +219,7 @@ def _write_row(b: KernelBuilder, destination, row, at, start, count, axis, write
 # -- pad_mirror -------------------------------------------------------------------------------------------------------
 def _lower_mirror(node: Node) -> KernelCall:
     x, out = node.inputs[0], node.output
-    low, high = node.attrs["low"], node.attrs["high"]
-    axes: list[tuple] = []
-    for n, m, before, after in zip(out.shape, x.shape, low, high, strict=True):
-        plain = all(not isinstance(p, Dim) and p == 0 for p in (before, after))
-        if plain and axes and axes[-1][3]:
-            wide, own, _, _ = axes.pop()
-            axes.append((wide * n, own * m, 0, True))
-        else:
-            axes.append((n, m, before, plain))
-    axes = axes or [(1, 1, 0, True)]
+    axes = mirror_axes(node)
     table = SizeTable()
     params = (
         word(out.type),

@@ -25,12 +25,12 @@ from kgraph.codegen.cpu.strided import (
 )
 from kgraph.codegen.cpu.transpose import lower_transpose
 from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.views import MIRROR_MODES, VIEWS, starts_of
 from kgraph.ir import Dim, Node, Value
 from kgraph.ir.dims import ceil_div, product
 
 LONG_ROW_BYTES = 256
-STRIDED = frozenset({"transpose", "slice", "rev", "broadcast_to", "dynamic_slice"})
-PRIMITIVES = STRIDED | assemble.LOWERINGS.keys()
+PRIMITIVES = VIEWS.keys() | assemble.LOWERINGS.keys()
 
 
 def accepts(node: Node) -> str | None:
@@ -39,7 +39,7 @@ def accepts(node: Node) -> str | None:
         return f"{node.name} is no data movement"
     if node.output.type.itemsize > 8:
         return f"no native kernels for {node.output.dtype}"
-    if node.name == "pad_mirror" and node.attrs["mode"] not in assemble.MIRROR_MODES:
+    if node.name == "pad_mirror" and node.attrs["mode"] not in MIRROR_MODES:
         return f"pad_mirror has no kernel for mode {node.attrs['mode']!r}"
     return None
 
@@ -49,61 +49,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     if node.name in assemble.LOWERINGS:
         return [assemble.LOWERINGS[node.name](node)]
     base, axes = VIEWS[node.name](node)
-    return lower_view(node.name, node.inputs[0], node.output, base, axes, target, starts=_starts(node))
-
-
-# -- how each primitive reads its source: (base offset, [(size, source stride)] per axis of the result) ---------------
-def _transpose_view(node: Node):
-    x = node.inputs[0]
-    strides = dense_strides(x.shape)
-    return 0, [(x.shape[k], strides[k]) for k in node.attrs["permutation"]]
-
-
-def _slice_view(node: Node):
-    strides = dense_strides(node.inputs[0].shape)
-    start, step = node.attrs["start"], node.attrs["stride"]
-    base = sum((s * t for s, t in zip(start, strides, strict=True)), 0)
-    step = step or (1,) * len(strides)
-    return base, [(n, t * k) for n, t, k in zip(node.output.shape, strides, step, strict=True)]
-
-
-def _rev_view(node: Node):
-    x = node.inputs[0]
-    strides = dense_strides(x.shape)
-    axes = {a % x.type.rank for a in node.attrs["axes"]}
-    base = sum(((x.shape[a] - 1) * strides[a] for a in axes), 0)
-    return base, [(n, -t if k in axes else t) for k, (n, t) in enumerate(zip(x.shape, strides, strict=True))]
-
-
-def _broadcast_view(node: Node):
-    x, out = node.inputs[0], node.output
-    missing = out.type.rank - x.type.rank
-    own = [0 if not isinstance(n, Dim) and n == 1 else t for n, t in zip(x.shape, dense_strides(x.shape), strict=True)]
-    return 0, list(zip(out.shape, [0] * missing + own, strict=True))
-
-
-def _dynamic_slice_view(node: Node):
-    return 0, list(zip(node.output.shape, dense_strides(node.inputs[0].shape), strict=True))
-
-
-VIEWS = {
-    "transpose": _transpose_view,
-    "slice": _slice_view,
-    "rev": _rev_view,
-    "broadcast_to": _broadcast_view,
-    "dynamic_slice": _dynamic_slice_view,
-}
-
-
-def _starts(node: Node) -> list[tuple[Value, int | Dim, int | Dim]]:
-    """Per start operand: the value, the greatest start that stays inside, the stride it counts in."""
-    if node.name != "dynamic_slice":
-        return []
-    x = node.inputs[0]
-    return [
-        (start, n - m, stride)
-        for start, n, m, stride in zip(node.inputs[1:], x.shape, node.output.shape, dense_strides(x.shape), strict=True)
-    ]
+    return lower_view(node.name, node.inputs[0], node.output, base, axes, target, starts=starts_of(node))
 
 
 def lower_view(name: str, source: Value, out: Value, base, axes, target, starts=()) -> list[KernelCall]:

@@ -21,28 +21,12 @@ from kgraph.codegen.cpu.strided import (
     word,
 )
 from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.strided import FILL_BITS
 from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product
 
 PRIMITIVES = frozenset({"take", "take_along_axis", "gather_nd"})
 CHUNK_BYTES = 8192
-
-# What mode "fill" writes, as bits: quiet NaN, the least signed int, the greatest unsigned int, True.
-FILL_BITS = {
-    "bool": 1,
-    "int8": 0x80,
-    "int16": 0x8000,
-    "int32": 0x8000_0000,
-    "int64": 1 << 63,
-    "uint8": 0xFF,
-    "uint16": 0xFFFF,
-    "uint32": 0xFFFF_FFFF,
-    "uint64": (1 << 64) - 1,
-    "float16": 0x7E00,
-    "bfloat16": 0x7FC0,
-    "float32": 0x7FC0_0000,
-    "float64": 0x7FF8 << 48,
-}
 
 
 def accepts(node: Node) -> str | None:

@@ -19,14 +19,12 @@ from kgraph.codegen.cpu.block_product import BlockProduct, Panel
 from kgraph.codegen.cpu.builder import PTR, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.strided import SizeTable, resolve
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node, Value
+from kgraph.codegen.recurrent import SELU_ALPHA, SELU_SCALE, Shape, layers_of, shape_of, unsupported
+from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div
 
-GATES = {"lstm": 4, "gru": 3, "simple": 1}
-STATES = {"lstm": 2, "gru": 1, "simple": 1}
 LARGE_WEIGHTS = 1 << 18  # elements of the recurrent weights from which on they come from beyond the L2 cache
 CHUNK_ELEMENTS = 1 << 15  # of the projected inputs of one chunk of steps
-SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 
 # -- activations ------------------------------------------------------------------------------------------------------
@@ -61,82 +59,9 @@ ACTIVATIONS = {
 
 
 # -- lowering ---------------------------------------------------------------------------------------------------------
-class Shape(NamedTuple):
-    """Static structure of a kernel; `reverse` has one entry per layer."""
-
-    dtype: str
-    cell: str
-    activation: str
-    recurrent_activation: str
-    reset_after: bool
-    has_mask: bool
-    zero_output_for_mask: bool
-    features: int
-    units: int
-    reverse: tuple[bool, ...]
-
-    @property
-    def gates(self) -> int:
-        return GATES[self.cell]
-
-    @property
-    def states(self) -> int:
-        return STATES[self.cell]
-
-    @property
-    def inputs(self) -> int:
-        """Operands per layer."""
-        return 5 + self.states + self.has_mask
-
-
-def _layers(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ...]]]:
-    """(rnn node, its operands, its results) for each layer of a plain or fused node; empty where it is neither."""
-    if node.name == "rnn":
-        return [(node, node.inputs, node.outputs)]
-    if node.name != "fusion":
-        return []
-    body = node.attrs["body"]
-    outer = dict(zip(body.inputs, node.inputs, strict=True))
-    results = dict(zip(body.outputs, node.outputs, strict=True))
-    layers = []
-    for member in body.nodes:
-        whole = all(v in outer for v in member.inputs) and all(v in results for v in member.outputs)
-        if member.name != "rnn" or not whole:
-            return []
-        operands = tuple(outer[v] for v in member.inputs)
-        layers.append((member, operands, tuple(results[v] for v in member.outputs)))
-    return layers
-
-
-def _shape(node: Node) -> Shape:
-    attrs = node.attrs
-    names = ("cell", "activation", "recurrent_activation", "reset_after", "has_mask", "zero_output_for_mask")
-    x, recurrent_kernel = node.inputs[0], node.inputs[2]
-    return Shape(
-        dtype=x.dtype,
-        features=x.shape[2],
-        units=recurrent_kernel.shape[0],
-        reverse=(bool(attrs["reverse"]),),
-        **{n: attrs[n] for n in names},
-    )
-
-
 def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
-    layers = _layers(node)
-    if not layers:
-        return f"{node.name} is no recurrent layer, nor a group of independent ones"
-    shapes = [_shape(n) for n, _, _ in layers]
-    shape = shapes[0]
-    if shape.dtype not in ("float32", "float64"):
-        return f"no recurrent kernel for {shape.dtype}"
-    if isinstance(shape.features, Dim) or isinstance(shape.units, Dim):
-        return "symbolic features or units"
-    if any(s._replace(reverse=()) != shape._replace(reverse=()) for s in shapes):
-        return "recurrent layers of different structure"
-    if any(operands[0].shape != layers[0][1][0].shape for _, operands, _ in layers):
-        return "recurrent layers over different sizes"
-    return None
+    return unsupported(node)
 
 
 class Layout(NamedTuple):
@@ -182,8 +107,8 @@ def layout_of(shape: Shape, target) -> Layout:
 
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of a recurrent layer, or of several."""
-    layers = _layers(node)
-    shape = _shape(layers[0][0])
+    layers = layers_of(node)
+    shape = shape_of(layers[0][0])
     shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
     batch, steps, features = layers[0][1][0].shape
     layout = layout_of(shape, target)

@@ -13,10 +13,11 @@ from llvmlite import ir
 
 from kgraph.codegen.cpu import data_movement, gemm, reduce, rnn, vector_math
 from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, itemsize
-from kgraph.codegen.cpu.rnn import PanelProduct, RecurrentKernel, Shape
+from kgraph.codegen.cpu.rnn import PanelProduct, RecurrentKernel
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
+from kgraph.codegen.recurrent import SELU_ALPHA, SELU_SCALE, gradient_products, gradient_values, shape_of
+from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div
 
 
@@ -41,7 +42,7 @@ DERIVATIVES = {
     "softsign": lambda b, y: _square(b, b.sub(1.0, vector_math.absolute(b, y))),
     "softplus": lambda b, y: b.ir.fneg(vector_math.expm1(b, b.ir.fneg(y))),
     "elu": lambda b, y: b.select(b.compare(">", y, 0.0), 1.0, b.add(y, 1.0)),
-    "selu": lambda b, y: b.select(b.compare(">", y, 0.0), rnn.SELU_SCALE, b.add(y, rnn.SELU_SCALE * rnn.SELU_ALPHA)),
+    "selu": lambda b, y: b.select(b.compare(">", y, 0.0), SELU_SCALE, b.add(y, SELU_SCALE * SELU_ALPHA)),
     "exponential": lambda b, y: y,
 }
 
@@ -98,29 +99,14 @@ def accepts(node: Node) -> str | None:
 
 def lower(node: Node, target) -> list[KernelCall]:
     """The recurrent kernel, then products and sums over all sequences and steps."""
-    attrs = node.attrs
-    names = ("cell", "activation", "recurrent_activation", "reset_after", "has_mask", "zero_output_for_mask")
-    x, kernel, recurrent_kernel = node.inputs[:3]
-    batch, steps, features = x.shape
-    units = recurrent_kernel.shape[0]
-    shape = Shape(
-        dtype=x.dtype,
-        features=features,
-        units=units,
-        reverse=(bool(attrs["reverse"]),),
-        **{n: attrs[n] for n in names},
-    )
-    to_x, to_kernel, to_recurrent, to_bias, to_recurrent_bias, *to_states = node.outputs
-    width = shape.gates * units
-    gates = Value(TensorType((batch, steps, width), x.dtype))
-    # The reset gate of a GRU scales the candidate's cotangent on its way to the recurrent weights, or the state that
-    # they multiply. For the latter there are two states a step, and each has the cotangents of the gates that it feeds.
-    states = (2,) if _resets_before(shape) else ()
-    recurrent_gates = Value(TensorType((batch, steps, *states, width), x.dtype)) if shape.cell == "gru" else gates
-    before = Value(TensorType((batch, steps, *states, units), x.dtype))
+    shape = shape_of(node)
+    batch, steps, features = node.inputs[0].shape
+    to_states = node.outputs[5:]
+    width = shape.gates * shape.units
+    values = gradient_values(node, shape)
     table = SizeTable()
     layout = rnn.layout_of(shape, target)
-    outputs = [gates, *([recurrent_gates] if shape.cell == "gru" else []), before, *to_states]
+    outputs = [*dict.fromkeys(values), *to_states]
     kept = steps * (layout.rows * layout.padded * KEPT[shape.cell])
     transposed = shape.gates * layout.padded * layout.padded
     block = layout.rows * layout.padded
@@ -133,44 +119,18 @@ def lower(node: Node, target) -> list[KernelCall]:
             outputs=len(outputs),
             sizes=table.values,
             extent=ceil_div(batch, layout.rows),
-            flops=batch * steps * (2 * width * (features + 2 * units)),
+            flops=batch * steps * (2 * width * (features + 2 * shape.units)),
             bytes=sum((v.type.nbytes for v in (*node.inputs, *outputs)), 0),
-            scratch_bytes=(kept + layout.total + transposed + (1 + shape.states) * block) * itemsize(x.dtype),
+            scratch_bytes=(kept + layout.total + transposed + (1 + shape.states) * block) * itemsize(shape.dtype),
         )
     ]
-    calls += _product(to_x, gates, kernel, (2,), (1,), target)
-    calls += _product(to_kernel, x, gates, (0, 1), (0, 1), target)
-    rows = tuple(range(2 + len(states)))
-    calls += _product(to_recurrent, before, recurrent_gates, rows, rows, target)
-    calls += _sum(to_bias, gates, target)
-    if recurrent_gates is gates or states:
-        calls += data_movement.lower_view("copy", to_bias, to_recurrent_bias, 0, [(width, 1)], target)
-    else:
-        calls += _sum(to_recurrent_bias, recurrent_gates, target)
-    return calls
-
-
-def _resets_before(shape: Shape) -> bool:
-    """Whether the reset gate scales the state before it is multiplied, not the product."""
-    return shape.cell == "gru" and not shape.reset_after
-
-
-def _product(out: Value, lhs: Value, rhs: Value, lhs_contract, rhs_contract, target) -> list[KernelCall]:
-    """Calls that write the contraction of two values to `out`."""
-    attrs = {"lhs_contract": lhs_contract, "rhs_contract": rhs_contract, "lhs_batch": (), "rhs_batch": ()}
-    node = make_node(PRIMITIVES["dot_general"], [lhs, rhs], attrs | {"preferred_dtype": None})
-    return _writing_to(out, node, gemm.lower(node, target))
-
-
-def _sum(out: Value, x: Value, target) -> list[KernelCall]:
-    """Calls that write the sum of x over its two leading axes to `out`."""
-    node = make_node(PRIMITIVES["reduce_sum"], [x], {"axes": (0, 1), "keepdims": False})
-    return _writing_to(out, node, reduce.lower(node, target))
-
-
-def _writing_to(out: Value, node: Node, calls: list[KernelCall]) -> list[KernelCall]:
-    for call in calls:
-        call.operands = [out if operand is node.output else operand for operand in call.operands]
+    families = {"dot_general": gemm, "reduce_sum": reduce}
+    calls += gradient_products(
+        node,
+        values,
+        lambda n: families[n.name].lower(n, target),
+        lambda x, out: data_movement.lower_view("copy", x, out, 0, [(width, 1)], target),
+    )
     return calls
 
 
@@ -215,7 +175,7 @@ class GradientKernel(RecurrentKernel):
         super().__init__(params, target)
         shape, layout, b = self.shape, self.layout, self.b
         self.inner, self.outer = Activation(b, shape.recurrent_activation), Activation(b, shape.activation)
-        self.resets_before = _resets_before(shape)
+        self.resets_before = shape.resets_before
         block = layout.rows * layout.padded
         at = layout.total
 

@@ -25,8 +25,9 @@ from kgraph.codegen.cpu.builder import (
     is_float,
     itemsize,
 )
-from kgraph.codegen.cpu.strided import WORDS, SizeTable, resolve
+from kgraph.codegen.cpu.strided import SizeTable, resolve
 from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.strided import WORDS
 from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product
 

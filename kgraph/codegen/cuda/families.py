@@ -20,6 +20,11 @@ BY_PRIMITIVE = {
     **dict.fromkeys("layer_norm rms_norm group_norm batch_norm".split(), "norm"),
     "moments": "moments",
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
+    **dict.fromkeys(
+        "transpose slice pad pad_mirror concatenate rev dynamic_slice dynamic_update_slice".split(), "data_movement"
+    ),
+    **dict.fromkeys("take take_along_axis gather_nd".split(), "gather"),
+    **dict.fromkeys("scatter_nd scatter_along_axis".split(), "scatter"),
 }
 BY_KIND = {
     "conv": "conv",

@@ -22,8 +22,6 @@ from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument, Device
 
 _ALIGNMENT = 256
-# Elements of what kernels see: bits for the narrow floats, bytes for bools.
-_MEMORY_DTYPES = {"bool": "uint8", "float16": "uint16", "bfloat16": "uint16"}
 
 
 class SimulatorDevice(Device):
@@ -101,18 +99,26 @@ class SimulatorDevice(Device):
         namespace: dict = {"__name__": name}
         exec(compile(source, name, "exec", dont_inherit=True), namespace)
         (function,) = (v for v in namespace.values() if isinstance(v, FunctionType) and v.__module__ == name)
-        return self._cuda.jit(function)
+        # Kernels read memory as what their parameters say, like pointers on a GPU.
+        dtypes = [kind.rstrip("*") for kind in function.__annotations__.values() if kind.endswith("*")]
+        return self._cuda.jit(function), dtypes
 
     def launch(
         self, function: Any, grid: int, block: int, shared_bytes: int, buffers: Sequence[Argument], sizes: Sequence[int]
     ) -> None:
+<<<<<<< HEAD
         if self._captured is not None:
             self._captured.append(lambda: self.launch(function, grid, block, shared_bytes, buffers, sizes))
             return
         pointers = [_Pointer(self._view(address, nbytes), dtype) for address, nbytes, dtype in buffers]
         with self._running, warnings.catch_warnings():
+=======
+        kernel, dtypes = function
+        pointers = [_Pointer(self._view(b.address, b.nbytes), dtype) for b, dtype in zip(buffers, dtypes, strict=True)]
+        with self._lock, warnings.catch_warnings():
+>>>>>>> d754585d92a3ce83a47b3b0fffdefdc165c1252c
             warnings.simplefilter("ignore", RuntimeWarning)  # integers wrap, floats overflow
-            function[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
+            kernel[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
 
     def begin_capture(self) -> None:
         self._captured = []
@@ -177,7 +183,7 @@ class _Pointer:
     ndim = 1
 
     def __init__(self, memory: np.ndarray, dtype: str):
-        self._elements = memory.view(_MEMORY_DTYPES.get(dtype, dtype))
+        self._elements = memory.view(dtype)
 
     def _checked(self, index) -> int:
         number = int(index[0] if isinstance(index, tuple) else index)

@@ -1,0 +1,90 @@
+"""Scatters on CUDA: the order of updates, hot rows, the split into ranges, columns and slots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kgraph.codegen.cuda import families
+from kgraph.codegen.cuda.target import simulator_target
+from kgraph.ops.scatter import REDUCTIONS, SCATTER_ALONG_AXIS, SCATTER_ND
+from tests.cuda.driver import run_node
+from tests.cuda.test_data_movement import node_of
+
+RNG = np.random.default_rng(0)
+# Several ranges even of few rows, as on a GPU of many multiprocessors.
+SPLIT = replace(simulator_target(), num_sms=2)
+
+
+def operands(rows: int, row: int, count: int, low: int = 0, dtype: str = "float32"):
+    indices = RNG.integers(low, rows, (count, 1)).astype("int32")
+    values = [RNG.uniform(0.5, 1.5, (n, row)).astype(dtype) for n in (rows, count)]
+    return values[0], indices, values[1]
+
+
+def in_order(base, indices, updates, reduction: str):
+    """Updates one after the other, in the arithmetic of the operands."""
+    apply = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum, "update": lambda _, u: u}
+    out = base.copy()
+    for (index,), update in zip(indices, updates, strict=True):
+        out[index] = apply[reduction](out[index], update)
+    return out
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("row", [1, 2, 3, 4, 7])
+def test_updates_are_applied_in_their_order(reduction, row):
+    arrays = operands(5, row, 37)
+    node = node_of("scatter_nd", arrays, reduction=reduction)
+    results = [run_node(node, arrays, target=SPLIT, most_blocks=most)[0] for most in (1, 3)]
+    for result in results:
+        np.testing.assert_array_equal(result, in_order(*arrays, reduction))
+
+
+def test_a_row_that_all_updates_hit():
+    base, indices, updates = operands(6, 3, 50)
+    indices[:] = 2
+    (out,) = run_node(node_of("scatter_nd", [base, indices, updates], reduction="add"), [base, indices, updates])
+    np.testing.assert_array_equal(out, in_order(base, indices, updates, "add"))
+
+
+def test_the_rows_are_split_between_no_more_blocks_than_the_device_needs():
+    for count in (10, 100000):
+        node = node_of("scatter_nd", operands(5000, 4, count), reduction="add")
+        (call,) = families.lower(node, SPLIT)
+        assert call.extent == 8  # four for each multiprocessor: what reads the indices does not grow with them
+
+
+def test_small_floats_are_rounded_once_a_run_of_updates():
+    base, indices, updates = operands(1, 2, 200, dtype="float16")
+    updates[:] = 2.0**-10
+    base[:] = 1.0
+    (out,) = run_node(node_of("scatter_nd", [base, indices, updates], reduction="add"), [base, indices, updates])
+    np.testing.assert_array_equal(out, np.full((1, 2), 1 + 200 / 1024, "float16"))
+
+
+def test_tuples_out_of_range_are_dropped():
+    base, indices, updates = operands(4, 3, 9)
+    indices[:, 0] = [0, 4, -1, -4, -5, 99, 3, -99, 1]
+    (out,) = run_node(node_of("scatter_nd", [base, indices, updates], reduction="add"), [base, indices, updates])
+    np.testing.assert_allclose(out, SCATTER_ND.reference(base, indices, updates, reduction="add"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("reduction", ["add", "update"])
+def test_scatters_along_every_axis(axis, reduction):
+    shape = [3, 4, 5]
+    base = RNG.uniform(-1, 1, shape).astype("float32")
+    shape[axis] = 6
+    indices = RNG.integers(-7, 7, shape).astype("int64")
+    updates = RNG.uniform(-1, 1, shape).astype("float32")
+    node = node_of("scatter_along_axis", [base, indices, updates], axis=axis, reduction=reduction)
+    wanted = SCATTER_ALONG_AXIS.reference(base, indices, updates, axis=axis, reduction=reduction)
+    columns = "columns" if axis < 2 else "ranges"
+    assert families.lower(node, simulator_target())[0].spec.template.endswith(columns)
+    assert families.lower(node, replace(SPLIT, num_sms=100))[0].spec.template.endswith("ranges")
+    for target in (simulator_target(), replace(SPLIT, num_sms=100)):
+        (out,) = run_node(node, [base, indices, updates], target=target)
+        np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
