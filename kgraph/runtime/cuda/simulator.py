@@ -106,17 +106,12 @@ class SimulatorDevice(Device):
     def launch(
         self, function: Any, grid: int, block: int, shared_bytes: int, buffers: Sequence[Argument], sizes: Sequence[int]
     ) -> None:
-<<<<<<< HEAD
         if self._captured is not None:
             self._captured.append(lambda: self.launch(function, grid, block, shared_bytes, buffers, sizes))
             return
-        pointers = [_Pointer(self._view(address, nbytes), dtype) for address, nbytes, dtype in buffers]
-        with self._running, warnings.catch_warnings():
-=======
         kernel, dtypes = function
         pointers = [_Pointer(self._view(b.address, b.nbytes), dtype) for b, dtype in zip(buffers, dtypes, strict=True)]
-        with self._lock, warnings.catch_warnings():
->>>>>>> d754585d92a3ce83a47b3b0fffdefdc165c1252c
+        with self._running, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # integers wrap, floats overflow
             kernel[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
 
