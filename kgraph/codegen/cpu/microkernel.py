@@ -69,14 +69,14 @@ class Tile(NamedTuple):
 class TileSet:
     """The tile functions of one kernel, made when first called.
 
-    prefix: of the functions' names, for kernels with several sets.
+    epilogue: None leaves the sums in `sums`. prefix: of the functions' names, for kernels with several sets.
     """
 
-    def __init__(self, b: KernelBuilder, code: TileCode, epilogue: Epilogue, prefix: str = ""):
+    def __init__(self, b: KernelBuilder, code: TileCode, epilogue: Epilogue | None, prefix: str = ""):
         self.b, self.code, self.epilogue, self.prefix = b, code, epilogue, prefix
         self.functions: dict[Tile, ir.Function] = {}
         pitches = (code.pixel_row_pitch, code.pixel_col_pitch)
-        self.finisher = Finisher(b, epilogue, code.dtype, code.lanes, pitches, prefix)
+        self.finisher = Finisher(b, epilogue, code.dtype, code.lanes, pitches, prefix) if epilogue else None
 
     def call(
         self, tile: Tile, a: Pointer, bp: Pointer, sums: Pointer, pixel, column, remaining, run=0, first=1, last=1
@@ -178,7 +178,7 @@ class TileSet:
         """The epilogue: in registers where it is short, else by a function that all tiles of one width share."""
         b, code = self.b, self.code
         buffers, sizes = function.args[:2]
-        if self.epilogue.in_registers:
+        if self.epilogue is not None and self.epilogue.in_registers:
             masks = vector_masks(b, tile.vectors, tile.masked, remaining, code.lanes)
             bound = self.epilogue.bind(b, buffers, lambda e: entry_value(b, sizes, e), column, masks, code.lanes)
             row_pitch = entry_value(b, sizes, code.pixel_row_pitch)
@@ -190,8 +190,9 @@ class TileSet:
             return
         for i, value in enumerate(acc):
             b.store(sums, i * code.lanes, value)
-        extents = (tile.rows, tile.cols)
-        self.finisher.call(buffers, sizes, sums, pixel, column, remaining, extents, tile.vectors, tile.masked)
+        if self.finisher is not None:
+            extents = (tile.rows, tile.cols)
+            self.finisher.call(buffers, sizes, sums, pixel, column, remaining, extents, tile.vectors, tile.masked)
 
 
 def carried_loop(b: KernelBuilder, stop, step: int, values: list[ir.Value], turn) -> list[ir.Value]:
