@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, is_float
+from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, is_float, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, entry_value, subfunction, vector_masks
 
 
@@ -42,6 +42,8 @@ class TileCode(NamedTuple):
     b_step: elements from one row of B to the next; None for packed panels, whose rows are as wide as the panel.
     pixel_row_pitch, pixel_col_pitch: strides of the output in pixels (`int` or ("size", slot)).
     partial: whether k is cut into blocks, so that sums are kept in `sums` between them.
+    ahead: rows of B from the current one to one that is requested meanwhile, where B comes from beyond the second-level
+    cache; 0 for none.
     """
 
     dtype: str
@@ -55,6 +57,7 @@ class TileCode(NamedTuple):
     pixel_row_pitch: int | tuple
     pixel_col_pitch: int | tuple
     partial: bool
+    ahead: int = 0
 
 
 class Tile(NamedTuple):
@@ -148,6 +151,9 @@ class TileSet:
 
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
             columns = [b.load(b_at, j * lanes, lanes, masks[j]) for j in range(vectors)]
+            if code.ahead:
+                for line in range(0, vectors * lanes, 64 // itemsize(code.dtype)):
+                    b.prefetch(b_at, code.ahead * b_step + line)
             out = []
             for p, displacement in enumerate(displacements):
                 x = b.load_broadcast(a_at, displacement, lanes)

@@ -29,6 +29,7 @@ LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth 
 LEAST_GAIN = 1.1  # of the estimates, below which the smaller and more exact direct convolution stays
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
 ASSUMED_SIZE = 56  # of an image, where it is symbolic
+LEAST_TILE = 4  # of a register tile, whose sums hide the latency of multiply-add
 LARGEST_BLOCK = 64  # tiles
 FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have something to share
 
@@ -131,7 +132,7 @@ def _schedule(outputs: int, problems: list[_Problem], target) -> Schedule:
     first = problems[0]
     panels = -(-first.filters // (vectors * lanes))
     best: Schedule | None = None
-    for tile in range(most // 2 + 1, most + 1):
+    for tile in range(LEAST_TILE, most + 1):
         for block in range(tile, max(LARGEST_BLOCK, tile) + 1, tile):
             blocks = -(-_tiles(first, outputs) // block)
             group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
@@ -166,9 +167,11 @@ def _cost(problem: _Problem, outputs: int, tile: int, block: int, group: int, ta
     points, tiles = (outputs + TAPS - 1) ** 2, _tiles(problem, outputs)
     channel_vectors, vectors = -(-problem.channels // lanes), -(-problem.filters // lanes)
     rounded = -(-tiles // tile)
-    products = points * rounded * (tile + TILE_OVERHEAD) * problem.channels * vectors
     filters = points * problem.channels * problem.filters * size
     blocks = -(-tiles // block)
+    # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
+    shared = (rounded + blocks * min(block // tile, rounded)) / 2
+    products = points * shared * (tile + TILE_OVERHEAD) * problem.channels * vectors
     held = points * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
     if filters + held < target.l2_bytes:

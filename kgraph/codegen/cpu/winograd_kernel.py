@@ -115,6 +115,7 @@ class _Winograd:
             pixel_row_pitch=0,
             pixel_col_pitch=0,
             partial=False,
+            ahead=plan.channels,  # the next panel
         )
         self.products = TileSet(b, code, None)
         pitches = (plan.out_sizes[1], 1)
