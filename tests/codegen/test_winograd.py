@@ -178,7 +178,8 @@ OTHERS = {
 def test_what_stays_direct(name):
     x, w, options = OTHERS[name]
     algorithm, reason = chosen(x, w, **options)
-    assert algorithm == "implicit_product" and reason
+    assert algorithm == "implicit_product"
+    assert reason
 
 
 def test_switch(monkeypatch):
