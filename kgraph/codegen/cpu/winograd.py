@@ -26,7 +26,7 @@ from kgraph.ops.packing import winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
-LEAST_GAIN = 1.1  # of the estimates, below which the smaller and more exact direct convolution stays
+LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
 ASSUMED_SIZE = 56  # of an image, where it is symbolic
 LEAST_TILE = 4  # of a register tile, whose sums hide the latency of multiply-add
@@ -34,10 +34,12 @@ LARGEST_BLOCK = 64  # tiles
 FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have something to share
 
 # Estimates, in the time of one multiply-add of vectors. Bytes of filters arrive while products are made.
-TRANSFORM = {2: 120, 4: 300}  # of one vector of channels, or of filters, of a tile, by m
+TRANSFORM = {2: 180, 4: 400}  # of one vector of channels, or of filters, of a tile, by m
 FILTER_TRANSFORM = {2: 40, 4: 80}  # of one vector of filters
 TILE_OVERHEAD = 0.5  # of a step of k in a register tile
-MEMORY_BYTES, CACHE_BYTES = 4.0, 12.0  # that arrive from memory and from the third-level cache
+# Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
+# come back, in many streams at once.
+MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.5, 0.3
 OVERLAP = 0.7  # of the shorter of products and arrival that the longer one hides
 
 
@@ -157,7 +159,7 @@ def _both(products: float, arrival: float) -> float:
 def _direct_cost(problem: _Problem, lanes: int) -> float:
     vectors = -(-problem.filters // lanes)
     pixels = problem.images * problem.high * problem.wide
-    arrival = TAPS * TAPS * problem.channels * problem.filters * itemsize(DTYPE) / MEMORY_BYTES
+    arrival = TAPS * TAPS * problem.channels * problem.filters * itemsize(DTYPE) / (MEMORY_BYTES * lanes)
     return _both(pixels * TAPS * TAPS * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
 
 
@@ -176,13 +178,13 @@ def _cost(problem: _Problem, outputs: int, tile: int, block: int, group: int, ta
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
     if filters + held < target.l2_bytes:
         again = 4 * CACHE_BYTES
-    arrival = filters / MEMORY_BYTES + filters * (blocks - 1) / again
+    arrival = (filters / MEMORY_BYTES + filters * (blocks - 1) / again) / lanes
     # What the second-level cache does not hold is written to the third and read again.
-    spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / CACHE_BYTES
+    spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / (SPILLED_BYTES * lanes)
     cost = _both(products, arrival) + spilled
     cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[outputs]
     if not problem.prepared:
-        cost += problem.channels * vectors * FILTER_TRANSFORM[outputs] + filters / MEMORY_BYTES
+        cost += problem.channels * vectors * FILTER_TRANSFORM[outputs] + filters / (MEMORY_BYTES * lanes)
     return cost
 
 
