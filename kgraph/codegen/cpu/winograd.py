@@ -10,6 +10,7 @@ products of large images, at ten times the error of a direct convolution (m = 4:
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ def layout_for(node: Node, target, prepared: bool = True) -> tuple:
     return winograd_layout(node.inputs[1].shape, how.outputs, register_tile(target)[1] * lanes, lanes, DTYPE)
 
 
-def _problems(node: Node, prepared: bool) -> list[_Problem]:
+def _problems(node: Node, prepared: bool) -> tuple[_Problem, ...]:
     """The node for each assumed number of images."""
     sizes = [ASSUMED_SIZE if isinstance(n, Dim) else n for n in node.output.shape[1:-1]]
     images = node.inputs[0].shape[0]
@@ -124,21 +125,22 @@ def _problems(node: Node, prepared: bool) -> list[_Problem]:
     if isinstance(images, Dim):
         counts = [evaluate(images, dict.fromkeys(images.symbols(), n)) for n in ASSUMED_IMAGES]
     channels, filters = node.inputs[1].shape[2:]
-    return [_Problem(max(n, 1), sizes[0], sizes[1], channels, filters, prepared) for n in counts]
+    return tuple(_Problem(max(n, 1), sizes[0], sizes[1], channels, filters, prepared) for n in counts)
 
 
-def _schedule(outputs: int, problems: list[_Problem], target) -> Schedule:
+@functools.cache
+def _schedule(outputs: int, problems: tuple[_Problem, ...], target) -> Schedule:
     """The best schedule for m = `outputs`, by the mean of the problems' costs."""
     most, vectors = register_tile(target)
     lanes = target.lanes(DTYPE)
     first = problems[0]
     panels = -(-first.filters // (vectors * lanes))
+    direct = [_direct_cost(p, lanes) for p in problems]
     best: Schedule | None = None
     for tile in range(LEAST_TILE, most + 1):
         for block in range(tile, max(LARGEST_BLOCK, tile) + 1, tile):
             blocks = -(-_tiles(first, outputs) // block)
             group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
-            direct = [_direct_cost(p, lanes) for p in problems]
             costs = [_cost(p, outputs, tile, block, group * vectors * lanes, target) for p in problems]
             cost = sum(c / d for c, d in zip(costs, direct)) / len(problems)
             if best is None or cost < best.cost:
