@@ -45,6 +45,7 @@ LONG_COMPILES = (
     "rnn",
     "attention_gradient",
     "attention",
+    "winograd_kernel",
     "conv_kernel",
     "conv_filter_kernel",
     "gemm",

@@ -1,7 +1,7 @@
 """Weight packing: the layouts in which contraction kernels read their second operand.
 
-The only layout today is the panel layout of a matrix product. The weight is seen as matrices [batch, K, N]; the
-columns are cut into panels of `panel` columns, and each panel is stored row by row, so that a kernel that computes one
+The layout of a matrix product is that of panels. The weight is seen as matrices [batch, K, N]; the columns are cut into
+panels of `panel` columns, and each panel is stored row by row, so that a kernel that computes one
 panel of output columns reads memory in order. The last panel is only as wide as its columns need, rounded up to
 `vector` columns with zeros.
 
@@ -10,6 +10,12 @@ panel of output columns reads memory in order. The last panel is only as wide as
 shape: of the weight (static). batch_axes, k_axes, n_axes: its axes in the order in which they form batch, K and N.
 groups: N is cut into so many equal parts, each a matrix of its own (batch becomes batch * groups), as in grouped
 convolution. dtype: of the packed array; the weight is converted to it. Result: [batch * groups, K * padded N].
+
+Winograd convolutions (`kgraph.ops.winograd`) read transformed filters, a matrix [channels, filters] per point:
+
+    layout = ("winograd", shape, outputs, panel, vector, dtype)
+
+shape: (3, 3, channels, filters). outputs: the m of the transform. Result: [(m + 2)^2, channels * padded filters].
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import numpy as np
 
 from kgraph.errors import ShapeError
 from kgraph.ir import NotDifferentiable, Primitive, Sample, TensorType, np_dtype, register
+from kgraph.ops import winograd
 
 __all__ = ["pack"]
 
@@ -32,8 +39,16 @@ def panels_layout(shape, batch_axes, k_axes, n_axes, groups: int, panel: int, ve
     return ("panels", tuple(int(s) for s in shape), *axes, int(groups), int(panel), int(vector), dtype)
 
 
+def winograd_layout(shape, outputs: int, panel: int, vector: int, dtype: str) -> Layout:
+    """The layout tuple of transformed filters, see the module's docstring."""
+    return ("winograd", tuple(int(s) for s in shape), int(outputs), int(panel), int(vector), dtype)
+
+
 def matrix_sizes(layout: Layout) -> tuple[int, int, int]:
-    """(batch * groups, K, N of a group) of a panel layout."""
+    """(number of matrices, K, N of a matrix) of a layout."""
+    if layout[0] == "winograd":
+        _, shape, outputs, *_ = layout
+        return (outputs + 2) ** 2, shape[2], shape[3]
     _, shape, batch_axes, k_axes, n_axes, groups, *_ = layout
     batch, depth, columns = (math.prod(shape[a] for a in axes) for axes in (batch_axes, k_axes, n_axes))
     return batch * groups, depth, columns // groups
@@ -41,44 +56,55 @@ def matrix_sizes(layout: Layout) -> tuple[int, int, int]:
 
 def padded_columns(layout: Layout) -> int:
     """Columns of one packed matrix, the padding of the last panel included."""
-    columns, vector = matrix_sizes(layout)[2], layout[7]
+    columns, vector = matrix_sizes(layout)[2], layout[-2]
     return -(-columns // vector) * vector
 
 
 def _infer(w, *, layout):
-    if layout[0] != "panels" or tuple(w.shape) != layout[1]:
+    if layout[0] not in ("panels", "winograd") or tuple(w.shape) != layout[1]:
         raise ShapeError(f"pack: the layout {layout} is not one for {w}")
     batch, depth, _ = matrix_sizes(layout)
-    return TensorType((batch, depth * padded_columns(layout)), layout[8])
+    return TensorType((batch, depth * padded_columns(layout)), layout[-1])
 
 
 def _reference(w, *, layout):
-    _, _, batch_axes, k_axes, n_axes, groups, panel, _, dtype = layout
-    batch, depth, columns = matrix_sizes(layout)
-    width = padded_columns(layout)
     # In float64, as the oracle evaluates, the packed array stays float64.
-    kind = w.dtype if w.dtype == np.float64 else np_dtype(dtype)
+    kind = w.dtype if w.dtype == np.float64 else np_dtype(layout[-1])
+    batch, depth, columns = matrix_sizes(layout)
+    out = np.zeros((batch, depth * padded_columns(layout)), kind)
+    if layout[0] == "winograd":
+        for panel, first, last in _panels(out, layout):
+            panel[..., : last - first] = winograd.transformed_filters(w[..., first:last], layout[2])
+        return out
+    _, _, batch_axes, k_axes, n_axes, groups, *_ = layout
     matrices = w.transpose(*batch_axes, *k_axes, *n_axes).reshape(batch // groups, depth, groups, columns)
     matrices = matrices.transpose(0, 2, 1, 3).reshape(batch, depth, columns)
-    padded = np.zeros((batch, depth, width), kind)
-    padded[:, :, :columns] = matrices
-    out = np.empty((batch, depth * width), kind)
-    for start in range(0, width, panel):
-        stop = min(start + panel, width)
-        out[:, depth * start : depth * stop] = padded[:, :, start:stop].reshape(batch, -1)
+    for panel, first, last in _panels(out, layout):
+        panel[..., : last - first] = matrices[:, :, first:last]
     return out
 
 
-def unpack_reference(packed: np.ndarray, layout: Layout) -> np.ndarray:
-    """The array that `pack` made `packed` of, in the packed dtype."""
-    _, shape, batch_axes, k_axes, n_axes, groups, panel, _, _ = layout
+def _panels(packed: np.ndarray, layout: Layout):
+    """(view [matrices, K, columns with padding], first column, last one + 1) of each panel of a packed array."""
     batch, depth, columns = matrix_sizes(layout)
-    width = padded_columns(layout)
-    padded = np.empty((batch, depth, width), packed.dtype)
+    width, panel = padded_columns(layout), layout[-3]
     for start in range(0, width, panel):
         stop = min(start + panel, width)
-        padded[:, :, start:stop] = packed[:, depth * start : depth * stop].reshape(batch, depth, stop - start)
-    matrices = padded[:, :, :columns].reshape(batch // groups, groups, depth, columns).transpose(0, 2, 1, 3)
+        view = packed[:, depth * start : depth * stop].reshape(batch, depth, stop - start)
+        yield view, start, min(stop, columns)
+
+
+def unpack_reference(packed: np.ndarray, layout: Layout) -> np.ndarray:
+    """The array that `pack` made `packed` of, in the packed dtype; filters of a Winograd convolution up to rounding."""
+    shape = layout[1]
+    batch, depth, columns = matrix_sizes(layout)
+    matrices = np.empty((batch, depth, columns), packed.dtype)
+    for panel, first, last in _panels(packed, layout):
+        matrices[:, :, first:last] = panel[..., : last - first]
+    if layout[0] == "winograd":
+        return winograd.original_filters(matrices, layout[2]).astype(packed.dtype)
+    _, _, batch_axes, k_axes, n_axes, groups, *_ = layout
+    matrices = matrices.reshape(batch // groups, groups, depth, columns).transpose(0, 2, 1, 3)
     order = (*batch_axes, *k_axes, *n_axes)
     return matrices.reshape([shape[a] for a in order]).transpose(np.argsort(order))
 
@@ -90,7 +116,15 @@ def _samples():
         layout = panels_layout(shape, batch_axes, k_axes, n_axes, groups, panel, vector, "float32")
         return Sample((rng.standard_normal(shape).astype(np.float32),), {"layout": layout}, name)
 
+    filters = rng.standard_normal((3, 3, 5, 10)).astype(np.float32)
+    transformed = [
+        Sample(
+            (filters,), {"layout": winograd_layout(filters.shape, m, 8, 4, "float32")}, f"filters, {m} x {m} outputs"
+        )
+        for m in winograd.PAIRS
+    ]
     return [
+        *transformed,
         sample("matrix", (5, 16), (), (0,), (1,)),
         sample("narrow last panel", (3, 10), (), (0,), (1,)),
         sample("transposed", (21, 6), (), (1,), (0,)),

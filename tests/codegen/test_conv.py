@@ -1,4 +1,5 @@
-"""Convolution kernels against float64: every algorithm, static and symbolic sizes, epilogues, packed weights."""
+"""Convolution kernels against float64: every algorithm but Winograd's (`test_winograd`), static and symbolic sizes,
+epilogues, packed weights."""
 
 from __future__ import annotations
 
@@ -16,6 +17,11 @@ from tests.codegen.driver import host_target
 
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 SAMPLES = list(CONV.samples())
+
+
+@pytest.fixture(autouse=True)
+def without_winograd(monkeypatch):
+    monkeypatch.setenv("KGRAPH_WINOGRAD", "0")
 
 
 def attributes(rank, strides=1, padding=0, lhs_dilation=1, rhs_dilation=1, feature_groups=1) -> dict:
@@ -53,7 +59,7 @@ def test_samples_of_symbolic_size(sample):
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.name)
 def test_samples_by_definition(sample, monkeypatch):
-    monkeypatch.setattr(conv, "choose", lambda node: ("direct", "under test"))
+    monkeypatch.setattr(conv, "choose", lambda *_, **__: ("direct", "under test"))
     x, w = (a.shape for a in sample.args)
     convolution(x, w, sample.attrs)
     convolution(x, w, sample.attrs, dynamic=range(len(x) - 1))
@@ -116,7 +122,7 @@ def test_depthwise(name, dynamic, dtype):
     x, w, options = DEPTHWISE[name]
     attrs = attributes(len(x) - 2, feature_groups=x[-1], **options)
     node = make_node(CONV, [Value(TensorType(s, dtype)) for s in (x, w)], attrs)
-    assert conv.choose(node)[0] == "depthwise"
+    assert conv.choose(node, host_target())[0] == "depthwise"
     convolution(x, w, attrs, dtype=dtype, dynamic=range(len(x) - 1) if dynamic else ())
 
 
@@ -139,7 +145,7 @@ def test_depthwise_with_input_dilation(name, dynamic):
     x, w, options = DILATED[name]
     attrs = attributes(len(x) - 2, feature_groups=x[-1], **options)
     node = make_node(CONV, [Value(TensorType(s, "float32")) for s in (x, w)], attrs)
-    assert conv.choose(node)[0] == "depthwise"
+    assert conv.choose(node, host_target())[0] == "depthwise"
     convolution(x, w, attrs, dynamic=range({"none": 0, "images": 1, "all": len(x) - 1}[dynamic]))
 
 
@@ -224,6 +230,6 @@ def test_symbolic_filters_are_left_to_the_definition():
     batch = Dim.symbol("D3")
     types = (TensorType((3, 8, 8, batch), "float32"), TensorType((8, 8, batch, 5), "float32"))
     node = make_node(CONV, [Value(t) for t in types], attributes(2, padding=1))
-    assert conv.choose(node)[0] == "direct"
+    assert conv.choose(node, host_target())[0] == "direct"
     arrays = [filled((3, 8, 8, 2), "float32"), filled((8, 8, 2, 5), "float32", 1)]
     check(conv, CONV, types, arrays, attributes(2, padding=1), sizes={"D3": 2})

@@ -345,6 +345,11 @@ class KernelBuilder(DataValues):
         word = self.ir.trunc(word, bits) if bits.width < 64 else word
         return self.ir.bitcast(word, mask.type)
 
+    def prefetch(self, pointer: Pointer, index=0) -> None:
+        """Requests the cache line of `pointer[index]`, which need not exist, for reading."""
+        fetch = self._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
+        self.ir.call(fetch, [(pointer + index).value, *(ir.Constant(I32, n) for n in (0, 3, 1))])
+
     def load_broadcast(self, pointer: Pointer, index, lanes: int):
         """One element in every lane."""
         return self.broadcast(self.load(pointer, index), lanes)

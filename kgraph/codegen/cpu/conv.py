@@ -7,7 +7,8 @@ copy is small against the products, lies in the second-level cache, and serves a
 units. Sizes of images may be symbolic: only the loops around blocks and the borders of the copy depend on them.
 
 A 1x1 convolution that reads every pixel is a plain product (`gemm`); one with a group per channel goes to `depthwise`;
-what neither this nor those take is left to `conv_direct`. `choose` says which and why.
+3x3 windows of stride 1 go to `winograd` where that is estimated to be faster; what neither this nor those take is left
+to `conv_direct`. `choose` says which and why.
 
 Interface for the layout pass: as in `gemm`, `packing_for(node, target)` names the layout of the weight operand.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 
-from kgraph.codegen.cpu import conv_direct, depthwise, gemm
+from kgraph.codegen.cpu import conv_direct, depthwise, gemm, winograd
 from kgraph.codegen.cpu.builder import itemsize
 from kgraph.codegen.cpu.conv_geometry import AxisPhase, axis_phases
 from kgraph.codegen.cpu.conv_kernel import ConvPlan, Section, copy_bytes, sums_bytes
@@ -45,10 +46,10 @@ def accepts(node: Node) -> str | None:
     return None
 
 
-def choose(node: Node) -> tuple[str, str]:
-    """(algorithm, reason) for a conv node: "product", "depthwise", "implicit_product" or "direct".
+def choose(node: Node, target, prepared: bool = False) -> tuple[str, str]:
+    """(algorithm, reason) for a conv node: "product", "depthwise", "winograd", "implicit_product" or "direct".
 
-    This is the place where a Winograd algorithm will compete for 3x3 windows of stride 1.
+    prepared: whether the weight is prepared ahead of calls.
     """
     x, w = node.inputs
     attrs = node.attrs
@@ -68,13 +69,22 @@ def choose(node: Node) -> tuple[str, str]:
         return "product", "a 1x1 window that meets every pixel"
     if product(len(p) for p in _phases(node)) > MOST_PHASES:
         return "direct", "input dilation makes many phases"
-    return "implicit_product", "a window over channels"
+    how = winograd.schedule(node, target, prepared)
+    if isinstance(how, str):
+        return "implicit_product", how
+    return "winograd", f"{how.outputs}x{how.outputs} outputs, estimated at {how.cost:.2f} times the direct convolution"
 
 
 def packing_for(node: Node, target) -> tuple | None:
     """((operand index, layout),) in which `lower` wants the weight; None to leave it as it is."""
     parts = take_apart(node, "conv")
-    if isinstance(parts, str) or any(parts.packed) or choose(parts.node)[0] not in ("product", "implicit_product"):
+    if isinstance(parts, str) or any(parts.packed):
+        return None
+    position = node.inputs.index(parts.operands[1])
+    algorithm, _ = choose(parts.node, target, prepared=True)
+    if algorithm == "winograd":
+        return ((position, winograd.layout_for(parts.node, target)),)
+    if algorithm not in ("product", "implicit_product"):
         return None
     x, w = parts.node.inputs
     accumulate = accumulate_dtype(x.dtype, parts.result.dtype)
@@ -83,7 +93,7 @@ def packing_for(node: Node, target) -> tuple | None:
     groups = parts.node.attrs["feature_groups"]
     panel = register_tile(target)[1] * lanes
     layout = panels_layout(w.shape, (), axes[:-1], axes[-1:], groups, panel, lanes, accumulate)
-    return ((node.inputs.index(parts.operands[1]), layout),)
+    return ((position, layout),)
 
 
 def lower(node: Node, target) -> list[KernelCall]:
@@ -91,8 +101,10 @@ def lower(node: Node, target) -> list[KernelCall]:
     parts = take_apart(node, "conv")
     if isinstance(parts, str):
         raise ValueError(parts)
-    algorithm, reason = choose(parts.node)
-    if algorithm == "depthwise":
+    algorithm, reason = choose(parts.node, target, prepared=parts.packed[1] is not None)
+    if algorithm == "winograd":
+        calls = winograd.lower_parts(parts, target)
+    elif algorithm == "depthwise":
         calls = depthwise.lower_parts(parts, target)
     elif algorithm == "direct":
         calls = conv_direct.lower_parts(parts, target)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I32, I64, PTR, VOID, Int, KernelBuilder, Pointer, itemsize
+from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.conv_geometry import AxisPhase, axis_phases
 from kgraph.codegen.cpu.epilogue import subfunction, vector_masks
 from kgraph.codegen.cpu.microkernel import Panels, TileRange, carried_loop, multiply_add
@@ -365,10 +365,10 @@ class _Tiles:
                 # What is read in place, the next block will find in the cache.
                 if not plan.packed:
                     for j in range(vectors):
-                        self._fetch(source + (plan.lines * plan.piece * pitch + j * lanes))
+                        self.b.prefetch(source + (plan.lines * plan.piece * pitch + j * lanes))
                 if not plan.copied:
                     for element in range(0, rows, lanes):
-                        self._fetch(copy + (plan.piece * plan.pixel_pitch + element))
+                        self.b.prefetch(copy + (plan.piece * plan.pixel_pitch + element))
                 for i, (_, displacement) in enumerate(displacements):
                     x = b.load_broadcast(copy, displacement, lanes)
                     added += [multiply_add(b, x, c, sums[i * vectors + j]) for j, c in enumerate(columns)]
@@ -389,11 +389,6 @@ class _Tiles:
             for (place, mask), value in zip(places, carried_loop(b, lines, 1, sums, line), strict=True):
                 b.store(place, 0, value, mask)
         return function
-
-    def _fetch(self, pointer: Pointer) -> None:
-        """Asks for a line of memory."""
-        fetch = self.b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
-        self.b.ir.call(fetch, [pointer.value, *(ir.Constant(I32, hint) for hint in (0, 3, 1))])
 
     def _sums_so_far(self, places: list, first) -> list:
         """Zeros for the first block of a chunk, else what the one before it left."""

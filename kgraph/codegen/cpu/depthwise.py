@@ -15,9 +15,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from llvmlite import ir
-
-from kgraph.codegen.cpu.builder import I32, PTR, VOID, Int, KernelBuilder, itemsize
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
 from kgraph.codegen.cpu.conv_geometry import axis_phases
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, Parts
 from kgraph.codegen.cpu.microkernel import multiply_add
@@ -289,15 +287,12 @@ class _Depthwise:
     def _prefetch(self, position, size: int, c) -> None:
         """Asks for the input of the next tile, on the row that no earlier row of positions has met."""
         b, plan = self.b, self.plan
-        fetch = b._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
-        reading, keeping, data = (ir.Constant(I32, hint) for hint in (0, 3, 1))
         deep, high = self.taps
         d, h = (axis.start + (axis.hi - 1) * axis.reach for axis in (deep, high))
         line = ((self.image * self.sizes[0] + d) * self.sizes[1] + h) * self.sizes[2]
         following = position + size + ((plan.window[2] - 1) * plan.reaches[2] + self.origins[2])
         for element in range(size):
-            at = self.x + ((line + (following + element)) * plan.channels + c // plan.multiplier)
-            b.ir.call(fetch, [at.value, reading, keeping, data])
+            b.prefetch(self.x, (line + (following + element)) * plan.channels + c // plan.multiplier)
 
     def _row(self, acc: list, line, position, taps, c, mask, present) -> None:
         """Adds one row of the window, with tap number `taps` first and on input row `line`, to positions of a tile."""

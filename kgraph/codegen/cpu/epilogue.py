@@ -126,15 +126,25 @@ class Finisher:
     """Functions that run a long epilogue over sums in memory, shared by all tiles of one width.
 
     dtype, lanes: of the sums. pitches: distance of pixel rows and pixel columns in the output, in pixels (entries).
+    sums_row: pixels from one row of sums to the next; None where rows are as long as the call's `extents` say.
     """
 
-    def __init__(self, b: KernelBuilder, epilogue: Epilogue, dtype: str, lanes: int, pitches: tuple, prefix: str = ""):
+    def __init__(
+        self,
+        b: KernelBuilder,
+        epilogue: Epilogue,
+        dtype: str,
+        lanes: int,
+        pitches: tuple,
+        prefix: str = "",
+        sums_row: int | None = None,
+    ):
         self.b, self.epilogue, self.dtype, self.lanes = b, epilogue, dtype, lanes
-        self.pitches, self.prefix = pitches, prefix
+        self.pitches, self.prefix, self.sums_row = pitches, prefix, sums_row
         self.functions: dict[tuple, ir.Function] = {}
 
     def call(self, buffers, sizes, sums: Pointer, pixel, column, remaining, extents: tuple, vectors: int, masked: bool):
-        """The epilogue of `extents` = (rows, columns) pixels; `sums` holds `vectors` vectors per pixel, densely."""
+        """The epilogue of `extents` = (rows, columns) pixels; `sums` holds `vectors` vectors per pixel."""
         key = (vectors, masked)
         if key not in self.functions:
             self.functions[key] = self._build(vectors, masked)
@@ -152,7 +162,7 @@ class Finisher:
             bound = self.epilogue.bind(b, buffers, lambda e: entry_value(b, sizes, e), column, masks, lanes)
             row_pitch, col_pitch = (entry_value(b, sizes, p) for p in self.pitches)
             with b.loop(0, rows) as i, b.loop(0, cols) as j:
-                first = (i * cols + j) * (vectors * lanes)
+                first = (i * (self.sums_row or cols) + j) * (vectors * lanes)
                 values = [b.load(sums, first + v * lanes, lanes) for v in range(vectors)]
                 bound.apply(pixel + i * row_pitch + j * col_pitch, values)
         return function

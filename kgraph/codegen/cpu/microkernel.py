@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, is_float
+from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, is_float, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, entry_value, subfunction, vector_masks
 
 
@@ -42,6 +42,8 @@ class TileCode(NamedTuple):
     b_step: elements from one row of B to the next; None for packed panels, whose rows are as wide as the panel.
     pixel_row_pitch, pixel_col_pitch: strides of the output in pixels (`int` or ("size", slot)).
     partial: whether k is cut into blocks, so that sums are kept in `sums` between them.
+    ahead: rows of B from the current one to one that is requested meanwhile, where B comes from beyond the second-level
+    cache; 0 for none.
     """
 
     dtype: str
@@ -55,6 +57,7 @@ class TileCode(NamedTuple):
     pixel_row_pitch: int | tuple
     pixel_col_pitch: int | tuple
     partial: bool
+    ahead: int = 0
 
 
 class Tile(NamedTuple):
@@ -69,14 +72,14 @@ class Tile(NamedTuple):
 class TileSet:
     """The tile functions of one kernel, made when first called.
 
-    prefix: of the functions' names, for kernels with several sets.
+    epilogue: None leaves the sums in `sums`. prefix: of the functions' names, for kernels with several sets.
     """
 
-    def __init__(self, b: KernelBuilder, code: TileCode, epilogue: Epilogue, prefix: str = ""):
+    def __init__(self, b: KernelBuilder, code: TileCode, epilogue: Epilogue | None, prefix: str = ""):
         self.b, self.code, self.epilogue, self.prefix = b, code, epilogue, prefix
         self.functions: dict[Tile, ir.Function] = {}
         pitches = (code.pixel_row_pitch, code.pixel_col_pitch)
-        self.finisher = Finisher(b, epilogue, code.dtype, code.lanes, pitches, prefix)
+        self.finisher = Finisher(b, epilogue, code.dtype, code.lanes, pitches, prefix) if epilogue else None
 
     def call(
         self, tile: Tile, a: Pointer, bp: Pointer, sums: Pointer, pixel, column, remaining, run=0, first=1, last=1
@@ -148,6 +151,9 @@ class TileSet:
 
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
             columns = [b.load(b_at, j * lanes, lanes, masks[j]) for j in range(vectors)]
+            if code.ahead:
+                for line in range(0, vectors * lanes, 64 // itemsize(code.dtype)):
+                    b.prefetch(b_at, code.ahead * b_step + line)
             out = []
             for p, displacement in enumerate(displacements):
                 x = b.load_broadcast(a_at, displacement, lanes)
@@ -178,7 +184,7 @@ class TileSet:
         """The epilogue: in registers where it is short, else by a function that all tiles of one width share."""
         b, code = self.b, self.code
         buffers, sizes = function.args[:2]
-        if self.epilogue.in_registers:
+        if self.epilogue is not None and self.epilogue.in_registers:
             masks = vector_masks(b, tile.vectors, tile.masked, remaining, code.lanes)
             bound = self.epilogue.bind(b, buffers, lambda e: entry_value(b, sizes, e), column, masks, code.lanes)
             row_pitch = entry_value(b, sizes, code.pixel_row_pitch)
@@ -190,8 +196,9 @@ class TileSet:
             return
         for i, value in enumerate(acc):
             b.store(sums, i * code.lanes, value)
-        extents = (tile.rows, tile.cols)
-        self.finisher.call(buffers, sizes, sums, pixel, column, remaining, extents, tile.vectors, tile.masked)
+        if self.finisher is not None:
+            extents = (tile.rows, tile.cols)
+            self.finisher.call(buffers, sizes, sums, pixel, column, remaining, extents, tile.vectors, tile.masked)
 
 
 def carried_loop(b: KernelBuilder, stop, step: int, values: list[ir.Value], turn) -> list[ir.Value]:

@@ -1,0 +1,241 @@
+"""Convolutions with 3x3 windows by Winograd's algorithm: when it is the faster one, and how its work is cut.
+
+A tile of m x m outputs takes (m + 2)^2 products per channel and filter in place of 9 m^2: 2.25 times fewer for m = 2, 4
+times fewer for m = 4. Against that stand the transforms, outputs beyond the image in the last tiles, and filters that
+take (m + 2)^2 / 9 times the memory. `schedule` weighs them for a shape. m = 6 would save another 10 to 20 % of the
+products of large images, at ten times the error of a direct convolution (m = 4: twice, m = 2: less than once).
+
+`KGRAPH_WINOGRAD=0` switches the algorithm off.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+from kgraph.codegen.cpu.builder import itemsize
+from kgraph.codegen.cpu.epilogue import Parts
+from kgraph.codegen.cpu.microkernel import register_tile
+from kgraph.codegen.cpu.strided import SizeTable
+from kgraph.codegen.cpu.winograd_filters import filters_call
+from kgraph.codegen.cpu.winograd_kernel import DTYPE, WinogradPlan
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import Dim, Node, Value
+from kgraph.ir.dims import ceil_div, evaluate
+from kgraph.ops.packing import winograd_layout
+from kgraph.ops.winograd import PAIRS, TAPS
+
+LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
+LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
+ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
+ASSUMED_SIZE = 56  # of an image, where it is symbolic
+LEAST_TILE = 4  # of a register tile, whose sums hide the latency of multiply-add
+LARGEST_BLOCK = 64  # tiles
+FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have something to share
+
+# Estimates, in the time of one multiply-add of vectors. Bytes of filters arrive while products are made.
+TRANSFORM = {2: 180, 4: 400}  # of one vector of channels, or of filters, of a tile, by m
+FILTER_TRANSFORM = {2: 40, 4: 80}  # of one vector of filters
+TILE_OVERHEAD = 0.5  # of a step of k in a register tile
+# Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
+# come back, in many streams at once.
+MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.5, 0.3
+OVERLAP = 0.7  # of the shorter of products and arrival that the longer one hides
+
+
+class Schedule(NamedTuple):
+    """How a convolution is computed: m, tiles of a register tile and of a unit, panels of a unit; the estimate, as a
+    fraction of the direct convolution's."""
+
+    outputs: int
+    tile: int
+    block: int
+    group: int
+    cost: float
+
+
+class _Problem(NamedTuple):
+    """The sizes of a convolution, symbolic ones replaced. prepared: whether filters are transformed ahead of calls."""
+
+    images: int
+    high: int
+    wide: int
+    channels: int
+    filters: int
+    prepared: bool
+
+    @property
+    def direct_products(self) -> int:
+        """Scalar multiply-adds of a direct convolution."""
+        return self.images * self.high * self.wide * self.channels * self.filters * TAPS * TAPS
+
+
+def refusal(node: Node) -> str | None:
+    """Why a conv node is none that Winograd's algorithm can compute; None if it is one."""
+    x, w = node.inputs
+    attrs = node.attrs
+    if w.type.rank != 4 or tuple(w.shape[:2]) != (TAPS, TAPS):
+        return "the window is not 3x3"
+    if any(n != 1 for key in ("strides", "lhs_dilation", "rhs_dilation") for n in attrs[key]):
+        return "strides or dilations"
+    if attrs["feature_groups"] != 1:
+        return "several groups"
+    if any(isinstance(n, Dim) for n in w.shape) or 0 in w.shape:
+        return "channels of symbolic size, or none"
+    if x.dtype != DTYPE or node.output.dtype != DTYPE:
+        return f"its error is bounded for float32, not {x.dtype}"
+    if os.environ.get("KGRAPH_WINOGRAD") == "0":
+        return "switched off by KGRAPH_WINOGRAD"
+    return None
+
+
+def schedule(node: Node, target, prepared: bool, outputs: int | None = None) -> Schedule | str:
+    """How to compute a conv node, or why not to.
+
+    prepared: whether its filters are transformed ahead of calls. outputs: the m that the filters are transformed for;
+    None considers all, and the direct convolution.
+    """
+    reason = refusal(node) if outputs is None else None
+    if reason is not None:
+        return reason
+    problems = _problems(node, prepared)
+    if outputs is None and problems[0].direct_products < LEAST_PRODUCTS:
+        return "too few products"
+    best = min((_schedule(m, problems, target) for m in ([outputs] if outputs else PAIRS)), key=lambda s: s.cost)
+    if outputs is None and best.cost * LEAST_GAIN > 1:
+        return f"estimated at {best.cost:.2f} times the direct convolution"
+    return best
+
+
+def layout_for(node: Node, target, prepared: bool = True) -> tuple:
+    """The layout in which the kernel reads filters."""
+    how = schedule(node, target, prepared)
+    if isinstance(how, str):
+        raise ValueError(how)
+    lanes = target.lanes(DTYPE)
+    return winograd_layout(node.inputs[1].shape, how.outputs, register_tile(target)[1] * lanes, lanes, DTYPE)
+
+
+def _problems(node: Node, prepared: bool) -> tuple[_Problem, ...]:
+    """The node for each assumed number of images."""
+    sizes = [ASSUMED_SIZE if isinstance(n, Dim) else n for n in node.output.shape[1:-1]]
+    images = node.inputs[0].shape[0]
+    counts = [images]
+    if isinstance(images, Dim):
+        counts = [evaluate(images, dict.fromkeys(images.symbols(), n)) for n in ASSUMED_IMAGES]
+    channels, filters = node.inputs[1].shape[2:]
+    return tuple(_Problem(max(n, 1), sizes[0], sizes[1], channels, filters, prepared) for n in counts)
+
+
+@functools.cache
+def _schedule(outputs: int, problems: tuple[_Problem, ...], target) -> Schedule:
+    """The best schedule for m = `outputs`, by the mean of the problems' costs."""
+    most, vectors = register_tile(target)
+    lanes = target.lanes(DTYPE)
+    first = problems[0]
+    panels = -(-first.filters // (vectors * lanes))
+    direct = [_direct_cost(p, lanes) for p in problems]
+    best: Schedule | None = None
+    for tile in range(LEAST_TILE, most + 1):
+        for block in range(tile, max(LARGEST_BLOCK, tile) + 1, tile):
+            blocks = -(-_tiles(first, outputs) // block)
+            group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
+            costs = [_cost(p, outputs, tile, block, group * vectors * lanes, target) for p in problems]
+            cost = sum(c / d for c, d in zip(costs, direct)) / len(problems)
+            if best is None or cost < best.cost:
+                best = Schedule(outputs, tile, block, group, cost)
+    assert best is not None
+    return best
+
+
+def _tiles(problem: _Problem, outputs: int) -> int:
+    return problem.images * -(-problem.high // outputs) * -(-problem.wide // outputs)
+
+
+def _both(products: float, arrival: float) -> float:
+    """The time of products whose filters arrive meanwhile."""
+    return max(products, arrival) + (1 - OVERLAP) * min(products, arrival)
+
+
+def _direct_cost(problem: _Problem, lanes: int) -> float:
+    vectors = -(-problem.filters // lanes)
+    pixels = problem.images * problem.high * problem.wide
+    arrival = TAPS * TAPS * problem.channels * problem.filters * itemsize(DTYPE) / (MEMORY_BYTES * lanes)
+    return _both(pixels * TAPS * TAPS * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
+
+
+def _cost(problem: _Problem, outputs: int, tile: int, block: int, group: int, target) -> float:
+    """The estimate for one problem; group: filters of a unit."""
+    lanes, size = target.lanes(DTYPE), itemsize(DTYPE)
+    points, tiles = (outputs + TAPS - 1) ** 2, _tiles(problem, outputs)
+    channel_vectors, vectors = -(-problem.channels // lanes), -(-problem.filters // lanes)
+    rounded = -(-tiles // tile)
+    filters = points * problem.channels * problem.filters * size
+    blocks = -(-tiles // block)
+    # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
+    shared = (rounded + blocks * min(block // tile, rounded)) / 2
+    products = points * shared * (tile + TILE_OVERHEAD) * problem.channels * vectors
+    held = points * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
+    again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
+    if filters + held < target.l2_bytes:
+        again = 4 * CACHE_BYTES
+    arrival = (filters / MEMORY_BYTES + filters * (blocks - 1) / again) / lanes
+    # What the second-level cache does not hold is written to the third and read again.
+    spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / (SPILLED_BYTES * lanes)
+    cost = _both(products, arrival) + spilled
+    cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[outputs]
+    if not problem.prepared:
+        cost += problem.channels * vectors * FILTER_TRANSFORM[outputs] + filters / (MEMORY_BYTES * lanes)
+    return cost
+
+
+def lower_parts(parts: Parts, target) -> list[KernelCall]:
+    """The calls that compute the node: perhaps the transform of filters that are not laid out by `layout_for`."""
+    node = parts.node
+    x, w = node.inputs
+    calls: list[KernelCall] = []
+    filters: Value | Temporary = parts.operands[1]
+    layout = parts.packed[1]
+    if layout is None:
+        layout = layout_for(node, target, prepared=False)
+        calls.append(filters_call(parts.operands[1], layout))
+        filters = calls[-1].operands[1]
+    how = schedule(node, target, parts.packed[1] is not None, layout[2])
+    assert isinstance(how, Schedule)
+    out_sizes = tuple(parts.result.shape[1:-1])
+    tiles = tuple(ceil_div(n, how.outputs) for n in out_sizes)
+    count = x.shape[0] * (tiles[0] * tiles[1])
+    vectors, lanes = register_tile(target)[1], target.lanes(DTYPE)
+    table = SizeTable()
+    plan = WinogradPlan(
+        outputs=how.outputs,
+        images=table(x.shape[0]),
+        tiles=table.all(tiles),
+        sizes=table.all(x.shape[1:-1]),
+        out_sizes=table.all(out_sizes),
+        origins=table.all(-low for low, _ in node.attrs["padding"]),
+        channels=w.shape[2],
+        filters=w.shape[3],
+        tile=how.tile,
+        block=how.block,
+        group=how.group,
+        lanes=lanes,
+        vectors=vectors,
+        epilogue=tuple(parts.epilogue(DTYPE, w.shape[3], 2)),
+    )
+    panels = -(-plan.filters // plan.width)
+    return [
+        *calls,
+        KernelCall(
+            spec=KernelSpec("winograd" + parts.name, "kgraph.codegen.cpu.winograd_kernel:render_winograd", tuple(plan)),
+            operands=[parts.operands[0], filters, *(v for _, v in parts.extras), *parts.outputs],
+            outputs=len(parts.outputs),
+            sizes=list(table.values),
+            extent=ceil_div(count, how.block) * -(-panels // how.group),
+            flops=2 * plan.side**2 * count * plan.channels * plan.filters,
+            bytes=x.type.nbytes + filters.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
+            scratch_bytes=plan.scratch()["end"],
+            notes={"inplace": parts.inplace(2)},
+        ),
+    ]

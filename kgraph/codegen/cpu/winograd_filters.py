@@ -1,0 +1,91 @@
+"""Transforms filters of Winograd convolutions that are activations, such as the weights of a training step.
+
+Those of weights are transformed ahead of the calls (`kgraph.ops.packing`, the same layout).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kgraph.codegen.cpu.builder import KernelBuilder, Pointer
+from kgraph.codegen.cpu.strided import SizeTable, resolve
+from kgraph.codegen.cpu.winograd_transform import filter_transform
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.ir import TensorType, Value
+from kgraph.ops.packing import matrix_sizes, padded_columns
+from kgraph.ops.winograd import TAPS
+
+DTYPE = "float32"
+
+
+class FiltersPlan(NamedTuple):
+    """Params of `render_filters`. channels, filters, padded: sizes of run time, so that one kernel serves many shapes;
+    padded: filters with those that fill up the last vector. lanes, vectors: of a vector, of a full panel."""
+
+    outputs: int
+    channels: tuple
+    filters: tuple
+    padded: tuple
+    lanes: int
+    vectors: int
+
+
+def filters_call(w: Value, layout: tuple) -> KernelCall:
+    """The call that brings filters [3, 3, channels, filters] into a "winograd" layout, in a Temporary."""
+    _, _, outputs, panel, lanes, dtype = layout
+    points, channels, filters = matrix_sizes(layout)
+    padded = padded_columns(layout)
+    table = SizeTable()
+    plan = FiltersPlan(
+        outputs=outputs,
+        channels=table.run_time(channels),
+        filters=table.run_time(filters),
+        padded=table.run_time(padded),
+        lanes=lanes,
+        vectors=panel // lanes,
+    )
+    out = Temporary(TensorType((points, channels * padded), dtype))
+    return KernelCall(
+        spec=KernelSpec("winograd_filters", "kgraph.codegen.cpu.winograd_filters:render_filters", tuple(plan)),
+        operands=[w, out],
+        outputs=1,
+        sizes=list(table.values),
+        extent=channels,
+        flops=(TAPS + outputs + 2) * (outputs + 2) * 2 * TAPS * channels * filters,
+        bytes=w.type.nbytes + out.type.nbytes,
+        scratch_bytes=TAPS * (outputs + 2) * lanes * 4,
+    )
+
+
+def render_filters(params: tuple, target) -> str:
+    """Kernel (filters) -> (transformed filters): one unit is one channel."""
+    plan = FiltersPlan(*params)
+    b = KernelBuilder("winograd_filters", target)
+    channels, filters, padded = (resolve(b, n) for n in (plan.channels, plan.filters, plan.padded))
+    lanes, vectors, side = plan.lanes, plan.vectors, plan.outputs + 2
+    source, out = b.operand(0, DTYPE), b.operand(1, DTYPE)
+    stage = Pointer(b, b.scratch(DTYPE).value, DTYPE, "stage")
+    row = channels * filters  # from one tap to the next
+    matrix = channels * padded
+
+    with b.loop(b.begin, b.end) as channel:
+
+        def vector(filter, mask, slot):
+            with b.loop(0, TAPS) as j:
+                taps = [
+                    b.load(source, (j + i * TAPS) * row + (channel * filters + filter), lanes, mask)
+                    for i in range(TAPS)
+                ]
+                for i, value in enumerate(filter_transform(b, taps, plan.outputs)):
+                    b.store(stage, (j + i * TAPS) * lanes, value)
+            number = b.int(filter) // lanes
+            first = number // vectors * vectors
+            width = b.min(padded - first * lanes, vectors * lanes)
+            at = out + (first * lanes * channels + channel * width + (number - first) * lanes)
+            with b.loop(0, side) as i:
+                taps = [b.load(stage, (i * TAPS + j) * lanes, lanes) for j in range(TAPS)]
+                for j, value in enumerate(filter_transform(b, taps, plan.outputs)):
+                    b.store(at, (i * side + j) * matrix, value)
+
+        b.vector_loop(0, filters, lanes, vector)
+    return b.ir_text()

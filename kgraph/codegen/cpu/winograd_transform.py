@@ -1,0 +1,65 @@
+"""The transforms of Winograd convolutions on registers; `kgraph.ops.winograd` has the mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from llvmlite import ir
+
+from kgraph.codegen.cpu.builder import KernelBuilder, lanes_of
+from kgraph.codegen.cpu.microkernel import multiply_add
+from kgraph.ops.winograd import PAIRS, even_polynomial, filter_matrix
+
+Vectors = Sequence[ir.Value]
+
+
+def input_transform(b: KernelBuilder, x: Vectors, outputs: int) -> list[ir.Value]:
+    """B^T x for `outputs + 2` vectors: the values at the points, in the order of `winograd.points`, then infinity.
+
+    The value at a point is that of all inputs as coefficients, weighted by the product over all other points.
+    """
+    pairs = PAIRS[outputs]
+    whole = even_polynomial(pairs)
+    out = [_sum(b, zip(whole, x[::2]))]
+    for pair in pairs:
+        others = even_polynomial(tuple(p for p in pairs if p != pair))
+        even, odd = _sum(b, zip(others, x[2::2])), _sum(b, zip(others, x[1::2]))
+        out += [_sum(b, [(Fraction(1), even), (sign * pair, odd)]) for sign in (1, -1)]
+    return [*out, _sum(b, zip(whole, x[1::2]))]
+
+
+def output_transform(b: KernelBuilder, values: Vectors, outputs: int) -> list[ir.Value]:
+    """A^T values for `outputs + 2` vectors: the outputs."""
+    pairs = PAIRS[outputs]
+    plus, minus = values[1:-1:2], values[2:-1:2]
+    sums = [b.add(p, q) for p, q in zip(plus, minus, strict=True)]
+    differences = [b.sub(p, q) for p, q in zip(plus, minus, strict=True)]
+    out = []
+    for power in range(outputs):
+        terms = [(p**power, v) for p, v in zip(pairs, differences if power % 2 else sums, strict=True)]
+        if power == 0:
+            terms.append((Fraction(1), values[0]))
+        if power == outputs - 1:
+            terms.append((Fraction(1), values[-1]))
+        out.append(_sum(b, terms))
+    return out
+
+
+def filter_transform(b: KernelBuilder, g: Vectors, outputs: int) -> list[ir.Value]:
+    """G g for three vectors of taps: `outputs + 2` vectors."""
+    return [_sum(b, [(f, v) for f, v in zip(row, g, strict=True) if f]) for row in filter_matrix(outputs)]
+
+
+def _sum(b: KernelBuilder, terms) -> ir.Value:
+    """The sum of (factor, vector) pairs; the terms without a multiplication come first."""
+    total = None
+    for factor, value in sorted(terms, key=lambda term: abs(term[0]) != 1):
+        if total is None:
+            total = value if factor == 1 else b.mul(value, b.constant(float(factor), "float32", lanes_of(value)))
+        elif abs(factor) == 1:
+            total = b.add(total, value) if factor == 1 else b.sub(total, value)
+        else:
+            constant = b.constant(float(factor), "float32", lanes_of(value))
+            total = multiply_add(b, value, constant, total)
+    return total

@@ -1,0 +1,189 @@
+"""Winograd convolutions against float64: geometry, epilogues, symbolic sizes, and when they are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kgraph.codegen.cpu import conv, winograd
+from kgraph.ir import Dim, TensorType, Value, make_node
+from kgraph.ops.convolution import CONV
+from kgraph.ops.packing import pack, unpack_reference, winograd_layout
+from kgraph.ops.winograd import PAIRS
+from tests.codegen.contractions import add, check, filled
+from tests.codegen.driver import Bound, host_target, run_node
+from tests.codegen.test_conv import attributes
+
+FEW = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Winograd's algorithm wherever it is possible; gives a function that chooses m."""
+    monkeypatch.setattr(winograd, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(winograd, "LEAST_GAIN", 0.0)
+    return lambda outputs: monkeypatch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
+
+
+def convolution(x, w, padding, *, dynamic=(), **options):
+    symbols = {axis: Dim.symbol(f"D{axis}") for axis in dynamic}
+    shape = tuple(symbols.get(axis, size) for axis, size in enumerate(x))
+    types = (TensorType(shape, "float32"), TensorType(w, "float32"))
+    attrs = attributes(2, padding=padding)
+    target = options.get("target") or host_target()
+    node = make_node(CONV, [Value(t) for t in types], attrs)
+    assert conv.choose(node, target, options.get("packed", False))[0] == "winograd"
+    sizes = {f"D{axis}": x[axis] for axis in dynamic}
+    return check(conv, CONV, types, [filled(x, "float32"), filled(w, "float32", 1)], attrs, sizes=sizes, **options)
+
+
+@FEW
+@given(data=st.data())
+def test_any_geometry(data):
+    draw = lambda low, high, count: tuple(data.draw(st.integers(low, high)) for _ in range(count))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd, "LEAST_PRODUCTS", 0)
+        patch.setattr(winograd, "LEAST_GAIN", 0.0)
+        outputs = data.draw(st.sampled_from(sorted(PAIRS)))
+        patch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
+        x = (*draw(1, 3, 1), *draw(3, 15, 2), *draw(1, 40, 1))
+        w = (3, 3, x[3], *draw(1, 70, 1))
+        padding = (draw(-1, 4, 2), draw(-1, 4, 2))
+        dynamic = range(data.draw(st.sampled_from([0, 1, 3])))
+        convolution(x, w, padding, dynamic=dynamic, packed=data.draw(st.booleans()), parts=data.draw(st.integers(1, 4)))
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+@pytest.mark.parametrize("vector_bytes", [64, 32, 16])
+def test_vector_widths(always, outputs, vector_bytes):
+    """64 also where the machine has no such vectors: LLVM then makes two of each."""
+    always(outputs)
+    if vector_bytes > host_target().vector_bytes:
+        target = replace(host_target(), vector_bytes=vector_bytes, num_vector_registers=32)
+    else:
+        target = host_target(vector_bytes)
+    convolution((2, 9, 7, 20), (3, 3, 20, 40), 1, target=target, packed=True)
+    convolution((2, 9, 7, 20), (3, 3, 20, 40), 1, target=target)
+
+
+def bias_residual_relu(g, y, bias, residual):
+    return [add(g, "relu", add(g, "add", add(g, "add", y, bias), residual))]
+
+
+def bias_silu(g, y, bias, residual):
+    return [add(g, "add", add(g, "silu", add(g, "add", y, bias)), residual), y]
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+@pytest.mark.parametrize("epilogue", [bias_residual_relu, bias_silu])
+@pytest.mark.parametrize("filters", [16, 40, 45])
+def test_epilogues(always, outputs, epilogue, filters):
+    always(outputs)
+    shapes = [(filters,), (2, 9, 7, filters)]
+    extras = [(TensorType(s, "float32"), filled(s, "float32", i + 2)) for i, s in enumerate(shapes)]
+    convolution((2, 9, 7, 5), (3, 3, 5, filters), 1, epilogue=epilogue, extras=extras, packed=True)
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+@pytest.mark.parametrize("images", [0, 1, 5])
+def test_symbolic_images(always, outputs, images):
+    always(outputs)
+    convolution((images, 7, 7, 24), (3, 3, 24, 64), 1, dynamic=(0,), packed=True)
+    convolution((images, 7, 7, 24), (3, 3, 24, 64), 1, dynamic=(0,))
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+def test_same_bits_for_any_split(always, outputs):
+    always(outputs)
+    x, w = (2, 33, 30, 32), (3, 3, 32, 64)
+    first, *others = (convolution(x, w, 1, packed=True, parts=parts)[0] for parts in (1, 2, 7))
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+    again = convolution(x, w, 1, packed=True, dynamic=(0, 1, 2))[0]
+    np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+def test_transformed_filters(always, outputs):
+    """The kernel for filters that are activations against the reference of `pack`, which `unpack_reference` undoes."""
+    always(outputs)
+    w = filled((3, 3, 7, 45), "float32")
+    target = host_target()
+    lanes = target.lanes("float32")
+    layout = winograd_layout(w.shape, outputs, 2 * lanes, lanes, "float32")
+    value = Value(TensorType(w.shape, "float32"))
+    bound = Bound([winograd.filters_call(value, layout)], {value: w})
+    bound.run(3)
+    (result,) = (a for v, a in bound.buffers.items() if v is not value)
+    wanted = pack.reference(w, layout=layout)
+    padding = np.isin(np.arange(wanted.size).reshape(wanted.shape), np.flatnonzero(wanted), invert=True)
+    np.testing.assert_allclose(np.where(padding, 0, result), wanted, rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(unpack_reference(wanted, layout), w, rtol=1e-5, atol=1e-6)
+
+
+# Root of mean squares of the error, as a multiple of that of the direct kernel.
+WORST = {2: 1.0, 4: 2.5}
+
+
+@pytest.mark.parametrize(("channels", "size"), [(64, 28), (256, 14), (512, 7)])
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+def test_error_beside_the_direct_convolution(always, monkeypatch, outputs, channels, size):
+    x = np.maximum(filled((1, size, size, channels), "float32"), 0)
+    w = filled((3, 3, channels, 64), "float32", 1)
+    attrs = attributes(2, padding=1)
+    node = make_node(CONV, [Value(TensorType(a.shape, "float32")) for a in (x, w)], attrs)
+    exact = CONV.reference(x.astype(np.float64), w.astype(np.float64), **attrs)
+
+    def error() -> float:
+        (result,) = run_node(conv.lower, node, [x, w])
+        return float(np.linalg.norm(result - exact) / np.linalg.norm(exact))
+
+    always(outputs)
+    ours = error()
+    monkeypatch.setenv("KGRAPH_WINOGRAD", "0")
+    assert ours <= WORST[outputs] * error()
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+def chosen(x, w, dtype="float32", prepared=True, **options) -> tuple[str, str]:
+    node = make_node(CONV, [Value(TensorType(s, dtype)) for s in (x, w)], attributes(2, padding=1, **options))
+    return conv.choose(node, host_target(), prepared)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(56, 64), (28, 128), (14, 256), (7, 512)])
+def test_layers_of_residual_networks(size, channels):
+    x, w = (Dim.symbol("N"), size, size, channels), (3, 3, channels, channels)
+    assert chosen(x, w)[0] == "winograd"
+
+
+OTHERS = {
+    "strides": ((8, 28, 28, 64), (3, 3, 64, 64), {"strides": 2}),
+    "dilated": ((8, 28, 28, 64), (3, 3, 64, 64), {"rhs_dilation": 2}),
+    "transposed": ((8, 28, 28, 64), (3, 3, 64, 64), {"lhs_dilation": 2}),
+    "groups": ((8, 28, 28, 64), (3, 3, 32, 64), {"feature_groups": 2}),
+    "window": ((8, 28, 28, 64), (3, 5, 64, 64), {}),
+    "float64": ((8, 28, 28, 64), (3, 3, 64, 64), {"dtype": "float64"}),
+    "float16": ((8, 28, 28, 64), (3, 3, 64, 64), {"dtype": "float16"}),
+    "three channels": ((1, 224, 224, 3), (3, 3, 3, 64), {}),
+    "small": ((1, 8, 8, 16), (3, 3, 16, 16), {}),
+    "weights of a step, few tiles": ((1, 7, 7, 512), (3, 3, 512, 512), {"prepared": False}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_stays_direct(name):
+    x, w, options = OTHERS[name]
+    algorithm, reason = chosen(x, w, **options)
+    assert algorithm == "implicit_product"
+    assert reason
+
+
+def test_switch(monkeypatch):
+    x, w = (8, 28, 28, 64), (3, 3, 64, 64)
+    assert chosen(x, w)[0] == chosen(x, w, prepared=False)[0] == "winograd"
+    monkeypatch.setenv("KGRAPH_WINOGRAD", "0")
+    assert chosen(x, w) == ("implicit_product", "switched off by KGRAPH_WINOGRAD")
