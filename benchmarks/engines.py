@@ -63,6 +63,7 @@ class Worker:
         if where.environment is None:
             environment = dict(os.environ, KERAS_BACKEND=where.backend, **dict(where.variables))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # peers keep the bytecode of their modules too
             if cache is not None:
                 environment["KGRAPH_CACHE_DIR"] = str(cache)
             interpreter: str | Path = sys.executable
