@@ -269,7 +269,9 @@ def test_operators():
         (x + x, dense + dense), (x - other, dense - other), (other - x, other - dense), (x * other, dense * other),
         (other * x, dense * other), (2 * x, 2 * dense), (x / 2, dense / 2), (-x, -dense), (abs(x), abs(dense)),
         (x @ x.T, dense @ dense.T), (other @ x.T, other @ dense.T), (x.sum(), dense.sum()), (x**2, dense**2),
-        (x == 4, dense == 4), (x > other, dense > other), (x.mean(0), dense.mean(0)),
+        (x == 4, dense == 4),
+        (x[0], dense[0]), (x[:, 1:], dense[:, 1:]), (np.stack(list(x)), dense),
+        (x > other, dense > other), (x.mean(0), dense.mean(0)),
         (x.reshape((6,)), dense.reshape(6)),
     ):  # fmt: skip
         assert_agree(result, expected)
@@ -461,6 +463,38 @@ def test_bincount():
         ops.bincount(sparse, weights=SparseTensor(indices[:, ::-1] % 2, np.array([10, 20, 30]), (2, 4)))
     with pytest.raises(ValueError, match="weights` are not"):
         ops.bincount(sparse, weights=np.ones((2, 4)))
+
+
+# -- everything else ---------------------------------------------------------------------------------------------------
+# The first counts entries, not the zeros between them; the others take functions.
+OTHERS = "bincount while_loop scan map cond fori_loop switch vectorized_map associative_scan custom_gradient".split()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_function_gives_for_sparse_tensors_what_it_gives_for_dense_ones():
+    x, dense = sparse_and_dense(((2, 3), np.array([[0, 0], [1, 2], [0, 0]]), np.array([1, 2, 3], "float32")))
+    agreeing = 0
+    for name, function in sorted(vars(ops).items()):
+        if name.startswith("_") or not callable(function) or isinstance(function, type) or name in OTHERS:
+            continue
+        for arguments, plain in (
+            ((x,), (dense,)),
+            ((x, x), (dense, dense)),
+            ((x, dense), (dense, dense)),
+            ((dense, x), (dense, dense)),
+            (([x, dense],), ([dense, dense],)),
+            ((x, 0), (dense, 0)),
+        ):
+            try:
+                expected = function(*plain)
+            except Exception:
+                continue  # not a function of such arguments
+            result = function(*arguments)
+            for found, value in zip(keras.tree.flatten(result), keras.tree.flatten(expected), strict=True):
+                if ops.is_tensor(value):
+                    assert_agree(found, value)
+                    agreeing += 1
+    assert agreeing > 500
 
 
 # -- shape inference ---------------------------------------------------------------------------------------------------

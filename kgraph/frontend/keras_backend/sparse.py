@@ -151,6 +151,13 @@ class SparseTensor:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self.to_dense(), dtype=dtype)
 
+    def __getitem__(self, key):
+        """A part of the dense tensor."""
+        return self.to_dense()[key]
+
+    def __iter__(self):
+        return iter(self.to_dense())
+
     def __float__(self) -> float:
         return float(self.to_dense())
 

@@ -207,7 +207,7 @@ def _roll_axis(x: Tensor, shift: Any, axis: int) -> Tensor:
 def concatenate(xs: Sequence[Tensor], axis: int | None = 0) -> Tensor:
     """Tensors joined along an axis; flattened first where it is None; sparse where all of them are."""
     xs = tensors_of(xs)
-    if axis is not None and builtins.all(type(x) is SparseTensor for x in xs):
+    if xs and axis is not None and builtins.all(type(x) is SparseTensor for x in xs):
         return sparse_rules.concatenate(xs, axis)
     xs = promote(*(convert_to_tensor(x) for x in xs))
     if axis is None:
