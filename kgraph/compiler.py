@@ -24,6 +24,7 @@ from kgraph.ir.interpreter import evaluate
 from kgraph.passes.manager import Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE, for_bodies
 from kgraph.passes.prologue import split_prologue
+from kgraph.program_cache import ProgramCache
 from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.cuda.program import CudaProgram
 from kgraph.runtime.plan import Program
@@ -144,12 +145,22 @@ def compile_graph(
     """
     target = target or host_target()
     start = time.perf_counter()
-    optimised, context = optimise(graph, target, passes)
-    split = split_prologue(optimised)
-    passes_done = time.perf_counter()
-    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
-    arrange_updates(lowered, donations, target)
-    lowering_done = time.perf_counter()
+    cache = ProgramCache(graph, passes, donations, target)
+    seconds: dict[str, float] = {}
+    entry = cache.load()
+    if entry is not None:
+        split, lowered, decisions = entry
+        passes_done = lowering_done = time.perf_counter()
+    else:
+        optimised, context = optimise(graph, target, passes)
+        decisions = context.decisions
+        seconds = {f"pass {name}": t for name, t in context.seconds.items()}
+        split = split_prologue(optimised)
+        passes_done = time.perf_counter()
+        lowered = lower(split.main, target, decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
+        arrange_updates(lowered, donations, target)
+        cache.store(split, lowered, decisions)
+        lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
     fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
     if isinstance(target, Target):
@@ -163,11 +174,10 @@ def compile_graph(
         kernels_done = time.perf_counter()
         make = functools.partial(CudaProgram, device=device_for(target.device))
     program = lowered.program(graph.name, objects, make, **fields)
-    seconds = {
-        **{f"pass {name}": t for name, t in context.seconds.items()},
+    seconds |= {
         "passes": passes_done - start,
         "lowering": lowering_done - passes_done,
         "kernels": kernels_done - lowering_done,
         "loading": time.perf_counter() - kernels_done,
     }
-    return CompiledGraph(graph, split.main, split.prologue, program, lowered.step_nodes, context.decisions, seconds)
+    return CompiledGraph(graph, split.main, split.prologue, program, lowered.step_nodes, decisions, seconds)

@@ -1,0 +1,212 @@
+"""Keeps what passes and lowering make of a captured graph in the disk cache of kernels.
+
+An entry holds the optimised graph, its prologue, the lowered program and the decisions. Its key is a digest of the
+captured graph with all attributes and constants, of the passes, the target, and of all sources and versions that the
+way from one to the other depends on. Graphs are flattened to plain records with numbers for values. What cannot be
+written so, such as bodies of control flow with programs of their own, is compiled anew each time. Entries are trusted
+as kernels are, whose code runs too (`codegen.cache`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import pickle
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import llvmlite
+import numpy as np
+
+from kgraph.codegen.cache import disk_cache
+from kgraph.codegen.lower import Lowered
+from kgraph.decisions import Decision
+from kgraph.ir import PRIMITIVES, Dim, Graph, Node, Primitive, TensorType, Value
+from kgraph.ir.recorder import uniform_value
+from kgraph.passes.prologue import Split
+
+# Larger graphs hold weights as constants: to digest them would cost more than it spares.
+LARGEST_CONSTANTS = 16 << 20
+# With any of these the passes have to run: they write their stages, stop early or are checked.
+_WATCHED = ("KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY")
+_ERRORS = (pickle.PicklingError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
+
+Entry = tuple[Split, Lowered, list[Decision]]
+
+
+class _Pickler(pickle.Pickler):
+    """Writes primitives by name and graphs as records; refuses nodes and values outside of a graph."""
+
+    def reducer_override(self, value):
+        if isinstance(value, Primitive):
+            return _primitive, (value.name,)
+        if isinstance(value, Graph):
+            return _graph, (_records(value.nodes, [*value.inputs, *value.params]), _places(value, _numbers_of(value)))
+        if isinstance(value, (Node, Value)):
+            raise pickle.PicklingError(f"{value!r} outside of a graph")
+        if type(value) is np.ndarray and value.size > 1 and (fill := uniform_value(value)) is not None:
+            return np.full, (value.shape, fill, value.dtype)  # such as the zeros that a gradient is scattered into
+        return NotImplemented
+
+
+def _primitive(name: str) -> Primitive:
+    return PRIMITIVES[name]
+
+
+def _written(value) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(value)
+    return stream.getvalue()
+
+
+def _plain(value):
+    """The same as nested tuples of what `repr` tells exactly. Raises TypeError for what it may not tell exactly."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Dim, TensorType, np.dtype)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *[_plain(v) for v in value]
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return "array", value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value)).digest()
+    if isinstance(value, np.generic):
+        return "scalar", value.dtype.str, value.tobytes()
+    if isinstance(value, dict):
+        return "dict", *[(k, _plain(v)) for k, v in sorted(value.items())]
+    if isinstance(value, (set, frozenset)):
+        return "set", *sorted(map(repr, map(_plain, value)))
+    if isinstance(value, Primitive):
+        return "primitive", value.name
+    if isinstance(value, Graph):
+        given = [*value.inputs, *value.params]
+        return _plain((_records(value.nodes, given), _places(value, _numbers_of(value))))
+    raise TypeError(f"{type(value)} has no exact text")
+
+
+def _numbers(nodes: Iterable[Node], given: Sequence[Value]) -> dict[Value, int]:
+    """Numbers of the given values, then of the results of the nodes."""
+    numbers = {value: i for i, value in enumerate(given)}
+    for node in nodes:
+        for value in node.outputs:
+            numbers[value] = len(numbers)
+    return numbers
+
+
+def _numbers_of(graph: Graph) -> dict[Value, int]:
+    return _numbers(graph.nodes, [*graph.inputs, *graph.params])
+
+
+def _records(nodes: Sequence[Node], given: Sequence[Value]) -> tuple:
+    """The given values and the nodes as plain data. Raises KeyError where a node reads anything else."""
+    numbers = _numbers(nodes, given)
+    records = [
+        (
+            node.primitive,
+            [numbers[v] for v in node.inputs],
+            node.attrs,
+            [(v.type, v.name) for v in node.outputs],
+            sorted(node.provenance),
+        )
+        for node in nodes
+    ]
+    return [(v.type, v.name) for v in given], records
+
+
+def _places(graph: Graph, numbers: dict[Value, int]) -> tuple:
+    """A graph without its nodes: name, numbers of inputs, params and outputs."""
+    return graph.name, *([numbers[v] for v in values] for values in (graph.inputs, graph.params, graph.outputs))
+
+
+def _rebuilt(records: list, values: list[Value]) -> list[Node]:
+    """The nodes of records; `values` holds the given values and gets the nodes' results."""
+    nodes = []
+    for primitive, inputs, attrs, outputs, provenance in records:
+        types = [type for type, _ in outputs]
+        node = Node(primitive, [values[i] for i in inputs], attrs, types, frozenset(provenance))
+        for value, (_, name) in zip(node.outputs, outputs, strict=True):
+            value.name = name
+        values += node.outputs
+        nodes.append(node)
+    return nodes
+
+
+def _placed(places: tuple, nodes: Iterable[Node], values: list[Value]) -> Graph:
+    name, *numbers = places
+    inputs, params, outputs = ([values[i] for i in group] for group in numbers)
+    return Graph(inputs, params, nodes, outputs, name)
+
+
+def _graph(records: tuple, places: tuple) -> Graph:
+    given, nodes = records
+    values = [Value(type, name=name) for type, name in given]
+    return _placed(places, _rebuilt(nodes, values), values)
+
+
+class ProgramCache:
+    """The entry for one captured graph. `load` and `store` do nothing where there is no cache, or no key."""
+
+    def __init__(self, graph: Graph, passes: Sequence, donations: Sequence, target):
+        self.graph = graph
+        self.cache = None if any(os.environ.get(name) for name in _WATCHED) else disk_cache()
+        self.key = None if self.cache is None else self._key(passes, donations, target)
+
+    def _key(self, passes: Sequence, donations: Sequence, target) -> str | None:
+        arrays = [v for n in self.graph.nodes for v in n.attrs.values() if isinstance(v, np.ndarray)]
+        if sum(a.nbytes for a in arrays) > LARGEST_CONSTANTS:
+            return None
+        names = [f"{p.__module__}.{p.__qualname__}" for p in passes]
+        try:
+            text = repr(_plain((self.graph, names, list(donations), repr(target))))
+        except _ERRORS:
+            return None
+        return hashlib.sha256(_environment_digest() + text.encode()).hexdigest()[:40]
+
+    def load(self) -> Entry | None:
+        """What has been stored for an equal graph, on the inputs and params of this one."""
+        data = None if self.cache is None or self.key is None else self.cache.get(self.key)
+        if data is None:
+            return None
+        records, (prologue, main), (early, late), lowered, steps, decisions = pickle.loads(data)
+        values = [*self.graph.inputs, *self.graph.params]
+        nodes = _rebuilt(records, values)
+        lowered.step_nodes = [nodes[i] for i in steps]
+        split = Split(
+            prologue=_placed(prologue, [nodes[i] for i in early], values),
+            main=_placed(main, [nodes[i] for i in late], values),
+        )
+        return split, lowered, decisions
+
+    def store(self, split: Split, lowered: Lowered, decisions: list[Decision]) -> None:
+        """Keep an entry, unless it holds what cannot be written."""
+        if self.cache is None or self.key is None:
+            return
+        given = [*self.graph.inputs, *self.graph.params]
+        nodes = list(dict.fromkeys([*split.prologue.nodes, *split.main.nodes]))
+        number = {node: i for i, node in enumerate(nodes)}
+        step_nodes, lowered.step_nodes = lowered.step_nodes, []
+        try:
+            numbers = _numbers(nodes, given)
+            places = _places(split.prologue, numbers), _places(split.main, numbers)
+            members = [[number[n] for n in g.nodes] for g in (split.prologue, split.main)]
+            steps = [number[n] for n in step_nodes]
+            data = _written((_records(nodes, given)[1], places, members, lowered, steps, decisions))
+        except _ERRORS:
+            return
+        finally:
+            lowered.step_nodes = step_nodes
+        self.cache.put(self.key, data)
+
+
+@functools.cache
+def _environment_digest() -> bytes:
+    """Digest of this project's sources and of the versions that programs depend on."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256(repr((platform.python_version(), np.__version__, llvmlite.__version__)).encode())
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+__all__ = ["ProgramCache"]

@@ -1,0 +1,116 @@
+"""What passes and lowering make of a graph, kept between processes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import kgraph  # noqa: F401
+from kgraph import compiler, ops
+from kgraph.codegen.target import host_target
+from kgraph.frontend.tracer import trace
+from kgraph.ir import Dim, TensorType
+from kgraph.passes.pipeline import INFERENCE, TRAINING
+from kgraph.program_cache import ProgramCache
+
+N = Dim.symbol("N")
+HALF = np.float32(0.5)
+ZEROS = np.zeros((40, 50), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KGRAPH_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("KGRAPH_VERIFY", raising=False)
+
+
+def graph_of(function, *shapes, params: int = 1):
+    graph = trace(function, *[TensorType(s, "float32") for s in shapes])
+    graph.params = graph.inputs[len(graph.inputs) - params :]
+    graph.inputs = graph.inputs[: len(graph.inputs) - params]
+    return graph
+
+
+def dense(x, w, slope=HALF, axis=1):
+    y = ops.dot_general(x, w, lhs_contract=(1,), rhs_contract=(0,))
+    y = ops.add(ops.mul(ops.tanh(y), slope), ops.reduce_sum(ops.exp(y), axes=(axis,), keepdims=True))
+    return ops.add(y, ZEROS[:1]), ops.sort(y, axis=1)
+
+
+def build(function=dense, shapes=((N, 30), (30, 50))):
+    return graph_of(function, *shapes)
+
+
+def run(compiled, *arrays, weights):
+    compiled.set_params([weights])
+    return compiled.program(list(arrays))
+
+
+def without_passes(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the passes have run again")
+
+    monkeypatch.setattr(compiler, "optimise", refuse)
+    monkeypatch.setattr(compiler, "lower", refuse)
+
+
+def test_an_equal_graph_needs_neither_passes_nor_lowering(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype("float32") for s in ((7, 30), (30, 50)))
+    first = compiler.compile_graph(build())
+    without_passes(monkeypatch)
+    again = compiler.compile_graph(build())
+    for a, b in zip(run(first, x, weights=w), run(again, x, weights=w), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert str(again.optimised) == str(first.optimised)
+    assert str(again.prologue) == str(first.prologue)
+    assert [str(n) for n in again.nodes] == [str(n) for n in first.nodes]
+    assert {id(n) for n in again.nodes} <= {id(n) for n in again.optimised.nodes}
+    assert again.decisions == first.decisions
+    assert again.program.steps == first.program.steps
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: (build(lambda x, w: dense(x, w, np.float32(0.25))), INFERENCE, ()),
+        lambda: (build(lambda x, w: dense(x, w, axis=0)), INFERENCE, ()),
+        lambda: (build(lambda x, w: dense(x, w)[:1]), INFERENCE, ()),
+        lambda: (build(shapes=((N, 31), (31, 50))), INFERENCE, ()),
+        lambda: (build(shapes=((2 * N, 30), (30, 50))), INFERENCE, ()),
+        lambda: (build(), TRAINING, ()),
+        lambda: (build(), INFERENCE, ((0, 0),)),
+    ],
+    ids=["constant", "attribute", "outputs", "shape", "symbol", "passes", "donations"],
+)
+def test_other_graphs_have_other_keys(other):
+    target = host_target()
+    assert ProgramCache(*other(), target).key != ProgramCache(build(), INFERENCE, (), target).key
+    assert ProgramCache(build(), INFERENCE, (), target).key is not None
+
+
+def test_the_target_is_part_of_the_key():
+    from dataclasses import replace
+
+    target = host_target()
+    other = replace(target, l2_bytes=target.l2_bytes + 1)
+    assert ProgramCache(build(), INFERENCE, (), target).key != ProgramCache(build(), INFERENCE, (), other).key
+
+
+@pytest.mark.parametrize("name", ["KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY"])
+def test_passes_that_are_watched_run(name, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert ProgramCache(build(), INFERENCE, (), host_target()).key is None
+
+
+def test_programs_with_bodies_of_their_own_are_compiled_anew():
+    def function(x, w):
+        body = graph_of(lambda i, c: (ops.add(i, np.float32(1)), ops.mul(c, c)), (), (5,), params=0)
+        condition = graph_of(lambda i, c: (ops.lt(i, np.float32(3)),), (), (5,), params=0)
+        return ops.while_loop(ops.reduce_sum(w, axes=(0,)), x, cond=condition, body=body)
+
+    graph = build(function, ((5,), (4,)))
+    cache = ProgramCache(graph, INFERENCE, (), host_target())
+    compiled = compiler.compile_graph(graph)
+    assert any(step.label == "while_loop" for step in compiled.program.steps)
+    assert cache.load() is None
