@@ -16,7 +16,7 @@ from kgraph.ir import PRIMITIVES, Value, make_node, type_of
 # Primitives with a CPU kernel and none for CUDA yet.
 MISSING = frozenset(
     (
-        "argsort attention_gradient conv_filter_gradient cumlogsumexp cummax cummin cumprod cumsum "
+        "argsort conv_filter_gradient cumlogsumexp cummax cummin cumprod cumsum "
         "reduce_window resize rnn rnn_gradient searchsorted select_and_scatter_add sort top_k"
     ).split()
 )
