@@ -16,8 +16,7 @@ from kgraph.ir import PRIMITIVES, Value, make_node, type_of
 # Primitives with a CPU kernel and none for CUDA yet.
 MISSING = frozenset(
     (
-        "argsort attention attention_gradient concatenate conv conv_filter_gradient cumlogsumexp "
-        "cummax cummin cumprod cumsum "
+        "argsort attention attention_gradient concatenate conv conv_filter_gradient "
         "dot_general dynamic_slice dynamic_update_slice gather_nd "
         "pad pad_mirror reduce_window resize rev rnn rnn_gradient scatter_along_axis scatter_nd searchsorted "
         "select_and_scatter_add slice sort take take_along_axis top_k transpose"

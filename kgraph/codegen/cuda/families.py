@@ -17,6 +17,7 @@ BY_PRIMITIVE = {
     **dict.fromkeys("softmax log_softmax logsumexp".split(), "softmax"),
     **dict.fromkeys("layer_norm rms_norm group_norm batch_norm".split(), "norm"),
     "moments": "moments",
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), "cumulative"),
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
 }
 BY_KIND = {
