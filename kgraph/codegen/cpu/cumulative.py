@@ -12,21 +12,13 @@ import functools
 from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import COMPUTE_TYPES, Int, KernelBuilder, Pointer, compute_dtype, lanes_of
-from kgraph.codegen.cpu.pool import identity as extremum_identity
 from kgraph.codegen.cpu.scalar_ops import EMITTERS
 from kgraph.codegen.cpu.strided import SizeTable, resolve
 from kgraph.codegen.expressions import EXPENSIVE
 from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.scans import COMBINE, neutral
 from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product
-
-COMBINE = {
-    "cumsum": "add",
-    "cumprod": "mul",
-    "cummax": "maximum",
-    "cummin": "minimum",
-    "cumlogsumexp": "logaddexp",
-}
 
 
 def accepts(node: Node) -> str | None:
@@ -58,17 +50,6 @@ def lower(node: Node, target) -> list[KernelCall]:
             bytes=x.type.nbytes * 2,
         )
     ]
-
-
-def neutral(combine: str, dtype: str):
-    """The Python scalar that leaves the other operand as it is."""
-    if combine == "add":
-        return -0.0 if dtype.startswith(("float", "bfloat")) else 0
-    if combine == "mul":
-        return 1
-    if combine == "logaddexp":
-        return float("-inf")
-    return extremum_identity(combine[:3], dtype)
 
 
 def render_cumulative(params, target) -> str:

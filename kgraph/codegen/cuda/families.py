@@ -20,6 +20,7 @@ BY_PRIMITIVE = {
     **dict.fromkeys("layer_norm rms_norm group_norm batch_norm".split(), "norm"),
     "moments": "moments",
     "attention_gradient": "attention_gradient",
+    **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), "cumulative"),
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
     **dict.fromkeys(
         "transpose slice pad pad_mirror concatenate rev dynamic_slice dynamic_update_slice".split(), "data_movement"
