@@ -17,7 +17,7 @@ from kgraph.ir import PRIMITIVES, Value, make_node, type_of
 MISSING = frozenset(
     (
         "argsort attention_gradient conv_filter_gradient cumlogsumexp cummax cummin cumprod cumsum "
-        "reduce_window resize rnn rnn_gradient searchsorted select_and_scatter_add sort top_k"
+        "reduce_window resize searchsorted select_and_scatter_add sort top_k"
     ).split()
 )
 # Primitives of which CUDA takes some samples and not yet all that the CPU takes.
