@@ -15,10 +15,7 @@ from kgraph.ir import PRIMITIVES, Value, make_node, type_of
 
 # Primitives with a CPU kernel and none for CUDA yet.
 MISSING = frozenset(
-    (
-        "argsort conv_filter_gradient reduce_window resize rnn rnn_gradient searchsorted "
-        "select_and_scatter_add sort top_k"
-    ).split()
+    ("argsort conv_filter_gradient reduce_window resize searchsorted select_and_scatter_add sort top_k").split()
 )
 # Primitives of which CUDA takes some samples and not yet all that the CPU takes.
 PARTIAL = frozenset({"fusion"})

@@ -27,6 +27,8 @@ BY_PRIMITIVE = {
     ),
     **dict.fromkeys("take take_along_axis gather_nd".split(), "gather"),
     **dict.fromkeys("scatter_nd scatter_along_axis".split(), "scatter"),
+    "rnn": "rnn",
+    "rnn_gradient": "rnn_gradient",
 }
 BY_KIND = {
     "conv": "conv",
@@ -37,6 +39,7 @@ BY_KIND = {
     "softmax": "softmax",
     "norm": "norm",
     "moments": "moments",
+    "rnn": "rnn",
 }
 
 

@@ -153,6 +153,7 @@ class StepKernel:
     def __init__(self, name: str, shape: Shape, rows: int, block: int, index: str, target):
         self.shape, self.rows = shape, rows
         self.k = KernelSource(name, target, block, index)
+        self.first = ""  # sequence of the block
 
     def operands(self, dtypes: Sequence[str], layers: int = 1) -> list[list[Operand]]:
         return [[self.k.operand(dtype) for dtype in dtypes] for _ in range(layers)]
@@ -171,6 +172,10 @@ class StepKernel:
 
     def each_unit(self):
         return self.k.range(self.thread, self.k.i(self.shape.units), self.k.block)
+
+    def existing(self, row: int):
+        """What follows is done if the block has this row; gives the sequence's number."""
+        return _Guard(self.k, self.first, row, self.batch)
 
     def begin(self) -> None:
         k = self.k
@@ -234,10 +239,6 @@ class ForwardKernel(StepKernel):
                         k.store(self.finals[0], k.add(k.mul(sequence, shape.units), unit), value)
             k.synchronise()  # before the next sequences take the arrays
         return k.text()
-
-    def existing(self, row: int):
-        """What follows is done if the block has this row; gives the sequence's number."""
-        return _Guard(self.k, self.first, row, self.batch)
 
     def load_states(self) -> None:
         """The initial states: the first into shared memory, a cell's into where its final one will be."""
