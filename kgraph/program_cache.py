@@ -32,6 +32,8 @@ from kgraph.passes.prologue import Split
 LARGEST_CONSTANTS = 16 << 20
 # With any of these the passes have to run: they write their stages, stop early or are checked.
 _WATCHED = ("KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY")
+# What decides between algorithms.
+_SETTINGS = ("KGRAPH_WINOGRAD",)
 _ERRORS = (pickle.PicklingError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
 
 Entry = tuple[Split, Lowered, list[Decision]]
@@ -156,8 +158,9 @@ class ProgramCache:
         if sum(a.nbytes for a in arrays) > LARGEST_CONSTANTS:
             return None
         names = [f"{p.__module__}.{p.__qualname__}" for p in passes]
+        settings = [os.environ.get(name) for name in _SETTINGS]
         try:
-            text = repr(_plain((self.graph, names, list(donations), repr(target))))
+            text = repr(_plain((self.graph, names, list(donations), repr(target), settings)))
         except _ERRORS:
             return None
         return hashlib.sha256(_environment_digest() + text.encode()).hexdigest()[:40]

@@ -114,3 +114,9 @@ def test_programs_with_bodies_of_their_own_are_compiled_anew():
     compiled = compiler.compile_graph(graph)
     assert any(step.label == "while_loop" for step in compiled.program.steps)
     assert cache.load() is None
+
+
+def test_what_chooses_between_algorithms_is_part_of_the_key(monkeypatch):
+    key = ProgramCache(build(), INFERENCE, (), host_target()).key
+    monkeypatch.setenv("KGRAPH_WINOGRAD", "0")
+    assert ProgramCache(build(), INFERENCE, (), host_target()).key != key
