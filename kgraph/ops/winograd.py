@@ -21,15 +21,16 @@ from fractions import Fraction
 import numpy as np
 
 TAPS = 3
-PAIRS: dict[int, tuple[Fraction, ...]] = {2: (Fraction(1),), 4: (Fraction(5, 8), Fraction(3, 2))}  # by m
+Pairs = tuple[Fraction, ...]
+PAIRS: dict[int, Pairs] = {2: (Fraction(1),), 4: (Fraction(5, 8), Fraction(3, 2))}  # by m
 
 
-def points(outputs: int) -> list[Fraction]:
+def points(pairs: Pairs) -> list[Fraction]:
     """The finite points in their order: 0, p, -p, q, -q, ...; infinity is the last one."""
-    return [Fraction(0), *(sign * p for p in PAIRS[outputs] for sign in (1, -1))]
+    return [Fraction(0), *(sign * p for p in pairs for sign in (1, -1))]
 
 
-def even_polynomial(pairs: tuple[Fraction, ...]) -> list[Fraction]:
+def even_polynomial(pairs: Pairs) -> list[Fraction]:
     """Coefficients of the product of (x^2 - p^2) over the pairs, in powers of x^2, lowest first."""
     out = [Fraction(1)]
     for p in pairs:
@@ -38,9 +39,9 @@ def even_polynomial(pairs: tuple[Fraction, ...]) -> list[Fraction]:
 
 
 @functools.cache
-def filter_matrix(outputs: int) -> tuple[tuple[Fraction, ...], ...]:
+def filter_matrix(pairs: Pairs) -> tuple[tuple[Fraction, ...], ...]:
     """G, [m + 2][3]."""
-    finite = points(outputs)
+    finite = points(pairs)
     rows = []
     for p in finite:
         scale = Fraction(1)
@@ -51,7 +52,7 @@ def filter_matrix(outputs: int) -> tuple[tuple[Fraction, ...], ...]:
 
 
 def _filter_array(outputs: int) -> np.ndarray:
-    return np.array(filter_matrix(outputs), np.float64)
+    return np.array(filter_matrix(PAIRS[outputs]), np.float64)
 
 
 def transformed_filters(w: np.ndarray, outputs: int) -> np.ndarray:

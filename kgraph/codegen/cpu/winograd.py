@@ -209,6 +209,7 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     vectors, lanes = register_tile(target)[1], target.lanes(DTYPE)
     table = SizeTable()
     plan = WinogradPlan(
+        pairs=tuple(float(p) for p in PAIRS[how.outputs]),
         outputs=how.outputs,
         images=table(x.shape[0]),
         tiles=table.all(tiles),

@@ -5,6 +5,7 @@ Those of weights are transformed ahead of the calls (`kgraph.ops.packing`, the s
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer
@@ -13,16 +14,19 @@ from kgraph.codegen.cpu.winograd_transform import filter_transform
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import TensorType, Value
 from kgraph.ops.packing import matrix_sizes, padded_columns
-from kgraph.ops.winograd import TAPS
+from kgraph.ops.winograd import PAIRS, TAPS
 
 DTYPE = "float32"
 
 
 class FiltersPlan(NamedTuple):
-    """Params of `render_filters`. channels, filters, padded: sizes of run time, so that one kernel serves many shapes;
-    padded: filters with those that fill up the last vector. lanes, vectors: of a vector, of a full panel."""
+    """Params of `render_filters`. Sizes are those of run time, so that one kernel serves many shapes.
 
-    outputs: int
+    pairs: of points of the transform. channels, filters, padded: sizes; the last one with the filters that fill up the
+    last vector. lanes, vectors: of a vector, of a full panel.
+    """
+
+    pairs: tuple[float, ...]
     channels: tuple
     filters: tuple
     padded: tuple
@@ -37,7 +41,7 @@ def filters_call(w: Value, layout: tuple) -> KernelCall:
     padded = padded_columns(layout)
     table = SizeTable()
     plan = FiltersPlan(
-        outputs=outputs,
+        pairs=tuple(float(p) for p in PAIRS[outputs]),
         channels=table.run_time(channels),
         filters=table.run_time(filters),
         padded=table.run_time(padded),
@@ -62,7 +66,8 @@ def render_filters(params: tuple, target) -> str:
     plan = FiltersPlan(*params)
     b = KernelBuilder("winograd_filters", target)
     channels, filters, padded = (resolve(b, n) for n in (plan.channels, plan.filters, plan.padded))
-    lanes, vectors, side = plan.lanes, plan.vectors, plan.outputs + 2
+    lanes, vectors, side = plan.lanes, plan.vectors, 2 * len(plan.pairs) + 2
+    pairs = tuple(Fraction(p) for p in plan.pairs)
     source, out = b.operand(0, DTYPE), b.operand(1, DTYPE)
     stage = Pointer(b, b.scratch(DTYPE).value, DTYPE, "stage")
     row = channels * filters  # from one tap to the next
@@ -76,7 +81,7 @@ def render_filters(params: tuple, target) -> str:
                     b.load(source, (j + i * TAPS) * row + (channel * filters + filter), lanes, mask)
                     for i in range(TAPS)
                 ]
-                for i, value in enumerate(filter_transform(b, taps, plan.outputs)):
+                for i, value in enumerate(filter_transform(b, taps, pairs)):
                     b.store(stage, (j + i * TAPS) * lanes, value)
             number = b.int(filter) // lanes
             first = number // vectors * vectors
@@ -84,7 +89,7 @@ def render_filters(params: tuple, target) -> str:
             at = out + (first * lanes * channels + channel * width + (number - first) * lanes)
             with b.loop(0, side) as i:
                 taps = [b.load(stage, (i * TAPS + j) * lanes, lanes) for j in range(TAPS)]
-                for j, value in enumerate(filter_transform(b, taps, plan.outputs)):
+                for j, value in enumerate(filter_transform(b, taps, pairs)):
                     b.store(at, (i * side + j) * matrix, value)
 
         b.vector_loop(0, filters, lanes, vector)

@@ -8,6 +8,7 @@ of the same tiles follow one another and share the transformed inputs.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -26,11 +27,13 @@ LINE = 16  # elements of a cache line
 class WinogradPlan(NamedTuple):
     """Params of `render_winograd`. Sizes are `int` or ("size", slot).
 
-    outputs: along an axis of a tile. images, tiles: how many there are, and tiles along the rows and columns of one.
-    sizes, out_sizes: rows and columns of an image. origins: minus the padding below. tile: output tiles of a register
-    tile. block: those of a unit, a multiple of `tile`. group: panels of a unit. lanes, vectors: of a vector, a panel.
+    pairs: of points of the transforms. outputs: along an axis of a tile. images, tiles: how many there are, and tiles
+    along the rows and columns of one. sizes, out_sizes: rows and columns of an image. origins: minus the padding below.
+    tile: output tiles of a register tile. block: those of a unit, a multiple of `tile`. group: panels of a unit. lanes,
+    vectors: of a vector, a panel.
     """
 
+    pairs: tuple[float, ...]
     outputs: int
     images: int | tuple
     tiles: tuple
@@ -99,6 +102,7 @@ def render_winograd(params: tuple, target) -> str:
 class _Winograd:
     def __init__(self, b: KernelBuilder, plan: WinogradPlan):
         self.b, self.plan = b, plan
+        self.pairs = tuple(Fraction(p) for p in plan.pairs)
         self.images = resolve(b, plan.images)
         self.tiles, self.origins = resolve_all(b, plan.tiles), resolve_all(b, plan.origins)
         self.sizes, self.out_sizes = resolve_all(b, plan.sizes), resolve_all(b, plan.out_sizes)
@@ -211,13 +215,13 @@ class _Winograd:
                 with b.loop(0, side) as j:
                     pixels = [b.ir.load(self._address(addresses, j + i * side), typ=PTR) for i in range(side)]
                     x = [b.load(Pointer(b, p, DTYPE, "pixels"), channel, lanes, mask) for p in pixels]
-                    for i, value in enumerate(input_transform(b, x, plan.outputs)):
+                    for i, value in enumerate(input_transform(b, x, self.pairs)):
                         b.store(stage, (j + i * side) * lanes, value)
                 with b.loop(0, side) as i:
                     row = stage + i * (side * lanes)
                     x = [b.load(row, j * lanes, lanes) for j in range(side)]
                     at = out + (i * (side * plan.input_matrix) + channel)
-                    for j, value in enumerate(input_transform(b, x, plan.outputs)):
+                    for j, value in enumerate(input_transform(b, x, self.pairs)):
                         b.store(at, j * plan.input_matrix, value)
 
             b.vector_loop(0, plan.channels, lanes, vector)
@@ -267,11 +271,11 @@ class _Winograd:
                 with b.loop(0, side) as j:
                     at = sums + (j * plan.sums_matrix + lane)
                     values = [b.load(at, i * (side * plan.sums_matrix), lanes) for i in range(side)]
-                    for i, value in enumerate(output_transform(b, values, plan.outputs)):
+                    for i, value in enumerate(output_transform(b, values, self.pairs)):
                         b.store(stage, (j + i * side) * lanes, value)
                 with b.loop(0, plan.outputs) as i:
                     values = [b.load(stage + i * (side * lanes), j * lanes, lanes) for j in range(side)]
                     at = out + (i * (plan.outputs * width) + lane)
-                    for j, value in enumerate(output_transform(b, values, plan.outputs)):
+                    for j, value in enumerate(output_transform(b, values, self.pairs)):
                         b.store(at, j * width, value)
         return function

@@ -9,17 +9,16 @@ from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import KernelBuilder, lanes_of
 from kgraph.codegen.cpu.microkernel import multiply_add
-from kgraph.ops.winograd import PAIRS, even_polynomial, filter_matrix
+from kgraph.ops.winograd import Pairs, even_polynomial, filter_matrix
 
 Vectors = Sequence[ir.Value]
 
 
-def input_transform(b: KernelBuilder, x: Vectors, outputs: int) -> list[ir.Value]:
-    """B^T x for `outputs + 2` vectors: the values at the points, in the order of `winograd.points`, then infinity.
+def input_transform(b: KernelBuilder, x: Vectors, pairs: Pairs) -> list[ir.Value]:
+    """B^T x for m + 2 vectors: the values at the points, in the order of `winograd.points`, then infinity.
 
     The value at a point is that of all inputs as coefficients, weighted by the product over all other points.
     """
-    pairs = PAIRS[outputs]
     whole = even_polynomial(pairs)
     out = [_sum(b, zip(whole, x[::2]))]
     for pair in pairs:
@@ -29,9 +28,9 @@ def input_transform(b: KernelBuilder, x: Vectors, outputs: int) -> list[ir.Value
     return [*out, _sum(b, zip(whole, x[1::2]))]
 
 
-def output_transform(b: KernelBuilder, values: Vectors, outputs: int) -> list[ir.Value]:
-    """A^T values for `outputs + 2` vectors: the outputs."""
-    pairs = PAIRS[outputs]
+def output_transform(b: KernelBuilder, values: Vectors, pairs: Pairs) -> list[ir.Value]:
+    """A^T values for m + 2 vectors: the m outputs."""
+    outputs = len(values) - 2
     plus, minus = values[1:-1:2], values[2:-1:2]
     sums = [b.add(p, q) for p, q in zip(plus, minus, strict=True)]
     differences = [b.sub(p, q) for p, q in zip(plus, minus, strict=True)]
@@ -46,9 +45,9 @@ def output_transform(b: KernelBuilder, values: Vectors, outputs: int) -> list[ir
     return out
 
 
-def filter_transform(b: KernelBuilder, g: Vectors, outputs: int) -> list[ir.Value]:
-    """G g for three vectors of taps: `outputs + 2` vectors."""
-    return [_sum(b, [(f, v) for f, v in zip(row, g, strict=True) if f]) for row in filter_matrix(outputs)]
+def filter_transform(b: KernelBuilder, g: Vectors, pairs: Pairs) -> list[ir.Value]:
+    """G g for three vectors of taps: m + 2 vectors."""
+    return [_sum(b, [(f, v) for f, v in zip(row, g, strict=True) if f]) for row in filter_matrix(pairs)]
 
 
 def _sum(b: KernelBuilder, terms) -> ir.Value:
