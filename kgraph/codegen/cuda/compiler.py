@@ -18,7 +18,7 @@ ENTRY = "kernel"
 _PTX_VERSIONS = (((12, 0), "8.7"), ((10, 0), "8.6"), ((9, 0), "7.8"), ((8, 9), "7.8"), ((8, 6), "7.1"), ((8, 0), "7.0"))
 _OLDEST_PTX = "6.4"
 _MISSING = (
-    "compiling for CUDA needs numba-cuda with NVVM: pip install 'kgraph[cuda]' (or 'numba-cuda[cu12]' for drivers of "
+    "compiling for CUDA needs numba-cuda with NVVM: pip install 'kgraph[cuda]' (or 'kgraph[cuda12]' for a driver of "
     "CUDA 12)"
 )
 

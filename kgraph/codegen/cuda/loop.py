@@ -20,6 +20,8 @@ from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div, product
 
 TEMPLATE = "kgraph.codegen.cuda.loop:render"
+SIMPLE_FLOPS = 16  # operations per element up to which memory is what a thread waits for
+FEW_ELEMENTS = 1 << 18  # below which every thread of the grid has one element at most
 RANDOM_FLOPS = 25  # per word, for estimates of time
 WORD_LANES, WORD_GROUP = 16, 64  # counters of a group of words, and the words of one
 
@@ -79,14 +81,15 @@ def lower_expression(
     total = product(shape)
     dtypes = tuple(o.type.dtype for o in outputs)
     units = ceil_div(total, WORD_GROUP) * WORD_LANES if num_streams else total
-    params = (name, expression, described, dtypes, len(sizes), index_type([total]))
+    unroll = target.unroll if not num_streams and _is_long(total, expression) else 1
+    params = (name, expression, described, dtypes, len(sizes), index_type([total]), unroll)
     return [
         KernelCall(
             spec=KernelSpec(name, TEMPLATE, params),
             operands=operands,
             outputs=len(outputs),
             sizes=list(sizes),
-            extent=ceil_div(units, target.block),
+            extent=ceil_div(units, target.block * unroll),
             flops=total * max(1, expressions.flops(expression) + RANDOM_FLOPS * num_streams),
             bytes=regions.total_bytes(operands),
             notes={"inplace": regions.inplace_pairs(leaves, outputs, len(operands) - len(outputs))},
@@ -95,8 +98,13 @@ def lower_expression(
     ]
 
 
+def _is_long(total, expression: tuple) -> bool:
+    """Whether threads wait for memory, and have several elements each."""
+    return expressions.flops(expression) <= SIMPLE_FLOPS and not (isinstance(total, int) and total < FEW_ELEMENTS)
+
+
 def render(params: tuple, target) -> str:
-    name, expression, leaves, dtypes, rank, index = params
+    name, expression, leaves, dtypes, rank, index, unroll = params
     k = KernelSource(name, target, target.block, index)
     operands = [None if is_coordinate else k.operand(dtype) for dtype, _, is_coordinate, _ in leaves]
     outputs = [k.operand(dtype) for dtype in dtypes]
@@ -104,7 +112,7 @@ def render(params: tuple, target) -> str:
     k.line(f"total = {k.product(sizes)}")
     streams = [(operand, leaf[3]) for operand, leaf in zip(operands, leaves, strict=True) if leaf[3] >= 0]
 
-    def element(i: str, words: Sequence[str]) -> None:
+    def values_at(i: str, words: Sequence[str]) -> list[str]:
         coordinates = k.coordinates(i, sizes) if any(not all(leaf[1]) or leaf[2] for leaf in leaves) else []
         drawn = iter(words)
         values = []
@@ -113,12 +121,19 @@ def render(params: tuple, target) -> str:
                 values.append(next(drawn))
             else:
                 values.append(leaf_value(k, operand, dtype, spans, i, coordinates, sizes))
+        return values
+
+    def store(i: str, values: Sequence[str]) -> None:
         for output, value in zip(outputs, k.emit(expression, values), strict=True):
             k.store(output, i, value)
 
+    def elements(numbers: list[str]) -> None:
+        for i, values in [(i, values_at(i, ())) for i in numbers]:
+            store(i, values)
+
     if not streams:
-        with k.grid_stride("total") as i:
-            element(i, ())
+        first, step = k.grid()
+        k.for_each(first, "total", step, elements, unroll)
         return k.text()
     keys = [[k.load(seed, k.i(number)) for number in range(2)] for seed, _ in streams if seed]
     lanes, group = WORD_LANES, WORD_GROUP
@@ -135,7 +150,7 @@ def render(params: tuple, target) -> str:
             i = k.let(k.add(start, k.mul(k.i("word"), lanes)))
             with k.suite(f"if {i} < total:"):
                 choose = "({0} if word == 0 else ({1} if word == 1 else ({2} if word == 2 else {3})))"
-                element(i, [k.let(choose.format(*names)) for names in drawn])
+                store(i, values_at(i, [k.let(choose.format(*names)) for names in drawn]))
     return k.text()
 
 

@@ -28,7 +28,7 @@ TEMPLATE = "kgraph.codegen.cuda.reduce:render"
 LONG_ROW = 1024  # elements from which on a whole block reduces one row
 SHORT_ROW = 8  # elements up to which a thread does it alone
 CHUNK = 4096  # operands that a block reduces at least, where the reduced axes are cut
-PLAIN_STEPS = 64  # additions per lane up to which sums are not compensated
+PLAIN_STEPS = 16  # additions per lane up to which sums are not compensated
 GROUPED_FLOPS = 16  # operations per element up to which several are computed side by side
 WAVES = 2  # blocks per multiprocessor below which the reduced axes are cut
 

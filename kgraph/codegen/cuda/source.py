@@ -17,7 +17,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -132,12 +132,16 @@ class KernelSource:
         """The number of the thread in its block, in a variable."""
         return self.let(self.i("cuda.threadIdx.x"), "t")
 
+    def grid(self) -> tuple[str, str]:
+        """The number of the thread in the grid, and how many threads that has."""
+        first = self.add(self.mul(self.i("cuda.blockIdx.x"), self.block), self.i("cuda.threadIdx.x"))
+        return first, self.mul(self.i("cuda.gridDim.x"), self.block)
+
     @contextmanager
     def grid_stride(self, extent: str) -> Iterator[str]:
         """A loop in which all threads of the grid share the numbers [0, extent); gives the number's name."""
-        first = self.add(self.mul(self.i("cuda.blockIdx.x"), self.block), self.i("cuda.threadIdx.x"))
-        step = self.let(self.mul(self.i("cuda.gridDim.x"), self.block), "step")
-        with self.range(first, extent, step) as i:
+        first, count = self.grid()
+        with self.range(first, extent, self.let(count, "step")) as i:
             yield i
 
     @contextmanager
@@ -154,6 +158,20 @@ class KernelSource:
         with self.suite(f"while {i} < {stop}:"):
             yield i
             self.line(f"{i} = {self.add(i, step)}")
+
+    def for_each(self, start, stop: str, step, body: Callable[[list[str]], None], unroll: int = 1) -> None:
+        """A loop over start, start + step ... below stop, of which `body` takes `unroll` numbers at once, or one of the
+        last: it gets their names, and should read for all of them before it computes."""
+        i, step = self.fresh("i"), self.let(self.i(step), "step")
+        self.line(f"{i} = {self.i(start)}")
+        for count in dict.fromkeys((unroll, 1)):
+            last = self.add(i, self.mul(step, count - 1)) if count > 1 else i
+            with self.suite(f"while {last} < {stop}:"):
+                numbers = [i]
+                for _ in range(count - 1):
+                    numbers.append(self.let(self.add(numbers[-1], step), "i"))
+                body(numbers)
+                self.line(f"{i} = {self.add(numbers[-1], step)}")
 
     def coordinates(self, number: str, sizes: Sequence[str]) -> list[str]:
         """Indices along dense axes of `sizes` of the element `number`."""

@@ -20,6 +20,7 @@ class CudaTarget:
     capability: (major, minor) of the compute capability. simulator: whether Numba's simulator runs the kernels.
     block: threads of a block of elementwise kernels and reductions. group: threads that work on one row together where
         a whole block would have too little to do: a warp. Both are powers of two. num_sms: multiprocessors.
+    unroll: elements that a thread of a simple kernel reads before it computes, so that it waits for memory once.
     shared_bytes: shared memory that a kernel may declare. ordinal: number of the GPU, which no kernel depends on.
     """
 
@@ -28,6 +29,7 @@ class CudaTarget:
     block: int = 256
     group: int = 32
     num_sms: int = 132
+    unroll: int = 4
     shared_bytes: int = _STATIC_SHARED_BYTES
     ordinal: int = field(default=0, repr=False)  # cache keys are made of the text
 
@@ -81,13 +83,14 @@ def _version(*packages: str) -> str:
 
 
 def make_target(capability: tuple[int, int], num_sms: int = 0, ordinal: int = 0) -> CudaTarget:
-    """The target for a compute capability. Raises CompileError below 7.5, which NVVM no longer knows."""
-    if capability < (7, 5):
-        raise CompileError(f"kgraph needs compute capability 7.5 (Turing) or later, the GPU has {capability}")
+    """The target for a GPU of this compute capability: code for the last architecture before it that is known here,
+    which later GPUs run too. Raises CompileError below 7.5, which NVVM no longer knows."""
     known = [c for c in _TYPICAL_SMS if c <= capability]
-    return CudaTarget(capability, num_sms=num_sms or _TYPICAL_SMS[max(known)], ordinal=ordinal)
+    if not known:
+        raise CompileError(f"kgraph needs compute capability 7.5 (Turing) or later, the GPU has {capability}")
+    return CudaTarget(max(known), num_sms=num_sms or _TYPICAL_SMS[max(known)], ordinal=ordinal)
 
 
 def simulator_target() -> CudaTarget:
     """The target of Numba's simulator: every thread is a Python thread, so blocks are tiny."""
-    return CudaTarget((9, 0), simulator=True, block=4, group=2, num_sms=1)
+    return CudaTarget((9, 0), simulator=True, block=4, group=2, num_sms=1, unroll=2)
