@@ -9,8 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from kgraph.codegen.cpu.epilogue import Parts
-from kgraph.codegen.cpu.pack import accumulate_dtype
+from kgraph.codegen.contractions import Parts, accumulate_dtype
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, is_dilated, read_axes, walk
 from kgraph.codegen.cuda.epilogue import Finish
