@@ -1,7 +1,7 @@
 """Depthwise convolutions: every channel by itself, with a fused epilogue.
 
-A thread has one element of the result; neighbours have neighbouring filters, so they read neighbouring elements of image
-and weight. With input dilation each element meets the taps of its phase only.
+A thread has one element of the result; neighbours have neighbouring filters, so they read neighbouring elements of
+image and weight. With input dilation each element meets the taps of its phase only.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Tile(NamedTuple):
         return self.across * self.down
 
 
-SIMULATED_TILE = Tile(4, 4, 2, 2, 2)
+SIMULATED_TILE = Tile(4, 4, 4, 2, 2)
 # From the widest on; all take 256 threads.
 TILES = (Tile(128, 128, 16, 8, 8), Tile(128, 64, 16, 8, 4), Tile(128, 32, 16, 4, 4), Tile(256, 16, 16, 4, 4))
 SMALL_TILE = Tile(64, 64, 16, 4, 4)
