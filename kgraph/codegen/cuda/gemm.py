@@ -273,7 +273,7 @@ class _Gemm:
                 return k.let(k.add(base, self._walk(k.let(f"({at} if {at} < {limit} else {k.i(0)})"), axes)))
 
             left, right = product.left_panel, product.right_panel
-            left_bases, right_bases = (k.local(plan.index, panel.count) for panel in (left, right))
+            left_bases, right_bases = (k.local(k.index, panel.count) for panel in (left, right))
             with left.each() as (n, row, _):
                 k.store(left_bases, n, place(first_row, row, self.rows, a_rows, at_a))
             with right.each() as (n, _, column):
