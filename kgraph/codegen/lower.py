@@ -12,7 +12,7 @@ from kgraph.codegen import control, families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.decisions import Decision
-from kgraph.ir import Dim, Graph, Node, Value
+from kgraph.ir import Dim, Graph, Node, Value, constant_value
 from kgraph.ops.host import HostFunction
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
 from kgraph.runtime.steps import LaunchStep
@@ -116,9 +116,12 @@ class _Lowering:
         first_output = len(call.operands) - call.outputs
         for position, operand in enumerate(call.operands):
             if operand not in self.ids:
-                if position < first_output and not isinstance(operand, Temporary):
+                if position >= first_output or isinstance(operand, Temporary):
+                    self._buffer("temporary", operand)
+                elif constant_value(operand) is not None:  # a table of the family's own
+                    self._node(operand.producer)
+                else:
                     raise KeyError(f"{node}: kernel {call.spec.name} reads a value that nothing wrote: {operand}")
-                self._buffer("temporary", operand)
             operands.append(self.ids[operand])
         key = spec_key(call.spec, self.target)
         self.out.specs[key] = call.spec

@@ -80,6 +80,17 @@ def weight_matrix(in_size: int, out_size: int, method: str, antialias: bool) -> 
     return np.where(usable, weights / np.where(usable, sums, 1.0), 0.0)
 
 
+def band(in_size: int, out_size: int, method: str, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(first tap [out], weights [out, taps]) of one axis; all taps lie inside of the source."""
+    matrix = weight_matrix(in_size, out_size, method, antialias).T
+    used = matrix != 0
+    first = used.argmax(1)
+    behind = np.where(used.any(1), in_size - used[:, ::-1].argmax(1), first + 1)
+    taps = max(int((behind - first).max(initial=1)), 1)
+    first = np.minimum(first, in_size - taps)
+    return first, np.take_along_axis(matrix, first[:, None] + np.arange(taps), 1)
+
+
 def _check_method(name: str, method: str) -> None:
     if method not in METHODS:
         raise ShapeError(f"{name}: method {method!r}: expected one of {METHODS}")

@@ -10,7 +10,7 @@ from kgraph.codegen.compiler import render
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.compiler import compile_text
 from kgraph.codegen.cuda.target import CudaTarget, simulator_target
-from kgraph.ir import Value, make_node, type_of
+from kgraph.ir import Value, constant_value, make_node, type_of
 from kgraph.ir.dims import evaluate
 from kgraph.runtime.cuda.device import Argument, device_for
 
@@ -41,8 +41,9 @@ def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None 
         for call in families.lower(node, target):
             for operand in call.operands:
                 if operand not in memory:
+                    table = constant_value(operand) if isinstance(operand, Value) else None
                     shape = [evaluate(s, sizes) for s in operand.type.shape]
-                    place(operand, np.full(shape, 77).astype(operand.type.np_dtype))
+                    place(operand, np.full(shape, 77).astype(operand.type.np_dtype) if table is None else table)
             source = compile_text(render(call.spec, target), call.spec.name, target)
             grid = min(evaluate(call.extent, sizes), most_blocks)
             if grid <= 0:

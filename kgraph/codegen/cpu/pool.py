@@ -13,111 +13,30 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from kgraph.codegen.cpu import expressions
-from kgraph.codegen.cpu.builder import MEMORY_TYPES, Int, KernelBuilder, compute_dtype
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, compute_dtype
 from kgraph.codegen.cpu.scalar_ops import EMITTERS
 from kgraph.codegen.cpu.strided import SizeTable, dense_strides, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node, Value
+from kgraph.codegen.reductions import neutral
+from kgraph.codegen.windows import COMBINE, extra_strides, groups_of, refuses, refuses_extras, take_apart
+from kgraph.ir import Node
 from kgraph.ir.dims import product
 
-COMBINE = {"max": "maximum", "min": "minimum", "sum": "add"}
 MOST_UNROLLED_TAPS = 16
 MOST_ACCUMULATORS = 4
 
 
-@dataclass
-class Parts:
-    """A pooling node taken apart. extras: further inputs of the epilogue; expression: of it, its input 0 the pooled."""
-
-    node: Node
-    source: Value
-    extras: list[Value]
-    outputs: tuple[Value, ...]
-    expression: tuple
-
-
 def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
-    parts = _take_apart(node)
+    parts = take_apart(node)
     if isinstance(parts, str):
         return parts
-    attrs = parts.node.attrs
-    windows = (*attrs["window"], *attrs["strides"], *attrs["window_dilation"], *attrs["base_dilation"])
-    if any(isinstance(n, Dim) for n in (*windows, *(p for pair in attrs["padding"] for p in pair))):
-        return "a window of symbolic size"
-    if parts.source.dtype not in MEMORY_TYPES or parts.source.dtype == "bool":
-        return f"no pooling of {parts.source.dtype}"
-    groups = groups_of(parts.node)
-    for value in parts.extras:
-        if _extra_strides(value, parts.node.output.shape, groups) is None:
-            return f"an epilogue operand {value.type} spans a part of a group of axes of {parts.node.output.type}"
-    return None
-
-
-def _take_apart(node: Node) -> Parts | str:
-    if node.name == "reduce_window":
-        expression = expressions.identity(node.output.dtype)
-        return Parts(node, node.inputs[0], [], node.outputs, expression)
-    if node.name != "fusion":
-        return f"{node.name} is no pooling"
-    body = node.attrs["body"]
-    cores = [n for n in body.nodes if n.name == "reduce_window"]
-    if len(cores) != 1 or cores[0].inputs[0] not in body.inputs:
-        return "a pooling kernel needs exactly one reduce_window, of an input"
-    core = cores[0]
-    rest = [n for n in body.nodes if n is not core]
-    if any(v.shape != core.output.shape for v in body.outputs):
-        return "the epilogue changes the shape"
-    outer = dict(zip(body.inputs, node.inputs, strict=True))
-    used = {v for n in rest for v in n.inputs}
-    extras = [v for v in body.inputs if v in used]
-    encoded = expressions.encode_nodes(rest, [core.output, *extras], body.outputs)
-    if isinstance(encoded, str):
-        return encoded
-    return Parts(core, outer[core.inputs[0]], [outer[v] for v in extras], node.outputs, encoded)
-
-
-def groups_of(node: Node) -> tuple[int, int]:
-    """(first windowed axis, first axis of the channels): the axes between them are walked one by one."""
-    attrs, rank = node.attrs, node.inputs[0].type.rank
-    plain = [
-        (w, s, tuple(p), wd, bd) == (1, 1, (0, 0), wd, 1)
-        for w, s, p, wd, bd in zip(
-            attrs["window"],
-            attrs["strides"],
-            attrs["padding"],
-            attrs["window_dilation"],
-            attrs["base_dilation"],
-            strict=True,
-        )
-    ]
-    if all(plain):
-        return 0, 0
-    first = plain.index(False)
-    last = rank - plain[::-1].index(False)
-    return first, last
-
-
-def _extra_strides(value: Value, shape: tuple, groups: tuple[int, int]) -> tuple | None:
-    """Strides of an epilogue operand along (batch, windowed axes..., channels); None where it spans part of a group."""
-    first, last = groups
-    own = (1,) * (len(shape) - value.type.rank) + tuple(value.shape)
-    pieces = [slice(0, first), *(slice(k, k + 1) for k in range(first, last)), slice(last, len(shape))]
-    spans = []
-    for piece in pieces:
-        if own[piece] == tuple(shape[piece]):
-            spans.append(product(shape[piece]))
-        elif all(not isinstance(n, Dim) and n == 1 for n in own[piece]):
-            spans.append(None)
-        else:
-            return None
-    strides = dense_strides([1 if n is None else n for n in spans])
-    return tuple(0 if n is None else t for n, t in zip(spans, strides, strict=True))
+    return refuses(parts.node) or refuses_extras(parts)
 
 
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of a plain reduce_window or of a fused node around one."""
-    parts = _take_apart(node)
+    parts = take_apart(node)
     if isinstance(parts, str):
         raise ValueError(parts)
     core, x, out = parts.node, parts.source, parts.node.output
@@ -126,7 +45,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     table = SizeTable()
     axes = window_params(core, x.shape, out.shape, first, last, table)
     channels = product(x.shape[last:])
-    extras = tuple((v.dtype, table.all(_extra_strides(v, out.shape, (first, last)) or ())) for v in parts.extras)
+    extras = tuple((v.dtype, table.all(extra_strides(v, out.shape, (first, last)) or ())) for v in parts.extras)
     lanes = expressions.lanes(parts.expression, target)
     params = (
         attrs["kind"],
@@ -169,18 +88,6 @@ def window_params(node: Node, source: tuple, result: tuple, first: int, last: in
         )
         for k in range(first, last)
     )
-
-
-def identity(kind: str, dtype: str):
-    """The Python scalar that the reduction ignores."""
-    if kind == "sum":
-        return 0
-    if dtype.startswith(("float", "bfloat")):
-        return float("-inf" if kind == "max" else "inf")
-    bits = int(dtype.lstrip("uint"))
-    signed = dtype.startswith("int")
-    low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
-    return low if kind == "max" else high
 
 
 @dataclass
@@ -228,7 +135,7 @@ class PoolKernel:
         kind, self.dtype, self.lanes, axes, channels, extras, outputs, self.expression = params
         b = self.b = KernelBuilder(f"pool_{kind}", target)
         self.channels = resolve(b, channels)
-        self.combine_name, self.identity = COMBINE[kind], identity(kind, self.dtype)
+        self.combine_name, self.identity = COMBINE[kind], neutral(kind, self.dtype)
         self.source = b.operand(0, self.dtype)
         self.axes = WindowAxis.resolved(b, axes, self.channels)
         self.image = self.channels

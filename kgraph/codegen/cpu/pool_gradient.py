@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import MEMORY_TYPES, Int, KernelBuilder, compute_dtype, is_float
-from kgraph.codegen.cpu.pool import WindowAxis, groups_of, identity, window_params
+from kgraph.codegen.cpu.pool import WindowAxis, window_params
 from kgraph.codegen.cpu.strided import SizeTable, dense_strides, resolve
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node
+from kgraph.codegen.reductions import neutral
+from kgraph.codegen.windows import groups_of, refuses
+from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div, product
 
 
@@ -22,13 +24,7 @@ def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
     if node.name != "select_and_scatter_add":
         return f"{node.name} is not the gradient of a windowed extremum"
-    attrs = node.attrs
-    windows = (*attrs["window"], *attrs["strides"], *attrs["window_dilation"], *attrs["base_dilation"])
-    if any(isinstance(n, Dim) for n in (*windows, *(p for pair in attrs["padding"] for p in pair))):
-        return "a window of symbolic size"
-    if node.output.dtype not in MEMORY_TYPES or node.output.dtype == "bool":
-        return f"no pooling of {node.output.dtype}"
-    return None
+    return refuses(node)
 
 
 def lower(node: Node, target) -> list[KernelCall]:
@@ -92,7 +88,7 @@ def render_gradient(params, target) -> str:
 def _find_winner(b: KernelBuilder, x, image, axes, windows, mask, kind: str, dtype: str, lanes: int) -> ir.Value:
     """Per lane the number of the first tap with the extremum (or the first NaN); -1 for windows of padding alone."""
     compute = compute_dtype(dtype)
-    best = b.variable(b.constant(identity(kind, dtype), compute, lanes))
+    best = b.variable(b.constant(neutral(kind, dtype), compute, lanes))
     none = b.constant(-1, "int32", lanes)
     winner = b.variable(none)
     signed = dtype.startswith("int")

@@ -14,7 +14,7 @@ from kgraph.codegen.cpu.strided import SizeTable, copy_row, resolve, word
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType, Value
 from kgraph.ir.dims import product
-from kgraph.ops.resize import nearest_indices, weight_matrix
+from kgraph.ops.resize import band, nearest_indices
 
 MOST_UNROLLED_TAPS = 8
 
@@ -78,17 +78,6 @@ def _call(source, result, axes: tuple, method: str, antialias: bool, target) -> 
 
 def _taps(in_size: int, out_size: int, method: str, antialias: bool) -> int:
     return 1 if method == "nearest" else band(in_size, out_size, method, antialias)[1].shape[1]
-
-
-def band(in_size: int, out_size: int, method: str, antialias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(first tap [out], weights [out, taps]) of one axis; all taps lie inside of the source."""
-    matrix = weight_matrix(in_size, out_size, method, antialias).T
-    used = matrix != 0
-    first = used.argmax(1)
-    behind = np.where(used.any(1), in_size - used[:, ::-1].argmax(1), first + 1)
-    taps = max(int((behind - first).max(initial=1)), 1)
-    first = np.minimum(first, in_size - taps)
-    return first, np.take_along_axis(matrix, first[:, None] + np.arange(taps), 1)
 
 
 def _constants(b: KernelBuilder, name: str, values: np.ndarray, dtype: str) -> Pointer:

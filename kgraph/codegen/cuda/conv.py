@@ -5,15 +5,13 @@ Those with one channel per group go to `depthwise`, all others are implicit matr
 
 from __future__ import annotations
 
-from kgraph.codegen.cpu.epilogue import Parts, take_apart
-from kgraph.codegen.cpu.pack import accumulate_dtype
+from kgraph.codegen.contractions import Parts, accumulate_dtype, has_products, take_apart
 from kgraph.codegen.cuda import depthwise
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, is_dilated, phase_positions, phases
 from kgraph.codegen.cuda.conv_kernel import ConvPlan
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import index_type
 from kgraph.codegen.cuda.tiles import choose_tile
-from kgraph.codegen.expressions import DTYPES
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
 from kgraph.ir import Dim, Node
 from kgraph.ir.dims import ceil_div, product
@@ -27,7 +25,9 @@ def accepts(node: Node) -> str | None:
     parts = take_apart(node, "conv")
     if isinstance(parts, str):
         return parts
-    if parts.node.inputs[0].dtype not in DTYPES - {"bool"}:
+    if any(parts.packed):
+        return "packed operands are for processors"
+    if not has_products(parts.node.inputs[0].dtype):
         return f"no convolutions of {parts.node.inputs[0].dtype}"
     return None
 

@@ -1,9 +1,9 @@
 """Axes of convolutions in kernels: which elements of the image a position of the result meets, under which taps.
 
-All geometry is in run-time sizes, so that one kernel serves all layers of a network. Output position o meets tap k at the
-element (o * stride + k * reach - low) / dilation of the image, if that is a whole number that lies inside. Places before
-the image wrap around in unsigned arithmetic: they are told from those inside by the one comparison that also finds those
-behind it.
+All geometry is in run-time sizes, so that one kernel serves all layers of a network. Output position o meets tap k at
+the element (o * stride + k * reach - low) / dilation of the image, if that is a whole number that lies inside. Places
+before the image wrap around in unsigned arithmetic: they are told from those inside by the one comparison that also
+finds those behind it.
 
 With input dilation, positions with the same remainder modulo a period meet the same taps: they form a *phase*, a
 convolution of its own in which no zeros are multiplied (see `kgraph.codegen.cpu.conv_geometry`).
@@ -24,8 +24,8 @@ from kgraph.ir.dims import ceil_div, product
 class Axis:
     """One spatial axis inside of a kernel; all are texts. out, window, stride, reach: as in the module's docstring.
 
-    start: the place of tap 0 at position 0, of the index type (it may have wrapped). With input dilation also: dilation;
-    period; tap_step: distance of taps that meet elements at one position.
+    start: the place of tap 0 at position 0, of the index type (it may have wrapped). With input dilation also:
+    dilation; period; tap_step: distance of taps that meet elements at one position.
     """
 
     size: str

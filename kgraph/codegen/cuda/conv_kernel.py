@@ -109,13 +109,13 @@ class _Conv:
             k.line(f"{start} = {k.i(0)}")
 
             def fetch_flat() -> None:
-                at = k.let(k.add(start, self.product.left_depth), "at")
+                at = k.let(k.add(start, self.product.left_panel.near), "at")
                 tap, channel = k.let(k.div(at, self.channels), "tap"), k.let(k.mod(at, self.channels), "channel")
                 numbers = k.coordinates(tap, [w.taps for w in walks])
                 self.fetch_left(walks, numbers, channel, f"{at} < {depth}")
-                for name, number in zip(self.product.fetched_right, self.product.right_depths()):
+                with self.product.right_panel.each() as (n, number, column):
                     at = k.let(k.add(start, number), "at")
-                    self.fetch_right(name, at, f"{at} < {depth}")
+                    self.fetch_right(n, column, at, f"{at} < {depth}")
                 k.line(f"{start} = {k.add(start, tile.depth)}")
 
             self.product.run(k.let(k.ceil_div(depth, tile.depth), "chunks"), fetch_flat)
@@ -126,14 +126,14 @@ class _Conv:
             k.line(f"{name} = {k.i(0)}")
 
         def fetch() -> None:
-            channel = k.let(k.add(first, self.product.left_depth), "channel")
+            channel = k.let(k.add(first, self.product.left_panel.near), "channel")
             self.fetch_left(walks, numbers, channel, f"{channel} < {self.channels}")
             windows = [axis.window for axis in self.axes]
             taps = [w.tap(k, t) for w, t in zip(walks, numbers)]
             line = k.let(k.mul(k.offset(taps, windows, [True] * len(taps)), self.channels), "line")
-            for name, number in zip(self.product.fetched_right, self.product.right_depths()):
+            with self.product.right_panel.each() as (n, number, column):
                 channel = k.let(k.add(first, number), "channel")
-                self.fetch_right(name, k.add(line, channel), f"{channel} < {self.channels}")
+                self.fetch_right(n, column, k.add(line, channel), f"{channel} < {self.channels}")
             self.advance(first, numbers, walks)
 
         self.product.run(k.let(k.mul(taps, k.ceil_div(self.channels, tile.depth)), "chunks"), fetch)
@@ -157,18 +157,19 @@ class _Conv:
         reaches = [k.let(k.mul(t, w.reach), "away") for w, t in zip(walks, numbers)]
         sizes = [axis.size for axis in self.axes]
         away = k.let(k.add(k.mul(k.offset(reaches, sizes, [True] * len(sizes)), self.all_channels), channel), "away")
-        for name, row in zip(self.product.fetched_left, self.product.left_rows()):
-            row = k.let(row, "row")
+        with self.product.left_panel.each() as (n, row, _):
             met = [k.let(k.add(k.load(p, row), r), "place") for p, r in zip(self.places, reaches)]
             conditions = [condition, *(inside(k, place, size) for place, size in zip(met, sizes))]
-            self.product.fetch(name, conditions, self.x, lambda row=row: k.add(k.load(self.offset, row), away))
+            index = lambda: k.add(k.load(self.offset, row), away)
+            self.product.left_panel.fetch(n, conditions, self.x, index)
 
-    def fetch_right(self, name: str, line: str, condition: str) -> None:
-        """A weight: line is its tap and channel."""
+    def fetch_right(self, n: str, column: str, line: str, condition: str) -> None:
+        """A weight, number n of the thread: line is its tap and channel."""
         k = self.k
-        column = k.let(k.add(self.first_column, self.product.right_column), "column")
+        column = k.let(k.add(self.first_column, column), "column")
         at = lambda: k.add(k.add(k.mul(line, self.all_filters), k.mul(self.group, self.filters)), column)
-        self.product.fetch(name, [condition, f"{column} < {self.filters}"], self.w, at)
+        conditions = [condition, f"{column} < {self.filters}"]
+        self.product.right_panel.fetch(n, conditions, self.w, at)
 
     def store(self, rows: str) -> None:
         k = self.k

@@ -1,7 +1,7 @@
 """Depthwise convolutions: every channel by itself, with a fused epilogue.
 
-A thread has one element of the result; neighbours have neighbouring filters, so they read neighbouring elements of image
-and weight. With input dilation each element meets the taps of its phase only.
+A thread has one element of the result; neighbours have neighbouring filters, so they read neighbouring elements of
+image and weight. With input dilation each element meets the taps of its phase only.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from kgraph.codegen.cpu.epilogue import Parts
-from kgraph.codegen.cpu.pack import accumulate_dtype
+from kgraph.codegen.contractions import Parts, accumulate_dtype
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, is_dilated, read_axes, walk
 from kgraph.codegen.cuda.epilogue import Finish

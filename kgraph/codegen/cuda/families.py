@@ -11,6 +11,10 @@ from kgraph.ir import Node
 # Modules of kgraph.codegen.cuda, by primitive name. What is elementwise and not named here goes to `loop`.
 BY_PRIMITIVE = {
     "conv": "conv",
+    "conv_filter_gradient": "conv_filter",
+    "reduce_window": "pool",
+    "select_and_scatter_add": "pool_gradient",
+    "resize": "resize",
     **dict.fromkeys(
         "reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or argmax argmin".split(), "reduce"
     ),
@@ -33,6 +37,7 @@ BY_PRIMITIVE = {
 BY_KIND = {
     "conv": "conv",
     "depthwise": "conv",
+    "pool": "pool",
     "loop": "loop",
     "reduce": "reduce",
     "dot": "gemm",

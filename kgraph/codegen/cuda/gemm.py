@@ -11,7 +11,6 @@ order and applies the epilogue.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,8 +19,8 @@ from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_produ
 from kgraph.codegen.cpu.strided import SizeTable, collapse, collapse_streams, dense_strides
 from kgraph.codegen.cuda import reduce
 from kgraph.codegen.cuda.epilogue import Finish
-from kgraph.codegen.cuda.source import KernelSource, index_type
-from kgraph.codegen.cuda.tiles import Tile, TileProduct
+from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
+from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.codegen.reductions import Parts as Reduction
@@ -273,21 +272,23 @@ class _Gemm:
                 at = k.let(k.add(first, within))
                 return k.let(k.add(base, self._walk(k.let(f"({at} if {at} < {limit} else {k.i(0)})"), axes)))
 
-            left = [place(first_row, row, self.rows, a_rows, at_a) for row, _ in product.left_places]
-            right = [place(first_column, column, self.columns, b_columns, at_b) for _, column in product.right_places]
+            left, right = product.left_panel, product.right_panel
+            left_bases, right_bases = (k.local(k.index, panel.count) for panel in (left, right))
+            with left.each() as (n, row, _):
+                k.store(left_bases, n, place(first_row, row, self.rows, a_rows, at_a))
+            with right.each() as (n, _, column):
+                k.store(right_bases, n, place(first_column, column, self.columns, b_columns, at_b))
+
+            def element(panel: Panel, n: str, depth: str, axes: Sequence[tuple], bases: Operand, operand: Operand):
+                at = k.let(k.add(start, depth))
+                index = lambda: k.add(k.load(bases, n), self._walk(at, axes))
+                panel.fetch(n, [f"{at} < {end}"], operand, index)
 
             def fetch() -> None:
-                depths = [d for _, d in product.left_places], [d for d, _ in product.right_places]
-                at = {depth: k.let(k.add(start, depth)) for depth in dict.fromkeys(depths[0] + depths[1])}
-                sides = (
-                    (product.fetched_left, depths[0], left, a_depth, self.a),
-                    (product.fetched_right, depths[1], right, b_depth, self.b),
-                )
-                for names, of, bases, axes, operand in sides:
-                    offsets = {depth: self._walk(at[depth], axes) for depth in dict.fromkeys(of)}
-                    for name, depth, base in zip(names, of, bases, strict=True):
-                        index = k.add(base, offsets[depth])
-                        product.fetch(name, [f"{at[depth]} < {end}"], operand, functools.partial(k.let, index))
+                with left.each() as (n, _, depth):
+                    element(left, n, depth, a_depth, left_bases, self.a)
+                with right.each() as (n, depth, _):
+                    element(right, n, depth, b_depth, right_bases, self.b)
                 k.line(f"{start} = {k.add(start, tile.depth)}")
 
             product.run(chunks, fetch)

@@ -210,6 +210,14 @@ class KernelSource:
         self._head.append(f"{name} = cuda.shared.array({count}, {MEMORY_DTYPES.get(kept, kept)})")
         return Operand(name, kept)
 
+    def local(self, dtype: str, count: int) -> Operand:
+        """An array of the thread's own, for values in compute form. It is in registers where every index is known once
+        loops are unrolled."""
+        kept = compute_dtype(dtype)
+        name = self.fresh("local")
+        self._head.append(f"{name} = cuda.local.array({count}, {MEMORY_DTYPES.get(kept, kept)})")
+        return Operand(name, kept)
+
     def synchronise(self) -> None:
         """All threads of the block meet; every one of them has to come here."""
         self.line("cuda.syncthreads()")

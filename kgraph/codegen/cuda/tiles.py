@@ -3,11 +3,15 @@
 A block makes `rows` x `columns` results. Depth goes in chunks: while the products of one are summed, the operands of
 the next are on their way from memory into registers. A thread has `height` x `width` results that lie `down` rows and
 `across` columns apart, so that neighbouring threads read neighbouring words of shared memory, or the same one.
+
+What is in registers is an array of the thread's own whose loops the compiler unrolls: as many variables of their own
+would take Numba several times as long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from kgraph.codegen.cuda import scalar_ops
@@ -39,7 +43,7 @@ class Tile(NamedTuple):
         return self.across * self.down
 
 
-SIMULATED_TILE = Tile(4, 4, 2, 2, 2)
+SIMULATED_TILE = Tile(4, 4, 4, 2, 2)
 # From the widest on; all take 256 threads.
 TILES = (Tile(128, 128, 16, 8, 8), Tile(128, 64, 16, 8, 4), Tile(128, 32, 16, 4, 4), Tile(256, 16, 16, 4, 4))
 SMALL_TILE = Tile(64, 64, 16, 4, 4)
@@ -82,6 +86,50 @@ def panel_places(
     return out
 
 
+class Panel:
+    """The operands [outer, inner] of one side of a chunk, of which each thread of the block fetches equal parts.
+
+    along_outer: whether neighbouring threads fetch along the outer axis, not along the inner one. fetched: registers
+    for a thread's part.
+    """
+
+    def __init__(self, k: KernelSource, block: int, outer: int, inner: int, along_outer: bool, dtype: str):
+        self.k, self.block, self.along_outer = k, block, along_outer
+        self.width = outer if along_outer else inner
+        if outer * inner % block or (block % self.width and self.width % block):
+            raise ValueError(f"{block} threads do not fetch panels of {outer} x {inner} in equal parts")
+        self.count = outer * inner // block
+        self.fetched = k.local(dtype, self.count)
+        thread = k.thread()
+        self.near = k.let(k.mod(thread, self.width), "near") if block >= self.width else thread
+        self.far = k.let(k.div(thread, self.width), "far")
+
+    def place(self, n: str) -> tuple[str, str]:
+        """(outer, inner) of the thread's operand number n."""
+        k, width, block = self.k, self.width, self.block
+        if block >= width:
+            place = self.near, k.let(k.add(self.far, k.mul(n, block // width)), "far")
+        else:  # a line of the panel takes several turns
+            turns = width // block
+            place = k.let(k.add(self.near, k.mul(k.mod(n, turns), block)), "near"), k.let(k.div(n, turns), "far")
+        return place if self.along_outer else place[::-1]
+
+    @contextmanager
+    def each(self) -> Iterator[tuple[str, str, str]]:
+        """A loop over the thread's operands, unrolled by the compiler: (number, outer, inner)."""
+        with self.k.range(0, self.k.i(self.count), 1) as n:
+            yield (n, *self.place(n))
+
+    def fetch(self, n: str, conditions: list[str], operand: Operand, index: Callable[[], str]) -> None:
+        """Sets register n to an element where all conditions hold, else to 0."""
+        k, dtype, name = self.k, self.fetched.dtype, self.k.fresh("x")
+        k.line(f"{name} = {k.literal(0, dtype)}")
+        with k.suite(f"if {' and '.join(conditions)}:"):
+            value = k.load(operand, index())
+            k.line(f"{name} = {scalar_ops.convert(k, value, compute_dtype(operand.dtype), dtype)}")
+        k.store(self.fetched, n, name)
+
+
 class TileProduct:
     """The sums of one tile, in registers."""
 
@@ -99,51 +147,25 @@ class TileProduct:
         self.thread = k.thread()
         self.row = k.let(k.div(self.thread, tile.across), "row")
         self.column = k.let(k.mod(self.thread, tile.across), "column")
-        self.sums = [[k.fresh("sum") for _ in range(tile.width)] for _ in range(tile.height)]
-        # Which operands a thread fetches: (row, depth) on the left, (depth, column) on the right.
-        self.left_places = panel_places(k, self.thread, tile.block, tile.rows, tile.depth, left_along_rows)
-        self.right_places = panel_places(k, self.thread, tile.block, tile.depth, tile.columns, right_along_depth)
-        self.fetched_left = [k.fresh("left") for _ in self.left_places]
-        self.fetched_right = [k.fresh("right") for _ in self.right_places]
-
-    def left_rows(self) -> list[str]:
-        """The rows of the tile whose operands this thread fetches."""
-        return [row for row, _ in self.left_places]
-
-    def right_depths(self) -> list[str]:
-        """The depths of a chunk whose right operands this thread fetches."""
-        return [depth for depth, _ in self.right_places]
-
-    @property
-    def left_depth(self) -> str:
-        """The depth of what this thread fetches on the left, where neighbours fetch along the depth."""
-        return self.left_places[0][1]
-
-    @property
-    def right_column(self) -> str:
-        """The column of what this thread fetches on the right, where neighbours fetch along the columns."""
-        return self.right_places[0][1]
-
-    def fetch(self, name: str, conditions: list[str], operand: Operand, index: Callable[[], str]) -> None:
-        """Sets a variable to an element in the sums' dtype where all conditions hold, else to 0."""
-        k = self.k
-        k.line(f"{name} = {k.literal(0, self.dtype)}")
-        with k.suite(f"if {' and '.join(conditions)}:"):
-            value = k.load(operand, index())
-            k.line(f"{name} = {scalar_ops.convert(k, value, compute_dtype(operand.dtype), self.dtype)}")
+        self.sums = k.local(dtype, tile.height * tile.width)
+        self.xs, self.ys = k.local(dtype, tile.height), k.local(dtype, tile.width)
+        # (row, depth) on the left, (depth, column) on the right.
+        self.left_panel = Panel(k, tile.block, tile.rows, tile.depth, left_along_rows, dtype)
+        self.right_panel = Panel(k, tile.block, tile.depth, tile.columns, right_along_depth, dtype)
 
     def run(self, chunks: str, fetch: Callable[[], None]) -> None:
-        """Sums over `chunks` chunks. fetch: writes code that sets the `fetched` variables for the next chunk."""
-        k, zero = self.k, self.k.literal(0, self.dtype)
-        for name in (n for row in (*self.sums, self.fetched_left, self.fetched_right) for n in row):
-            k.line(f"{name} = {zero}")
+        """Sums over `chunks` chunks. fetch: writes code that sets the panels' registers for the next chunk."""
+        k, tile = self.k, self.tile
+        with k.range(0, k.i(tile.height * tile.width), 1) as n:
+            k.store(self.sums, n, k.literal(0, self.dtype))
         with k.range(0, k.add(chunks, 1), 1) as step:
             with k.suite(f"if {step} > {k.i(0)}:"):
                 k.synchronise()
-                for (row, depth), name in zip(self.left_places, self.fetched_left):
-                    k.store(self.left, k.add(k.mul(depth, self.pitch), row), name)
-                for (depth, column), name in zip(self.right_places, self.fetched_right):
-                    k.store(self.right, k.add(k.mul(depth, self.right_pitch), column), name)
+                with self.left_panel.each() as (n, row, depth):
+                    k.store(self.left, k.add(k.mul(depth, self.pitch), row), k.load(self.left_panel.fetched, n))
+                with self.right_panel.each() as (n, depth, column):
+                    at = k.add(k.mul(depth, self.right_pitch), column)
+                    k.store(self.right, at, k.load(self.right_panel.fetched, n))
                 k.synchronise()
             with k.suite(f"if {step} < {chunks}:"):
                 fetch()
@@ -155,21 +177,24 @@ class TileProduct:
         with k.range(0, k.i(tile.depth), 1) as d:
             left = k.let(k.add(k.mul(d, self.pitch), self.row))
             right = k.let(k.add(k.mul(d, self.right_pitch), self.column))
-            ys = [k.load(self.right, k.add(right, j * tile.across)) for j in range(tile.width)]
-            for i, sums in enumerate(self.sums):
-                x = k.load(self.left, k.add(left, i * tile.down))
-                for name, y in zip(sums, ys):
-                    total = f"{name} + {x} * {y}"
-                    k.line(f"{name} = {total if scalar_ops.is_float(self.dtype) else f'{self.dtype}({total})'}")
+            with k.range(0, k.i(tile.height), 1) as i:
+                k.store(self.xs, i, k.load(self.left, k.add(left, k.mul(i, tile.down))))
+            with k.range(0, k.i(tile.width), 1) as j:
+                k.store(self.ys, j, k.load(self.right, k.add(right, k.mul(j, tile.across))))
+            with k.range(0, k.i(tile.height), 1) as i, k.range(0, k.i(tile.width), 1) as j:
+                n = k.let(k.add(k.mul(i, tile.width), j))
+                total = f"{k.load(self.sums, n)} + {k.load(self.xs, i)} * {k.load(self.ys, j)}"
+                k.store(self.sums, n, total if scalar_ops.is_float(self.dtype) else f"{self.dtype}({total})")
 
     def results(self, visit: Callable[[str, str, str], None]) -> None:
         """Calls `visit(row of the tile, column of the tile, sum)` once, in loops over a thread's results."""
         k, tile = self.k, self.tile
         with k.range(0, k.i(tile.height), 1) as i:
-            for number, sums in enumerate(self.sums):
-                with k.suite(f"if {i} == {k.i(number)}:"):
-                    for j, name in enumerate(sums):
-                        k.store(self.stage, k.add(self.thread, j * tile.block), name)
+            for number in range(tile.height):
+                # Written out, since numbers of registers have to be known.
+                with k.suite(f"if {i} == {k.i(number)}:"), k.range(0, k.i(tile.width), 1) as j:
+                    value = k.load(self.sums, k.add(j, number * tile.width))
+                    k.store(self.stage, k.add(self.thread, k.mul(j, tile.block)), value)
             row = k.let(k.add(self.row, k.mul(i, tile.down)), "row")
             with k.range(0, k.i(tile.width), 1) as j:
                 column = k.let(k.add(self.column, k.mul(j, tile.across)), "column")

@@ -1,0 +1,142 @@
+"""Pooling on CUDA, the gradient of its maxima, and resampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kgraph.codegen.cuda import families, pool, pool_gradient
+from kgraph.codegen.cuda.target import simulator_target
+from kgraph.codegen.lower import lower
+from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node
+from kgraph.ir.graph import Node
+from kgraph.ops.fusion import FUSION
+from kgraph.ops.pooling import REDUCE_WINDOW, SELECT_AND_SCATTER_ADD
+from kgraph.ops.resize import RESIZE
+from tests.codegen.contractions import add
+from tests.cuda.driver import run_node
+from tests.cuda.windowed import check
+
+N, H = Dim.symbol("N"), Dim.symbol("H")
+
+
+def attributes(kind, window, strides=None, padding=None, window_dilation=None, base_dilation=None) -> dict:
+    rank = len(window)
+    return {
+        "kind": kind,
+        "window": window,
+        "strides": strides or (1,) * rank,
+        "padding": padding or ((0, 0),) * rank,
+        "window_dilation": window_dilation or (1,) * rank,
+        "base_dilation": base_dilation or (1,) * rank,
+    }
+
+
+def pooling(shape, attrs, dtype="float32"):
+    return make_node(REDUCE_WINDOW, [Value(TensorType(shape, dtype))], attrs)
+
+
+def gradient(shape, attrs, dtype="float32"):
+    source = pooling(shape, attrs, dtype).output.type
+    return make_node(SELECT_AND_SCATTER_ADD, [Value(TensorType(shape, dtype)), Value(source)], attrs)
+
+
+# -- pooling ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["max", "sum"])
+def test_symbolic_images_serve_every_size(kind):
+    attrs = attributes(kind, (1, 3, 2, 1), (1, 2, 1, 1), ((0, 0), (1, 1), (0, 1), (0, 0)))
+    for sizes in ({"N": 1, "H": 3}, {"N": 2, "H": 4}):
+        check(pooling((N, H, 3, 2), attrs), sizes)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "uint8", "int64"])
+def test_dtypes(dtype):
+    for kind in ("max", "min", "sum"):
+        check(pooling((1, 4, 2), attributes(kind, (1, 2, 1)), dtype))
+
+
+def test_cropped_and_dilated():
+    attrs = attributes("sum", (2, 3), (2, 1), ((-1, 2), (2, -1)), (2, 1), (1, 2))
+    check(pooling((6, 4), attrs))
+
+
+def test_nan_wins_a_maximum():
+    x = np.array([[1.0, np.nan, 3.0, 4.0]], np.float32)
+    (result,) = run_node(pooling(x.shape, attributes("max", (1, 2))), [x])
+    np.testing.assert_array_equal(result, [[np.nan, np.nan, 4.0]])
+
+
+def test_epilogue():
+    """A mean in bfloat16, with an operand for every channel and one for every pixel."""
+    core = pooling((2, 4, 3), attributes("sum", (1, 2, 1), (1, 2, 1)))
+    types = [core.inputs[0].type, TensorType((3,), "float32"), TensorType((2, 2, 1), "float32")]
+    body = Graph([Value(t) for t in types], name="pool")
+    x, bias, scale = body.inputs
+    pooled = body.add(REDUCE_WINDOW, [x], **core.attrs)
+    body.outputs = [add(body, "relu", add(body, "add", add(body, "mul", pooled, scale), bias))]
+    node = Node(FUSION, [Value(t) for t in types], {"kind": "pool", "body": body}, [v.type for v in body.outputs])
+    assert families.family_of(node) is pool
+    check(node)
+
+
+# -- the gradient of maxima -------------------------------------------------------------------------------------------
+def test_the_first_of_equal_elements_gets_the_cotangent():
+    x = np.array([[2.0, 2.0, 1.0, np.nan, np.nan]], np.float32)
+    node = gradient(x.shape, attributes("max", (1, 2)))
+    (result,) = run_node(node, [x, np.array([[1.0, 2.0, 4.0, 8.0]], np.float32)])
+    np.testing.assert_array_equal(result, [[1.0, 2.0, 0.0, 12.0, 0.0]])
+
+
+def test_windows_of_padding_alone_give_nothing():
+    x = np.full((1, 2), -np.inf, np.float32)
+    node = gradient(x.shape, attributes("max", (1, 2), padding=((0, 0), (3, 0))))
+    (result,) = run_node(node, [x, np.array([[1.0, 2.0, 4.0, 8.0]], np.float32)])
+    np.testing.assert_array_equal(result, [[12.0, 0.0]])
+
+
+@pytest.mark.parametrize("kind", ["max", "min"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradient_of_symbolic_images(kind, dtype):
+    attrs = attributes(kind, (1, 3, 2, 1), (1, 2, 1, 1), ((0, 0), (1, 1), (-1, 1), (0, 0)))
+    check(gradient((N, H, 3, 2), attrs, dtype), {"N": 2, "H": 4})
+
+
+def test_wide_indices(monkeypatch):
+    for module in (pool, pool_gradient):
+        monkeypatch.setattr(module, "index_type", lambda sizes: "int64")
+    attrs = attributes("max", (2, 3), (2, 1), ((1, 2), (2, -1)), (2, 1), (1, 2))
+    check(pooling((6, 4), attrs))
+    check(gradient((6, 4), attrs))
+
+
+# -- resampling -------------------------------------------------------------------------------------------------------
+def resampling(shape, size, method, dtype="float32", antialias=False):
+    attrs = {"size": size, "method": method, "antialias": antialias}
+    return make_node(RESIZE, [Value(TensorType(shape, dtype))], attrs)
+
+
+def test_volumes_and_axes_that_stay():
+    check(resampling((1, 2, 3, 2, 2), (3, 3, 4), "bilinear"))
+    check(resampling((1, 2, 3, 2, 2), (4, 3, 3), "nearest"))
+    check(resampling((1, 2, 3, 2), (2, 3), "bilinear"))
+
+
+def test_many_taps_take_a_pass_for_each_axis():
+    node = resampling((1, 9, 8, 2), (3, 3), "lanczos3", antialias=True)
+    assert len(families.lower(node, simulator_target())) == 2
+    check(node)
+    assert len(families.lower(resampling((1, 4, 4, 2), (3, 3), "bilinear"), simulator_target())) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_dtypes_of_resampling(dtype):
+    check(resampling((1, 3, 2, 2), (2, 3), "bicubic", dtype))
+    check(resampling((N, 3, 2, 2), (2, 3), "nearest", dtype), {"N": 2})
+
+
+def test_tables_are_constants_of_the_program():
+    graph = Graph([Value(TensorType((1, 3, 2, 2), "float32"))])
+    graph.outputs = [graph.add(PRIMITIVES["resize"], graph.inputs, size=(2, 3), method="bilinear", antialias=False)]
+    lowered = lower(graph, simulator_target(), [])
+    assert [b.kind for b in lowered.buffers].count("constant") == 4
+    assert len(lowered.steps) == 1
