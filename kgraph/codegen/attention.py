@@ -5,7 +5,7 @@ Scores are in units of log2: the scale of q carries log2(e), so that the exponen
 
 from __future__ import annotations
 
-from kgraph.codegen.cpu.strided import dense_strides
+from kgraph.codegen.strided import dense_strides
 from kgraph.ir import Dim, Value
 
 LOG2E = 1.4426950408889634

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kgraph.codegen.attention import LOG2E, MASKED, extra_strides
-from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.cuda.tiles import panel_places
 from kgraph.codegen.expressions import compute_dtype
+from kgraph.codegen.strided import SizeTable
 from kgraph.ir import Dim, Node
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from kgraph.codegen import expressions
 from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_products, take_apart
-from kgraph.codegen.cpu.strided import SizeTable, collapse, collapse_streams, dense_strides
 from kgraph.codegen.cuda import reduce
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
@@ -25,6 +24,7 @@ from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.codegen.reductions import Parts as Reduction
 from kgraph.codegen.regions import Leaf
+from kgraph.codegen.strided import SizeTable, collapse, collapse_streams, dense_strides
 from kgraph.ir import Dim, Node, TensorType, Value
 from kgraph.ir.dims import ceil_div, product
 
