@@ -14,9 +14,7 @@ from kgraph.codegen.expressions import OPERATIONS
 from kgraph.ir import PRIMITIVES, Value, make_node, type_of
 
 # Primitives with a CPU kernel and none for CUDA yet.
-MISSING = frozenset(
-    ("argsort conv_filter_gradient reduce_window resize searchsorted select_and_scatter_add sort top_k").split()
-)
+MISSING = frozenset("conv_filter_gradient reduce_window resize select_and_scatter_add".split())
 # Primitives of which CUDA takes some samples and not yet all that the CPU takes.
 PARTIAL = frozenset({"fusion"})
 COMPLETE = [p for p in PRIMITIVES.values() if p.name not in MISSING | PARTIAL]
