@@ -25,6 +25,7 @@ BY_PRIMITIVE = {
     "moments": "moments",
     "attention_gradient": "attention_gradient",
     **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), "cumulative"),
+    **dict.fromkeys("sort argsort top_k searchsorted".split(), "sort"),
     **dict.fromkeys("iota full random_words broadcast_to".split(), "loop"),
     **dict.fromkeys(
         "transpose slice pad pad_mirror concatenate rev dynamic_slice dynamic_update_slice".split(), "data_movement"
