@@ -12,7 +12,7 @@ def _form(name: str):
 
 
 def _text(template: str):
-    """An expression of x (and y, the activation's value); {number} in it is a literal of the dtype."""
+    """An expression of @x (and @y, the activation's value); a number in backticks is a literal of the dtype."""
     pieces = template.split("`")
 
     def emit(k, x: str, dtype: str, y: str = "") -> str:

@@ -104,7 +104,8 @@ def _lower_ranges(node: Node, outer, sizes: Sequence, row, count, inner, target)
 
 
 def render_ranges(params: tuple, target) -> str:
-    """width: threads that own the columns of a row; there are block / width such slots, each for every so manieth row.
+    """width: threads that own the columns of a row. A block has block / width such slots: a row goes to the slot that
+    its number leaves as the remainder.
 
     base[outer, rows, row], indices[outer, count, depth], updates[outer, count, row].
     """
@@ -131,7 +132,7 @@ def render_ranges(params: tuple, target) -> str:
         last = k.let(k.add(first, share), "last")
         last = k.let(f"({last} if {last} < {rows} else {rows})", "last")
         table = k.let(k.mul(which, k.mul(rows, row)), "table")
-        # Element `column` of the rows first + slot, first + slot + slots ... is this thread's own.
+        # The barriers of the first list come between these copies and any update.
         with k.suite(f"if {column} < {row}:"), k.range(k.add(first, slot), last, slots) as r:
             at = k.let(k.add(table, k.add(k.mul(r, row), column)))
             k.store(out, at, k.load(base, at))
