@@ -6,12 +6,16 @@ function without weights being passed around.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-import architectures
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import architectures
 
 
 @dataclass(frozen=True)
