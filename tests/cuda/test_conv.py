@@ -124,10 +124,31 @@ def test_results_do_not_depend_on_the_grid():
     np.testing.assert_array_equal(one, three)
 
 
+@pytest.mark.parametrize(("x", "w"), [((1, 2, 2, 16), (2, 2, 16, 3)), ((1, 3, 6), (3, 6, 2))])
+def test_depth_in_pieces(x, w):
+    """The sums of the pieces are added up in order, and the epilogue sees them whole."""
+    shape = convolution(x, w).output.shape
+    extras = [TensorType(n, "float32") for n in (shape[-1:], shape)]
+    node = convolution(x, w, extras=extras, epilogue=bias_residual_relu)
+    target = replace(simulator_target(), num_sms=8)
+    assert [len(families.lower(node, t)) for t in (simulator_target(), target)] == [1, 2]
+    check(node, target=target)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_a_1x1_window_is_a_product(dtype):
+    result = convolution((N, 2, 3, 3), (1, 1, 3, 2), dtype).output.type
+    extras = [TensorType(n, dtype) for n in (result.shape[-1:], result.shape)]
+    node = convolution((N, 2, 3, 3), (1, 1, 3, 2), dtype, extras=extras, epilogue=bias_residual_relu)
+    (call,) = families.lower(node, simulator_target())
+    assert call.notes["algorithm"] == "product"
+    check(node, {"N": 2})
+
+
 def test_narrow_results_take_narrow_tiles():
     target = make_target((9, 0))
     columns = {
-        filters: families.lower(convolution((N, 56, 56, 64), (3, 3, 64, filters)), target)[0].spec.params[6].columns
+        filters: families.lower(convolution((N, 56, 56, 64), (3, 3, 64, filters)), target)[0].spec.params[7].columns
         for filters in (16, 32, 64, 128, 192)
     }
     assert columns == {16: 16, 32: 32, 64: 64, 128: 128, 192: 64}

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kgraph.codegen import expressions
 from kgraph.codegen.contractions import accumulate_dtype, has_products
 from kgraph.codegen.cuda import conv_filter_depthwise, reduce, scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, read_axes
+from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, index_type
 from kgraph.codegen.cuda.tiles import SMALL_TILE, Tile, TileProduct, choose_tile
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
-from kgraph.codegen.reductions import Parts as Reduction
-from kgraph.codegen.regions import Leaf
 from kgraph.ir import Dim, Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
@@ -65,7 +63,7 @@ def lower(node: Node, target) -> list[KernelCall]:
         notes={"algorithm": "depthwise" if depthwise else "implicit_product"},
         launch=Launch(target.block if depthwise else plan.tile.block),
     )
-    return [sums] if single else [sums, *reduce.lower_parts(_total(partial, out), target)]
+    return [sums] if single else [sums, *reduce.lower_parts(sum_of_pieces(partial, out.dtype, [out]), target)]
 
 
 def _pieces(positions, tiles: int, least: int, target) -> int:
@@ -74,21 +72,6 @@ def _pieces(positions, tiles: int, least: int, target) -> int:
     if isinstance(positions, int):
         pieces = min(pieces, positions // least)
     return max(pieces, 1)
-
-
-def _total(partial: Temporary, out) -> Reduction:
-    """The reduction that adds up the pieces."""
-    accumulate = partial.type.dtype
-    return Reduction(
-        shape=partial.type.shape,
-        axes=(0,),
-        leaves=[Leaf(partial, accumulate, (True,) * len(partial.type.shape))],
-        prologue=expressions.identity(accumulate),
-        reductions=(("sum", accumulate, out.dtype),),
-        extras=[],
-        epilogue=expressions.identity(out.dtype),
-        outputs=[out],
-    )
 
 
 class FilterPlan(NamedTuple):

@@ -20,7 +20,9 @@ from kgraph.codegen.cuda.tiles import Tile, TileProduct
 class ConvPlan(NamedTuple):
     """Params of `render_conv`. rank: spatial axes. flat: see the module's docstring; not with `dilated` images.
 
-    Sizes of the kernel: images, channels and filters of a group, groups, the result's spatial sizes, then `axis_sizes`.
+    split: whether the depth is cut in pieces, of which each leaves sums of its own; not with dilated images.
+    Sizes of the kernel: images, channels and filters of a group, groups, the result's spatial sizes, `axis_sizes`, and
+    with `split` the number of pieces and the chunks of a piece.
     """
 
     name: str
@@ -29,6 +31,7 @@ class ConvPlan(NamedTuple):
     rank: int
     dilated: bool
     flat: bool
+    split: bool
     tile: Tile
     index: str
     finish: tuple
@@ -49,6 +52,7 @@ class _Conv:
         self.finish = Finish(k, *plan.finish)
         self.images, self.channels, self.filters, self.groups = (k.size() for _ in range(4))
         self.axes = read_axes(k, plan.dilated, [k.size() for _ in range(plan.rank)])
+        self.pieces, self.piece = (k.size(), k.size()) if plan.split else ("", "")
         self.all_channels = k.let(k.mul(self.channels, self.groups), "channels")
         self.all_filters = k.let(k.mul(self.filters, self.groups), "filters")
         self.product = TileProduct(k, tile, plan.accumulate)
@@ -62,11 +66,12 @@ class _Conv:
         most = [k.ceil_div(axis.out, axis.period) if axis.period else axis.out for axis in self.axes]
         row_tiles = k.let(k.ceil_div(k.product([self.images, *most]), tile.rows), "row_tiles")
         column_tiles = k.let(k.ceil_div(self.filters, tile.columns), "column_tiles")
-        total = k.let(k.product([self.groups, *phases, row_tiles, column_tiles]), "total")
-        with k.block_stride(total) as item:
-            group, *numbers, row_tile, column_tile = k.coordinates(
-                item, [self.groups, *phases, row_tiles, column_tiles]
-            )
+        outer = [self.pieces, self.groups] if self.pieces else [self.groups]
+        tiles = [*outer, *phases, row_tiles, column_tiles]
+        with k.block_stride(k.let(k.product(tiles), "total")) as item:
+            *numbers, row_tile, column_tile = k.coordinates(item, tiles)
+            self.number = numbers.pop(0) if self.pieces else ""
+            group = numbers.pop(0)
             walks = [walk(k, axis, number) for axis, number in zip(self.axes, numbers or [""] * len(self.axes))]
             self.group = group
             self.first_row = k.let(k.mul(row_tile, tile.rows), "first_row")
@@ -105,8 +110,9 @@ class _Conv:
         taps = k.let(k.product([w.taps for w in walks]), "taps")
         depth = k.let(k.mul(taps, self.channels), "depth")
         if self.plan.flat:
+            begin, chunks = self.part(k.let(k.ceil_div(depth, tile.depth), "chunks"))
             start = k.fresh("start")
-            k.line(f"{start} = {k.i(0)}")
+            k.line(f"{start} = {k.mul(begin, tile.depth)}")
 
             def fetch_flat() -> None:
                 at = k.let(k.add(start, self.product.left_panel.near), "at")
@@ -118,12 +124,18 @@ class _Conv:
                     self.fetch_right(n, column, at, f"{at} < {depth}")
                 k.line(f"{start} = {k.add(start, tile.depth)}")
 
-            self.product.run(k.let(k.ceil_div(depth, tile.depth), "chunks"), fetch_flat)
+            self.product.run(chunks, fetch_flat)
             return
+        each = k.let(k.ceil_div(self.channels, tile.depth), "each")
+        begin, chunks = self.part(k.let(k.mul(taps, each), "chunks"))
         first = k.fresh("first_channel")
         numbers = [k.fresh("tap") for _ in walks]
-        for name in (first, *numbers):
-            k.line(f"{name} = {k.i(0)}")
+        starts = [k.i(0) for _ in (first, *numbers)]
+        if self.plan.split:
+            starts = [k.mul(k.mod(begin, each), tile.depth)]
+            starts += k.coordinates(k.let(k.div(begin, each), "tap"), [w.taps for w in walks])
+        for name, at in zip((first, *numbers), starts):
+            k.line(f"{name} = {at}")
 
         def fetch() -> None:
             channel = k.let(k.add(first, self.product.left_panel.near), "channel")
@@ -136,7 +148,16 @@ class _Conv:
                 self.fetch_right(n, column, k.add(line, channel), f"{channel} < {self.channels}")
             self.advance(first, numbers, walks)
 
-        self.product.run(k.let(k.mul(taps, k.ceil_div(self.channels, tile.depth)), "chunks"), fetch)
+        self.product.run(chunks, fetch)
+
+    def part(self, chunks: str) -> tuple[str, str]:
+        """(first chunk, number of chunks) of the piece."""
+        k = self.k
+        if not self.plan.split:
+            return k.i(0), chunks
+        begin = k.let(k.mul(self.number, self.piece), "begin")
+        rest = k.let(f"({k.sub(chunks, begin)} if {begin} < {chunks} else {k.i(0)})", "rest")
+        return begin, k.let(f"({self.piece} if {self.piece} < {rest} else {rest})", "chunks")
 
     def advance(self, first: str, numbers: list[str], walks: list[Walk]) -> None:
         """The next chunk: further channels, else the next tap."""
@@ -179,6 +200,9 @@ class _Conv:
             with k.suite(f"if {k.add(self.first_row, row)} < {rows} and {column} < {self.filters}:"):
                 column = k.let(k.add(k.mul(self.group, self.filters), column), "column")
                 pixel = k.load(self.pixel, row)
+                if self.plan.split:
+                    pixels = k.product([self.images, *(axis.out for axis in self.axes)])
+                    pixel = k.let(k.add(k.mul(self.number, pixels), pixel), "pixel")
                 self.finish.store(value, pixel, column, self.all_filters)
 
         self.product.results(visit)

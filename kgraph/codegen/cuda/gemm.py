@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kgraph.codegen import expressions
 from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_products, take_apart
 from kgraph.codegen.cuda import reduce
 from kgraph.codegen.cuda.epilogue import Finish
+from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
 from kgraph.codegen.expressions import compute_dtype
@@ -100,6 +100,11 @@ def lower(node: Node, target) -> list[KernelCall]:
     parts = take_apart(node, "dot_general")
     if isinstance(parts, str):
         raise ValueError(f"{node.name}: {parts}")
+    return lower_parts(parts, target)
+
+
+def lower_parts(parts: Parts, target) -> list[KernelCall]:
+    """The calls of a dot_general that was taken apart."""
     p = product_of(parts)
     accumulate = accumulate_dtype(p.a.value.dtype, parts.result.dtype)
     tile = choose_tile(p, accumulate, target)
@@ -116,17 +121,8 @@ def lower(node: Node, target) -> list[KernelCall]:
 
 def _sum_of_pieces(parts: Parts, partial: Temporary) -> Reduction:
     """The reduction that adds up the pieces and applies the epilogue."""
-    accumulate, result = partial.type.dtype, parts.result.dtype
-    return Reduction(
-        shape=partial.type.shape,
-        axes=(0,),
-        leaves=[Leaf(partial, accumulate, (True,) * 4)],
-        prologue=expressions.identity(accumulate),
-        reductions=(("sum", accumulate, result),),
-        extras=[Leaf(value, value.dtype, (False, *SPANS[kind])) for kind, value in parts.extras],
-        epilogue=parts.expression or expressions.identity(result),
-        outputs=parts.outputs,
-    )
+    extras = [Leaf(value, value.dtype, (False, *SPANS[kind])) for kind, value in parts.extras]
+    return sum_of_pieces(partial, parts.result.dtype, parts.outputs, extras, parts.expression)
 
 
 def choose_tile(p: Product, accumulate: str, target) -> Tile:

@@ -53,14 +53,13 @@ def choose_tile(rows, columns: int, batch: int, dtype: str, target) -> Tile:
     """The tile for `batch` products of `rows` (int | Dim; a Dim counts as many) x `columns` results of `dtype` sums."""
     if target.simulator:
         return SIMULATED_TILE
+    if dtype in ("float64", "int64"):
+        return TILES[2] if columns <= TILES[2].columns else SMALL_TILE
     waste = lambda tile: -(-columns // tile.columns) * tile.columns - columns
     least = min(waste(tile) for tile in TILES)
     tile = next(t for t in TILES if waste(t) <= max(least, columns // 8))
-    if tile.height * tile.width > 16:
-        blocks = (
-            batch * -(-rows // tile.rows) * -(-columns // tile.columns) if isinstance(rows, int) else target.num_sms
-        )
-        if dtype in ("float64", "int64") or blocks < target.num_sms:
+    if tile.height * tile.width > 16 and isinstance(rows, int):
+        if batch * -(-rows // tile.rows) * -(-columns // tile.columns) < target.num_sms:
             return SMALL_TILE
     return tile
 
