@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kgraph.codegen.cuda.target import CudaTarget, make_target, simulator_target
 from kgraph.codegen.target import Target, host_target
 from kgraph.runtime.cuda.device import device_for, get_device
@@ -18,8 +20,10 @@ def resolve(name: str | None) -> Target | CudaTarget:
         return host_target()
     device = device_for(name)
     if name == "cuda-simulator":
-        return simulator_target()
-    return make_target(device.capability, device.num_sms, device.ordinal)
+        target = simulator_target()
+    else:
+        target = make_target(device.capability, device.num_sms, device.ordinal)
+    return replace(target, library=device.products() is not None)
 
 
 def target_name(name: str | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kgraph.ir import Dim, TensorType, Value
+from kgraph.runtime.steps import Product
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class KernelCall:
     scratch_bytes: memory per thread.
     flops, bytes: totals over the extent, for the thread decision, `explain` and the roofline.
     launch: for a GPU; the extent counts blocks then, and the kernel takes the operands and sizes one by one.
+    product, then: what a library may do instead, if the device has it, and the call that has to follow then.
     """
 
     spec: KernelSpec
@@ -74,3 +76,5 @@ class KernelCall:
     scratch_bytes: int | Dim = 0
     notes: dict[str, Any] = field(default_factory=dict)
     launch: Launch | None = None
+    product: Product | None = None
+    then: KernelCall | None = None

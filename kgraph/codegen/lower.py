@@ -112,6 +112,10 @@ class _Lowering:
                 self._host(node, reason)
 
     def _native(self, node: Node, call: KernelCall) -> None:
+        self.out.steps.append(self._step(node, call))
+        self.out.step_nodes.append(node)
+
+    def _step(self, node: Node, call: KernelCall) -> NativeStep:
         operands = []
         first_output = len(call.operands) - call.outputs
         for position, operand in enumerate(call.operands):
@@ -140,10 +144,9 @@ class _Lowering:
             "max_threads": call.notes.get("max_threads", 0),
         }
         if call.launch is None:
-            self.out.steps.append(NativeStep(**fields))
-        else:
-            self.out.steps.append(LaunchStep(**fields, **vars(call.launch)))
-        self.out.step_nodes.append(node)
+            return NativeStep(**fields)
+        then: Any = None if call.then is None else self._step(node, call.then)
+        return LaunchStep(**fields, **vars(call.launch), product=call.product, then=then)
 
     def _unfused(self, node: Node) -> None:
         """A fused node without a kernel: its members run one by one."""

@@ -55,14 +55,47 @@ class NativeStep:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """An operand of a product, by its position in the step: strides in elements of rows, columns, and of the batch."""
+
+    operand: int
+    row_stride: int | Dim
+    column_stride: int | Dim
+    batch_stride: int | Dim
+
+
+@dataclass(frozen=True)
+class Product:
+    """Batches of A[M, K] x B[K, N], which a library may compute in place of a kernel.
+
+    result: position of the operand that is written, dense. bias: of one that is added to every row; added: of one of
+    the result's shape that is added; None without. sizes: of the batch, M, N, K. dtype: of A and B. tf32: whether
+    float32 may be rounded to TF32.
+    """
+
+    a: Matrix
+    b: Matrix
+    result: int
+    bias: int | None
+    added: int | None
+    sizes: tuple
+    dtype: str
+    result_dtype: str
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
 class LaunchStep(NativeStep):
     """A kernel launch on a GPU: the extent counts blocks, of which the grid may have fewer.
 
-    block: threads of a block. shared_bytes: shared memory beside what the kernel declares.
+    block: threads of a block. shared_bytes: shared memory beside what the kernel declares. product, then: what a
+    library may do instead, and the launch that has to follow then.
     """
 
     block: int = 1
     shared_bytes: int | Dim = 0
+    product: Product | None = None
+    then: LaunchStep | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_products, take_apart
-from kgraph.codegen.cuda import reduce
+from kgraph.codegen.cuda import loop, reduce
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
@@ -27,6 +27,8 @@ from kgraph.codegen.regions import Leaf
 from kgraph.codegen.strided import SizeTable, collapse, collapse_streams, dense_strides
 from kgraph.ir import Dim, Node, TensorType, Value
 from kgraph.ir.dims import ceil_div, product
+from kgraph.runtime.steps import Matrix
+from kgraph.runtime.steps import Product as LibraryProduct
 
 TEMPLATE = "kgraph.codegen.cuda.gemm:render"
 LARGE, MIDDLE = Tile(128, 128, 16, 8, 8), Tile(64, 64, 16, 4, 4)
@@ -35,6 +37,7 @@ SIMULATED = Tile(4, 4, 2, 2, 2)
 FEW = 32  # rows or columns up to which tiles are flat or tall
 WAVES = 2  # blocks per multiprocessor below which K is cut
 CHUNKS = 16  # chunks of a tile's depth that a piece of K has at least; 2 in the simulator
+LIBRARY_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # How an extra of the epilogue extends over (batch, rows, columns).
 SPANS = {
     "full": (True, True, True),
@@ -56,7 +59,7 @@ def accepts(node: Node) -> str | None:
     return None
 
 
-class Matrix(NamedTuple):
+class Sides(NamedTuple):
     """An operand as matrices. value: what is read. rows, columns: collapsed axes (size, stride) of each side."""
 
     value: Value
@@ -68,8 +71,8 @@ class Product(NamedTuple):
     """A dot_general as batches of A[M, K] x B[K, N]. batch: axes (size, (stride in A, stride in B))."""
 
     batch: list[tuple]
-    a: Matrix
-    b: Matrix
+    a: Sides
+    b: Sides
     entries: int | Dim
     rows: int | Dim
     columns: int | Dim
@@ -86,8 +89,8 @@ def product_of(parts: Parts) -> Product:
     side = lambda shape, strides, of: collapse((shape[a], strides[a]) for a in of)
     return Product(
         collapse_streams((lhs[x], (left[x], right[y])) for x, y in pairs),
-        Matrix(parts.operands[0], side(lhs, left, axes.lhs_free), side(lhs, left, axes.lhs_contract)),
-        Matrix(parts.operands[1], side(rhs, right, axes.rhs_contract), side(rhs, right, axes.rhs_free)),
+        Sides(parts.operands[0], side(lhs, left, axes.lhs_free), side(lhs, left, axes.lhs_contract)),
+        Sides(parts.operands[1], side(rhs, right, axes.rhs_contract), side(rhs, right, axes.rhs_free)),
         sizes(lhs, axes.lhs_batch),
         sizes(lhs, axes.lhs_free),
         sizes(rhs, axes.rhs_free),
@@ -108,15 +111,95 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     p = product_of(parts)
     accumulate = accumulate_dtype(p.a.value.dtype, parts.result.dtype)
     tile = choose_tile(p, accumulate, target)
-    pieces = _pieces(p, tile, target) if accumulate == compute_dtype(parts.result.dtype) else 1
+    library = library_product(parts, p, target) if target.library else None
+    divisible = library is None and accumulate == compute_dtype(parts.result.dtype)
+    pieces = _pieces(p, tile, target) if divisible else 1
     name = "gemm" + parts.name
     if pieces == 1:
         extras, finish = [v for _, v in parts.extras], Finish.params(parts, accumulate)
-        return [_call(name, parts, p, tile, 1, extras, parts.outputs, finish)]
+        call = _call(name, parts, p, tile, 1, extras, parts.outputs, finish)
+        if library is not None:
+            call.product, call.then = library
+            if call.then is not None:
+                # The product is written to an output before the epilogue reads its operands.
+                call.notes["inplace"] = ()
+        return [call]
     partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
     untouched = (accumulate, accumulate, (), (accumulate,), None)
     first = _call("gemm_partial", parts, p, tile, pieces, [], [partial], untouched)
     return [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
+
+
+def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, KernelCall | None] | None:
+    """What a library may do for the node, and the epilogue that follows if the library does not know it.
+
+    None where it does not know the dtypes, an operand is no matrix with a single stride along each side, or no output
+    can hold the product until the epilogue has read it.
+    """
+    dtype, result = p.a.value.dtype, parts.result.dtype
+    if dtype not in LIBRARY_DTYPES or (result != dtype and (dtype == "float64" or result != "float32")):
+        return None
+    if len(p.batch) > 1 or any(len(axes) > 1 for m in (p.a, p.b) for axes in (m.rows, m.columns)):
+        return None
+    first = 2 + len(parts.extras)
+    held = [n for n, value in enumerate(parts.outputs) if value.dtype == result]
+    if not held:
+        return None
+    strides = [[axes[0][1] if axes else 1 for axes in (m.rows, m.columns)] for m in (p.a, p.b)]
+    batch = p.batch[0][1] if p.batch else (0, 0)
+    known = _library_epilogue(parts)
+    bias, added = known or (None, None)
+    asked = LibraryProduct(
+        Matrix(0, *strides[0], batch[0]),
+        Matrix(1, *strides[1], batch[1]),
+        first + held[0],
+        bias,
+        added,
+        (p.entries, p.rows, p.columns, p.depth),
+        dtype,
+        result,
+        target.tf32,
+    )
+    if known is not None:
+        return asked, None
+    value = parts.outputs[held[0]]
+    leaves = [Leaf(value, result, (True,) * 3)] + [Leaf(v, v.dtype, SPANS[kind]) for kind, v in parts.extras]
+    (then,) = loop.lower_expression(
+        parts.expression or expressions.identity(result),
+        leaves,
+        (p.entries, p.rows, p.columns),
+        parts.outputs,
+        target,
+    )
+    then.notes["inplace"] = ()
+    return asked, then
+
+
+def _library_epilogue(parts: Parts) -> tuple[int | None, int | None] | None:
+    """The positions of a bias and of an added operand if the epilogue is no more than that.
+
+    Activations are not the library's: what its ReLU makes of NaN, and how exact its GELU is, is not documented.
+    """
+    if parts.expression is None:
+        return None, None
+    _, instructions, outputs = parts.expression
+    first = 1 + len(parts.extras)  # number of the first instruction's result
+    if len(outputs) != 1 or outputs[0] != first + len(instructions) - 1:
+        return None
+    found: dict[str, int] = {}
+    current = 0
+    for number, (op, operands, _, dtype) in enumerate(instructions):
+        if op != "add" or current not in operands or dtype != parts.result.dtype:
+            return None
+        (other,) = [o for o in operands if o != current] or [current]
+        if not 1 <= other < first:
+            return None
+        kind, value = parts.extras[other - 1]
+        if kind not in ("channel", "full") or kind in found or value.dtype != parts.result.dtype:
+            return None
+        found[kind] = other + 1  # behind both factors
+        current = first + number
+    return found.get("channel"), found.get("full")
 
 
 def _sum_of_pieces(parts: Parts, partial: Temporary) -> Reduction:

@@ -23,6 +23,7 @@ from kgraph.runtime.binding import StepTime
 from kgraph.runtime.cuda import control
 from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.device_array import Allocation, DeviceArray, from_foreign
+from kgraph.runtime.cuda.libraries import Plan
 from kgraph.runtime.steps import HostStep, LaunchStep
 from kgraph.runtime.storage import Place, place_buffers
 
@@ -51,6 +52,18 @@ class _Launch:
     step: int
 
 
+@dataclass
+class _LibraryCall:
+    """A product by the device's library. buffers, step: as in `_Launch`."""
+
+    plan: Plan
+    buffers: list[tuple[Place, int, str]]
+    step: int
+
+
+_Work = _Launch | _LibraryCall
+
+
 class _Copy(NamedTuple):
     """Bytes that move within the device."""
 
@@ -63,7 +76,7 @@ class _Copy(NamedTuple):
 class _Segment:
     """Work that is handed over at once, or a host step and its number in the program."""
 
-    work: list[_Launch | _Copy]
+    work: list[_Work | _Copy]
     host: HostStep | None = None
     step: int = -1
 
@@ -79,6 +92,7 @@ class CudaBinding:
     """A program for concrete sizes, callable from any number of threads: calls take turns.
 
     used: set by every call, for the program to see which bindings are in use. input_dtypes: one per input.
+    refusals: why the device's library does not take a product, by the number of the step.
     """
 
     def __init__(self, program: CudaProgram, sizes: dict[str, int]):
@@ -108,6 +122,7 @@ class CudaBinding:
         self._dims = Resident(self.device)
         self._donors = {output: number for number, output in program.donations}
         self._place_own_memory()
+        self.refusals: dict[int, str] = {}  # why the library does not take a step, by its number
         self._segments = self._cut(value)
         self._params = sorted({p.index for p in self._places() if p.space == "param"})
         self._constants = sorted({p.index for p in self._places() if p.space == "constant"})
@@ -145,36 +160,40 @@ class CudaBinding:
     # -- what is run --------------------------------------------------------------------------------------------------
     def _cut(self, value: Callable[[Any], int]) -> list[_Segment]:
         """The program's steps as segments, with the copies to outputs at the end."""
-        program, storage = self.program, self.storage
+        program = self.program
         segments = [_Segment([])]
         for number, step in enumerate(program.steps):
             if isinstance(step, HostStep):
                 segments += [_Segment([], step, number), _Segment([])]
                 continue
             assert isinstance(step, LaunchStep)
-            blocks = value(step.extent)
-            if blocks <= 0:
-                continue
-            segments[-1].work.append(
-                _Launch(
-                    program.functions[step.kernel],
-                    min(blocks, self.device.most_blocks),
-                    step.block,
-                    value(step.shared_bytes),
-                    [(storage.places[b], storage.nbytes[b], program.buffers[b].dtype) for b in step.operands],
-                    [value(s) for s in step.sizes],
-                    number,
-                )
-            )
+            if value(step.extent) > 0:
+                segments[-1].work += self._work(step, number, value)
         segments[-1].work += self._final_copies()
         return [s for s in segments if s.work or s.host is not None]
 
-    def _final_copies(self) -> list[_Launch | _Copy]:
+    def _work(self, step: LaunchStep, number: int, value: Callable[[Any], int]) -> list[_Work | _Copy]:
+        """A step as a call of the device's library, where there is one that takes it, or as a launch."""
+        program, storage = self.program, self.storage
+        buffers = [(storage.places[b], storage.nbytes[b], program.buffers[b].dtype) for b in step.operands]
+        library = self.device.products() if step.product is not None else None
+        if library is not None:
+            plan = library.plan(step.product, value)
+            if isinstance(plan, Plan):
+                then = [] if step.then is None else self._work(step.then, number, value)
+                return [_LibraryCall(plan, buffers, number), *then]
+            self.refusals[number] = plan
+        blocks = min(value(step.extent), self.device.most_blocks)
+        sizes = [value(s) for s in step.sizes]
+        function = program.functions[step.kernel]
+        return [_Launch(function, blocks, step.block, value(step.shared_bytes), buffers, sizes, number)]
+
+    def _final_copies(self) -> list[_Work | _Copy]:
         """What brings outputs to their places after the last step: views, inputs, and those with a donor that is read
         until the end. A donated input that is an output too is copied aside before it is overwritten."""
         program, storage = self.program, self.storage
-        aside: list[_Launch | _Copy] = []
-        out: list[_Launch | _Copy] = []
+        aside: list[_Work | _Copy] = []
+        out: list[_Work | _Copy] = []
         for number, b in enumerate(program.outputs):
             place, nbytes = storage.places[b], storage.nbytes[b]
             if storage.donors[number] >= 0:
@@ -205,6 +224,9 @@ class CudaBinding:
     def held_bytes(self) -> int:
         """Memory on the device that calls of this binding share."""
         return self._nbytes if self._memory is not None else 0
+
+    def num_library_calls(self) -> int:
+        return sum(isinstance(work, _LibraryCall) for segment in self._segments for work in segment.work)
 
     def num_graphs(self) -> int:
         return len(self._graphs)
@@ -378,9 +400,12 @@ class CudaBinding:
             raise
         return self.device.end_capture()
 
-    def _run_work(self, work: _Launch | _Copy, call: _Call) -> None:
+    def _run_work(self, work: _Work | _Copy, call: _Call) -> None:
         if isinstance(work, _Copy):
             self.device.copy(self._address(work.target, call), self._address(work.source, call), work.nbytes)
+            return
+        if isinstance(work, _LibraryCall):
+            work.plan.run([self._address(place, call) for place, _, _ in work.buffers])
             return
         buffers = [Argument(self._address(place, call), nbytes, dtype) for place, nbytes, dtype in work.buffers]
         self.device.launch(work.function, work.grid, work.block, work.shared_bytes, buffers, work.sizes)
@@ -480,10 +505,10 @@ class CudaBinding:
             for work in segment.work:
                 start = self.device.mark(timing=True)
                 self._run_work(work, call)
-                if isinstance(work, _Launch):
+                if not isinstance(work, _Copy):
                     spans.append((work.step, start, self.device.mark(timing=True)))
         for step, start, end in spans:
-            times[step] = int(self.device.milliseconds(start, end) * 1e6)
+            times[step] += int(self.device.milliseconds(start, end) * 1e6)
         return times
 
 

@@ -6,9 +6,12 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from kgraph.runtime.cuda.libraries import Products
 
 
 class Argument(NamedTuple):
@@ -122,6 +125,10 @@ class Device(ABC):
     @abstractmethod
     def replay(self, graph: Any) -> None:
         """Run what was kept."""
+
+    def products(self) -> Products | None:
+        """The library for matrix products, if the device has one."""
+        return None
 
     # -- time ---------------------------------------------------------------------------------------------------------
     @abstractmethod

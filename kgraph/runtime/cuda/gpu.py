@@ -15,6 +15,7 @@ import numpy as np
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument, Device
 from kgraph.runtime.cuda.driver import Driver
+from kgraph.runtime.cuda.libraries import Products, open_products
 
 # The entry of every kernel's PTX.
 _ENTRY = b"kernel"
@@ -46,6 +47,8 @@ class Gpu(Device):
         if version.value < _OLDEST_DRIVER:
             found = f"{version.value // 1000}.{version.value % 1000 // 10}"
             raise DeviceError(f"the GPU's driver is one of CUDA {found}: kgraph needs a driver of CUDA 12 or later")
+        self._driver_version = version.value if library is None else 0  # what stands in its place has no libraries
+        self._products: Products | str | None = None
         handle = c_int()
         driver.call("cuDeviceGet", byref(handle), ordinal)
         self._handle = handle.value
@@ -197,6 +200,13 @@ class Gpu(Device):
         pointers = (c_void_p * len(words))(*range(first, first + 8 * len(words), 8))
         shape = (grid, 1, 1, block, 1, 1, shared_bytes)
         self.driver.call("cuLaunchKernel", function.handle, *shape, self.stream, pointers, None)
+
+    def products(self) -> Products | None:
+        with self._memory_lock:
+            if self._products is None:
+                self._enter()
+                self._products = open_products(self, self._driver_version)
+        return None if isinstance(self._products, str) else self._products
 
     # -- graphs -------------------------------------------------------------------------------------------------------
     def begin_capture(self) -> None:

@@ -54,6 +54,7 @@ class CudaProgram(Program):
             "arena_bound": max([b.storage.arena_bound for b in bindings], default=0),
             "in_place_outputs": max([sum(d >= 0 for d in b.storage.donors) for b in bindings], default=0),
             "graphs": sum(b.num_graphs() for b in bindings),
+            "library_calls": max([b.num_library_calls() for b in bindings], default=0),
             "native_steps": launches,
             "host_steps": len(self.steps) - launches,
             "kernels": len(self.kernels),

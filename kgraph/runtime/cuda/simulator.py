@@ -20,6 +20,7 @@ import numpy as np
 
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument, Device
+from kgraph.runtime.cuda.libraries import Products
 
 _ALIGNMENT = 256
 
@@ -44,6 +45,7 @@ class SimulatorDevice(Device):
             )
         super().__init__()
         self._cuda = cuda
+        self.library: Products | None = None  # what tests put there
         self._captured: list | None = None
         self._limit, self._used = limit, 0
         self._memory: dict[int, np.ndarray] = {}
@@ -114,6 +116,9 @@ class SimulatorDevice(Device):
         with self._running, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # integers wrap, floats overflow
             kernel[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
+
+    def products(self) -> Products | None:
+        return self.library
 
     def begin_capture(self) -> None:
         self._captured = []
