@@ -56,6 +56,7 @@ class _Forward(AttentionBlock):
 
         super().__init__(plan, target, operands)
         rows = self.tile.rows
+        self.sums = self.new_sums()
         self.maxima, self.norms, self.factors = (self.shared(rows) for _ in range(3))
         self.parts = self.shared(self.tile.block)
         self.lanes = self.tile.block // rows  # threads that share a row of scores
@@ -76,22 +77,38 @@ class _Forward(AttentionBlock):
             with k.suite(f"if {self.thread} < {k.i(tile.rows)}:"):
                 k.store(self.maxima, self.thread, self.literal(MASKED[self.dtype]))
                 k.store(self.norms, self.thread, self.literal(0))
-            sums = self.new_sums(tile.width)
+            self.clear_sums(self.sums)
             with k.range(0, self.visible_keys(first_query), tile.rows) as first_key:
-                key = Rows(self.key, key_start, self.key_stride, first_key, self.keys, self.depth)
-                scores = self.products(query, key)
-                for total, row, column, place in self.each(scores, first_query, first_key):
-                    k.store(self.scores, place, self.score(total, batch, head, row, column)[0])
+                self.products(
+                    query, Rows(self.key, key_start, self.key_stride, first_key, self.keys, self.depth), self.scores
+                )
+                with self.elements(first_query, first_key) as (row, column, place):
+                    score, _ = self.score(k.load(self.scores, place), batch, head, row, column)
+                    k.store(self.scores, place, score)
                 self.softmax()
-                for i, names in enumerate(sums):
-                    factor = k.load(self.factors, k.add(self.row, i * tile.side))
-                    for name in names:
-                        k.line(f"{name} = {name} * {factor}")
+                self.rescale()
                 value = Rows(self.value, value_start, self.value_stride, first_key, self.keys, self.value_depth)
-                self.weigh(sums, value, first_column)
+                self.weigh(self.sums, self.scores, value, first_column)
             k.synchronise()
-            self.finish(sums, batch, head, first_query, first_column)
+            result_start = self.start(batch, self.queries, self.heads, head, self.value_depth)
+            result = Rows(self.result, result_start, self.result_stride, first_query, self.queries, self.value_depth)
+            self.store_sums(self.result, self.sums, result, first_column, self.finished)
         return k.text()
+
+    def rescale(self) -> None:
+        """Brings earlier sums to the new maxima."""
+        k, side, width = self.k, self.tile.side, self.tile.width // self.tile.side
+        with k.range(0, k.i(self.tile.rows // side), 1) as i:
+            factor = k.load(self.factors, k.add(self.row, k.mul(i, side)))
+            with k.range(0, k.i(width), 1) as j:
+                n = k.let(k.add(k.mul(i, width), j))
+                k.store(self.sums, n, f"{k.load(self.sums, n)} * {factor}")
+
+    def finished(self, total: str, row: str) -> str:
+        """Weighted values divided by the sum of the weights, which is 0 where there are no keys at all."""
+        k = self.k
+        norm = k.load(self.norms, row)
+        return k.let(f"{total} / ({self.literal(1)} if {norm} == {self.literal(0)} else {norm})")
 
     def softmax(self) -> None:
         """Turns the shared scores into weights relative to the running maxima; leaves the factors of earlier sums."""
@@ -134,18 +151,3 @@ class _Forward(AttentionBlock):
         """What the threads of a row left in `parts`."""
         k = self.k
         return [k.load(self.parts, k.add(k.mul(row, self.lanes), lane)) for lane in range(self.lanes)]
-
-    def finish(self, sums: list[list[str]], batch: str, head: str, first_query: str, first_column: str) -> None:
-        """The weighted values divided by the sum of the weights, which is 0 where there are no keys at all."""
-        k = self.k
-        start = self.start(batch, self.queries, self.heads, head, self.value_depth)
-        for i, names in enumerate(sums):
-            row = k.let(k.add(self.row, i * self.tile.side), "row")
-            query = k.let(k.add(first_query, row))
-            norm = k.load(self.norms, row)
-            norm = k.let(f"({self.literal(1)} if {norm} == {self.literal(0)} else {norm})")
-            for j, name in enumerate(names):
-                column = k.let(k.add(first_column, k.add(self.column, j * self.tile.side)))
-                with k.suite(f"if {query} < {self.queries} and {column} < {self.value_depth}:"):
-                    place = k.add(start, k.add(k.mul(query, self.result_stride), column))
-                    k.store(self.result, place, f"({name} / {norm})")

@@ -7,13 +7,14 @@ in panels of `chunk` elements along the sum. Sizes and strides are run-time valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from kgraph.codegen.attention import LOG2E, MASKED, extra_strides
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
-from kgraph.codegen.cuda.tiles import panel_places
+from kgraph.codegen.cuda.tiles import Panel
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.strided import SizeTable
 from kgraph.ir import Dim, Node
@@ -38,12 +39,12 @@ class Tile(NamedTuple):
         return self.rows + 1
 
 
-def choose_tile(dtype: str, depth, target) -> Tile:
-    """The tile for sums of `depth` columns (int | Dim)."""
+def choose_tile(dtype: str, depth, target, chunk: int = 16) -> Tile:
+    """The tile for sums of `depth` columns (int | Dim), with panels of `chunk` elements (on a GPU)."""
     if target.simulator:
         return Tile(2, 4, 2, 4)
     width = next((w for w in (32, 64) if isinstance(depth, int) and depth <= w), 64 if isinstance(depth, Dim) else 128)
-    return Tile(16, 32 if dtype == "float64" else 64, 16, width)
+    return Tile(16, 32 if dtype == "float64" else 64, chunk, width)
 
 
 class Plan(NamedTuple):
@@ -111,8 +112,15 @@ class AttentionBlock:
         self.value_stride = k.let(k.mul(self.key_heads, self.value_depth), "stride")
         self.result_stride = k.let(k.mul(self.heads, self.value_depth), "stride")
         self.scores = self.shared(self.tile.rows * self.tile.pitch)
-        self._left, self._right = (self.shared(self.tile.chunk * self.tile.pitch) for _ in range(2))
-        self._panel = self.shared(self.tile.chunk * self.tile.width)
+        tile, block = self.tile, self.tile.block
+        self._left, self._right = (self.shared(tile.chunk * tile.pitch) for _ in range(2))
+        self._rows = self.shared(tile.chunk * tile.width)
+        self._sides = [Panel(k, block, tile.rows, tile.chunk, False, self.dtype) for _ in range(2)]
+        self._panel = Panel(k, block, tile.chunk, tile.width, False, self.dtype)
+        # Registers for the products of a tile, and for the factors of one step.
+        height = tile.rows // tile.side
+        self._products = k.local(self.dtype, height * height)
+        self._xs, self._ys = k.local(self.dtype, height), k.local(self.dtype, max(height, tile.width // tile.side))
 
     def shared(self, count: int) -> Operand:
         return self.k.shared(self.dtype, count)
@@ -133,60 +141,74 @@ class AttentionBlock:
         end = k.add(first_query, self.tile.rows)
         return k.let(f"({end} if {end} < {self.keys} else {self.keys})", "visible")
 
-    # -- panels -------------------------------------------------------------------------------------------------------
-    def _fill(self, shared: Operand, index: str, rows: Rows, row: str, element: str) -> None:
-        """shared[index] = an element of a row, or 0."""
-        k, value = self.k, self.k.fresh()
-        k.line(f"{value} = {self.literal(0)}")
-        with k.suite(f"if {row} < {rows.limit} and {element} < {rows.depth}:"):
-            place = k.add(rows.start, k.add(k.mul(row, rows.stride), element))
-            k.line(f"{value} = {scalar_ops.from_memory(f'{rows.operand.name}[{place}]', rows.operand.dtype)}")
-        k.store(shared, index, value)
+    # -- sums ---------------------------------------------------------------------------------------------------------
+    def new_sums(self) -> Operand:
+        """Registers for a thread's sums of `width` columns."""
+        return self.k.local(self.dtype, self.tile.rows // self.tile.side * (self.tile.width // self.tile.side))
 
-    def products(self, x: Rows, y: Rows) -> list[list[str]]:
-        """The products of rows of queries and of keys, in registers."""
-        k, tile = self.k, self.tile
-        sums = self.new_sums(tile.rows)
+    def clear(self, sums: Operand, count: int) -> None:
+        """Sets registers to 0."""
+        with self.k.range(0, self.k.i(count), 1) as n:
+            self.k.store(sums, n, self.literal(0))
+
+    def clear_sums(self, sums: Operand) -> None:
+        self.clear(sums, self.tile.rows // self.tile.side * (self.tile.width // self.tile.side))
+
+    def products(self, x: Rows, y: Rows, into: Operand) -> None:
+        """Leaves the products of rows of queries and of keys in shared memory: a thread's own in `elements`."""
+        k, tile, height = self.k, self.tile, self.tile.rows // self.tile.side
+        sides = list(zip(self._sides, (self._left, self._right), (x, y)))
+        self.clear(self._products, height * height)
         with k.range(0, x.depth, tile.chunk) as first:
+            for panel, _, rows in sides:
+                with panel.each() as (n, row, at):
+                    self._fetch(panel, n, rows, row, k.add(first, at))
             k.synchronise()
-            for shared, rows in ((self._left, x), (self._right, y)):
-                for row, at in panel_places(k, self.thread, tile.block, tile.rows, tile.chunk):
-                    number, element = k.let(k.add(rows.first, row)), k.let(k.add(first, at))
-                    self._fill(shared, k.add(k.mul(at, tile.pitch), row), rows, number, element)
+            for panel, shared, _ in sides:
+                with panel.each() as (n, row, at):
+                    k.store(shared, k.add(k.mul(at, tile.pitch), row), k.load(panel.fetched, n))
             k.synchronise()
             with k.range(0, k.i(tile.chunk), 1) as d:
                 left, right = (k.let(k.add(k.mul(d, tile.pitch), at)) for at in (self.row, self.column))
-                self._multiply(
-                    sums, lambda i: k.load(self._left, k.add(left, i)), lambda j: k.load(self._right, k.add(right, j))
-                )
-        return sums
+                self._multiply(self._products, height, (self._left, left, 1), (self._right, right))
+        k.synchronise()
+        for i in range(height):
+            row = k.let(k.mul(k.add(self.row, i * tile.side), tile.pitch))
+            with k.range(0, k.i(height), 1) as j:
+                place = k.add(row, k.add(self.column, k.mul(j, tile.side)))
+                k.store(into, place, k.load(self._products, k.add(j, i * height)))
 
-    def new_sums(self, columns: int) -> list[list[str]]:
-        """Variables for the sums of a tile of `columns`, set to 0."""
-        k, side = self.k, self.tile.side
-        sums = [[k.fresh("sum") for _ in range(columns // side)] for _ in range(self.tile.rows // side)]
-        for name in (n for row in sums for n in row):
-            k.line(f"{name} = {self.literal(0)}")
-        return sums
+    def _fetch(self, panel: Panel, n: str, rows: Rows, row: str, element: str) -> None:
+        """Sets a register of a panel to an element of a row, or to 0."""
+        k = self.k
+        number, element = k.let(k.add(rows.first, row)), k.let(element)
+        place = lambda: k.add(rows.start, k.add(k.mul(number, rows.stride), element))
+        panel.fetch(n, [f"{number} < {rows.limit}", f"{element} < {rows.depth}"], rows.operand, place)
 
-    def _multiply(self, sums: list[list[str]], left: Callable[[int], str], right: Callable[[int], str]) -> None:
-        side = self.tile.side
-        ys = [right(j * side) for j in range(len(sums[0]))]
-        for i, row in enumerate(sums):
-            x = left(i * side)
-            for name, y in zip(row, ys):
-                self.k.line(f"{name} = {name} + {x} * {y}")
+    def _multiply(self, sums: Operand, width: int, left: tuple, right: tuple) -> None:
+        """Adds the products of what a thread's rows and columns have at one step of the sum.
 
-    def weigh(self, sums: list[list[str]], rows: Rows, first_column: str, transposed: bool = False) -> None:
-        """Adds the shared scores, or their transpose, times rows of an operand to `sums`: its elements from
-        `first_column` on."""
+        left, right: (shared array, place of the first one), and for rows their distance.
+        """
+        k, side, height = self.k, self.tile.side, self.tile.rows // self.tile.side
+        with k.range(0, k.i(height), 1) as i:
+            k.store(self._xs, i, k.load(left[0], k.add(left[1], k.mul(i, side * left[2]))))
+        with k.range(0, k.i(width), 1) as j:
+            k.store(self._ys, j, k.load(right[0], k.add(right[1], k.mul(j, side))))
+        with k.range(0, k.i(height), 1) as i, k.range(0, k.i(width), 1) as j:
+            n = k.let(k.add(k.mul(i, width), j))
+            k.store(sums, n, f"{k.load(sums, n)} + {k.load(self._xs, i)} * {k.load(self._ys, j)}")
+
+    def weigh(self, sums: Operand, weights: Operand, rows: Rows, first_column: str, transposed: bool = False) -> None:
+        """Adds a shared tile [queries, keys], or its transpose, times rows of an operand to `sums`: their elements
+        from `first_column` on."""
         k, tile = self.k, self.tile
         with k.range(0, k.i(tile.rows), tile.chunk) as first:
+            with self._panel.each() as (n, at, column):
+                self._fetch(self._panel, n, rows, k.add(first, at), k.add(first_column, column))
             k.synchronise()
-            for at, column in panel_places(k, self.thread, tile.block, tile.chunk, tile.width):
-                number = k.let(k.add(rows.first, k.add(first, at)))
-                element = k.let(k.add(first_column, column))
-                self._fill(self._panel, k.add(k.mul(at, tile.width), column), rows, number, element)
+            with self._panel.each() as (n, at, column):
+                k.store(self._rows, k.add(k.mul(at, tile.width), column), k.load(self._panel.fetched, n))
             k.synchronise()
             with k.range(0, k.i(tile.chunk), 1) as d:
                 at = k.add(first, d)
@@ -195,22 +217,32 @@ class AttentionBlock:
                 else:
                     left, step = k.let(k.add(k.mul(self.row, tile.pitch), at)), tile.pitch
                 right = k.let(k.add(k.mul(d, tile.width), self.column))
-                self._multiply(
-                    sums,
-                    lambda i: k.load(self.scores, k.add(left, i * step)),
-                    lambda j: k.load(self._panel, k.add(right, j)),
-                )
+                self._multiply(sums, tile.width // tile.side, (weights, left, step), (self._rows, right))
 
     # -- scores -------------------------------------------------------------------------------------------------------
-    def each(self, sums: list[list[str]], first_row: str, first_column: str):
-        """(sum, row, column, place among the shared scores) of every element of a tile that a thread has."""
-        k, tile = self.k, self.tile
-        for i, names in enumerate(sums):
+    @contextmanager
+    def elements(self, first_row: str, first_column: str) -> Iterator[tuple[str, str, str]]:
+        """A loop over what a thread left of a tile of products: (row, column, place in shared memory)."""
+        k, tile, height = self.k, self.tile, self.tile.rows // self.tile.side
+        with k.range(0, k.i(height * height), 1) as n:
+            row = k.let(k.add(self.row, k.mul(k.div(n, height), tile.side)), "row")
+            column = k.let(k.add(self.column, k.mul(k.mod(n, height), tile.side)), "column")
+            place = k.let(k.add(k.mul(row, tile.pitch), column), "place")
+            yield k.let(k.add(first_row, row)), k.let(k.add(first_column, column)), place
+
+    def store_sums(
+        self, result: Operand, sums: Operand, rows: Rows, first_column: str, value: Callable[[str, str], str]
+    ) -> None:
+        """Stores sums as elements of rows from `first_column` on. value: from (sum, row of the tile)."""
+        k, tile, width = self.k, self.tile, self.tile.width // self.tile.side
+        for i in range(tile.rows // tile.side):
             row = k.let(k.add(self.row, i * tile.side), "row")
-            for j, name in enumerate(names):
-                column = k.let(k.add(self.column, j * tile.side), "column")
-                place = k.let(k.add(k.mul(row, tile.pitch), column), "place")
-                yield name, k.let(k.add(first_row, row)), k.let(k.add(first_column, column)), place
+            number = k.let(k.add(rows.first, row))
+            with k.range(0, k.i(width), 1) as j:
+                total = k.load(sums, k.add(j, i * width))
+                column = k.let(k.add(first_column, k.add(self.column, k.mul(j, tile.side))))
+                with k.suite(f"if {number} < {rows.limit} and {column} < {rows.depth}:"):
+                    k.store(result, k.add(rows.start, k.add(k.mul(number, rows.stride), column)), value(total, row))
 
     def score(self, total: str, batch: str, head: str, query: str, key: str) -> tuple[str, str]:
         """(score, whether the key is not masked) from a product; -inf and False where there is no such query or key."""

@@ -18,6 +18,8 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.ir import Dim, Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
+CHUNK = 8  # elements of a panel: two tiles of scores leave no room for more
+
 
 def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
@@ -40,7 +42,7 @@ def lower(node: Node, target) -> list[KernelCall]:
         ("queries", [node.outputs[0], *node.outputs[3:]], depth, batch * heads, depth),
         ("keys", list(node.outputs[1:3]), widest, batch * key_heads, widest),
     ):
-        tile = choose_tile(q.dtype, sums, target)
+        tile = choose_tile(q.dtype, sums, target, CHUNK)
         operands = [*node.inputs, *(statistics if name != "statistics" else ()), *outputs]
         label = f"attention_{'causal_' if node.attrs['is_causal'] else ''}gradient_{name}"
         plan, sizes = plan_of(label, node, tile, operands)
@@ -85,6 +87,7 @@ class _Gradient(AttentionBlock):
             self.results = [k.operand(dtype) for dtype in results]
 
         super().__init__(plan, target, operands)
+        self.to_weights = self.shared(self.tile.rows * self.tile.pitch)
 
     def head(self, batch: str, head: str, key_head: str) -> None:
         """Sets where the rows of a head start."""
@@ -106,15 +109,16 @@ class _Gradient(AttentionBlock):
             "value": Rows(self.value, self.value_start, self.value_stride, first, self.keys, self.value_depth),
         }[which]
 
-    def tile_products(self, first_query: str, first_key: str) -> tuple[list, list]:
-        """The products of q and k, and of the cotangent and v, of a tile."""
-        scores = self.products(self.rows_of("query", first_query), self.rows_of("key", first_key))
-        return scores, self.products(self.rows_of("cotangent", first_query), self.rows_of("value", first_key))
+    def tile_products(self, first_query: str, first_key: str) -> None:
+        """Leaves the products of q and k, and of the cotangent and v, of a tile in shared memory."""
+        self.products(self.rows_of("query", first_query), self.rows_of("key", first_key), self.scores)
+        self.products(self.rows_of("cotangent", first_query), self.rows_of("value", first_key), self.to_weights)
 
-    def weight(self, total: str, to_weight: str, query: str, key: str) -> tuple[str, str]:
+    def weight(self, place: str, query: str, key: str) -> tuple[str, str]:
         """(weight, cotangent of the logit) of a query and a key, from the products; 0 where there are none."""
         k = self.k
-        score, allowed = self.score(total, *self.at, query, key)
+        to_weight = k.load(self.to_weights, place)
+        score, allowed = self.score(k.load(self.scores, place), *self.at, query, key)
         weight, to_logit = k.fresh("weight"), k.fresh("to_logit")
         k.line(f"{weight} = {self.literal(0)}")
         k.line(f"{to_logit} = {self.literal(0)}")
@@ -125,22 +129,10 @@ class _Gradient(AttentionBlock):
                 k.line(f"{to_logit} = {weight} * ({to_weight} - {mean})")
         return weight, to_logit
 
-    def store_rows(self, result, sums: list, start: str, stride: str, first: str, limit: str, columns: tuple, factor):
-        """Stores sums times a factor as rows of a result. columns: the first one, and their number."""
-        k, side = self.k, self.tile.side
-        for i, names in enumerate(sums):
-            row = k.let(k.add(first, k.add(self.row, i * side)))
-            for j, name in enumerate(names):
-                column = k.let(k.add(columns[0], k.add(self.column, j * side)))
-                with k.suite(f"if {row} < {limit} and {column} < {columns[1]}:"):
-                    k.store(result, k.add(start, k.add(k.mul(row, stride), column)), f"({name} * {factor})")
-
 
 class _Statistics(_Gradient):
     def __init__(self, plan: Plan, target):
         super().__init__(plan, target, [])
-        tile = self.tile
-        self.to_weights = self.shared(tile.rows * tile.pitch)
 
     def text(self) -> str:
         k, tile = self.k, self.tile
@@ -155,14 +147,10 @@ class _Statistics(_Gradient):
             k.line(f"{norm} = {self.literal(0)}")
             k.line(f"{mean} = {self.literal(0)}")
             with k.range(0, self.visible_keys(first_query), tile.rows) as first_key:
-                scores, to_weights = self.tile_products(first_query, first_key)
-                k.synchronise()
-                pairs = zip(
-                    self.each(scores, first_query, first_key), (n for row in to_weights for n in row), strict=True
-                )
-                for (total, query, key, place), to_weight in pairs:
-                    k.store(self.scores, place, self.score(total, *self.at, query, key)[0])
-                    k.store(self.to_weights, place, to_weight)
+                self.tile_products(first_query, first_key)
+                with self.elements(first_query, first_key) as (query, key, place):
+                    score, _ = self.score(k.load(self.scores, place), *self.at, query, key)
+                    k.store(self.scores, place, score)
                 k.synchronise()
                 with k.suite(f"if {self.thread} < {k.i(tile.rows)}:"):
                     self._row(best, norm, mean)
@@ -196,6 +184,7 @@ class _Queries(_Gradient):
     def __init__(self, plan: Plan, target):
         logits = [compute_dtype(plan.dtype)] if plan.bias is not None else []
         super().__init__(plan, target, [plan.dtype, *logits])
+        self.sums = self.new_sums()
 
     def text(self) -> str:
         k, tile = self.k, self.tile
@@ -205,38 +194,28 @@ class _Queries(_Gradient):
             batch, head, at, part = k.coordinates(number, [self.batch, self.heads, tiles, parts])
             first_query, first_column = k.let(k.mul(at, tile.rows)), k.let(k.mul(part, tile.width))
             self.head(batch, head, k.let(k.div(head, self.group)))
-            sums = self.new_sums(tile.width)
+            self.clear_sums(self.sums)
             # Every logit has a cotangent to store, if that of a bias is asked for.
             keys = self.keys if self.plan.bias is not None else self.visible_keys(first_query)
             with k.range(0, keys, tile.rows) as first_key:
-                scores, to_weights = self.tile_products(first_query, first_key)
-                k.synchronise()
-                names = (n for row in to_weights for n in row)
-                for (total, query, key, place), to_weight in zip(self.each(scores, first_query, first_key), names):
-                    _, to_logit = self.weight(total, to_weight, query, key)
-                    k.store(self.scores, place, to_logit)
+                self.tile_products(first_query, first_key)
+                with self.elements(first_query, first_key) as (query, key, place):
+                    _, to_logit = self.weight(place, query, key)
+                    k.store(self.to_weights, place, to_logit)
                     if self.plan.bias is not None:
                         with k.suite(f"if {part} == {k.i(0)} and {query} < {self.queries} and {key} < {self.keys}:"):
                             row = k.mul(k.add(self.statistics_start, query), self.keys)
                             k.store(self.results[1], k.add(row, key), to_logit)
-                self.weigh(sums, self.rows_of("key", first_key), first_column)
-            k.synchronise()
-            self.store_rows(
-                self.results[0],
-                sums,
-                self.query_start,
-                self.query_stride,
-                first_query,
-                self.queries,
-                (first_column, self.depth),
-                self.literal(self.plan.scale),
-            )
+                self.weigh(self.sums, self.to_weights, self.rows_of("key", first_key), first_column)
+            rows, scale = self.rows_of("query", first_query), self.literal(self.plan.scale)
+            self.store_sums(self.results[0], self.sums, rows, first_column, lambda total, _: f"({total} * {scale})")
         return k.text()
 
 
 class _Keys(_Gradient):
     def __init__(self, plan: Plan, target):
         super().__init__(plan, target, [plan.dtype, plan.dtype])
+        self.to_key, self.to_value = self.new_sums(), self.new_sums()
 
     def text(self) -> str:
         k, tile = self.k, self.tile
@@ -246,37 +225,32 @@ class _Keys(_Gradient):
         with k.block_stride(k.let(k.product([self.batch, self.key_heads, tiles, parts]), "total")) as number:
             batch, key_head, at, part = k.coordinates(number, [self.batch, self.key_heads, tiles, parts])
             first_key, first_column = k.let(k.mul(at, tile.rows)), k.let(k.mul(part, tile.width))
-            to_key, to_value = self.new_sums(tile.width), self.new_sums(tile.width)
+            self.clear_sums(self.to_key)
+            self.clear_sums(self.to_value)
             first_head = k.let(k.mul(key_head, self.group))
             # Without a mask, queries before the first key give no weight to any of these.
             start = first_key if self.plan.is_causal and self.plan.mask is None else k.i(0)
             with k.range(first_head, k.let(k.add(first_head, self.group)), 1) as head:
                 self.head(batch, head, key_head)
                 with k.range(start, self.queries, tile.rows) as first_query:
-                    self._queries(first_query, first_key, first_column, to_key, to_value)
-            k.synchronise()
+                    self._queries(first_query, first_key, first_column)
             self.head(batch, first_head, key_head)
-            for result, sums, begin, stride, depth, factor in (
-                (self.results[0], to_key, self.key_start, self.key_stride, self.depth, self.plan.scale),
-                (self.results[1], to_value, self.value_start, self.value_stride, self.value_depth, 1),
-            ):
-                columns = first_column, depth
-                self.store_rows(result, sums, begin, stride, first_key, self.keys, columns, self.literal(factor))
+            scale = self.literal(self.plan.scale)
+            to_key, to_value = self.results
+            rows = self.rows_of("key", first_key)
+            self.store_sums(to_key, self.to_key, rows, first_column, lambda total, _: f"({total} * {scale})")
+            self.store_sums(
+                to_value, self.to_value, self.rows_of("value", first_key), first_column, lambda total, _: total
+            )
         return k.text()
 
-    def _queries(self, first_query: str, first_key: str, first_column: str, to_key: list, to_value: list) -> None:
+    def _queries(self, first_query: str, first_key: str, first_column: str) -> None:
         """Adds what a tile of queries contributes."""
         k = self.k
-        scores, to_weights = self.tile_products(first_query, first_key)
-        k.synchronise()
-        names = (n for row in to_weights for n in row)
-        pairs = []
-        for (total, query, key, place), to_weight in zip(self.each(scores, first_query, first_key), names):
-            weight, to_logit = self.weight(total, to_weight, query, key)
+        self.tile_products(first_query, first_key)
+        with self.elements(first_query, first_key) as (query, key, place):
+            weight, to_logit = self.weight(place, query, key)
             k.store(self.scores, place, weight)
-            pairs.append((place, to_logit))
-        self.weigh(to_value, self.rows_of("cotangent", first_query), first_column, transposed=True)
-        k.synchronise()
-        for place, to_logit in pairs:
-            k.store(self.scores, place, to_logit)
-        self.weigh(to_key, self.rows_of("query", first_query), first_column, transposed=True)
+            k.store(self.to_weights, place, to_logit)
+        self.weigh(self.to_value, self.scores, self.rows_of("cotangent", first_query), first_column, transposed=True)
+        self.weigh(self.to_key, self.to_weights, self.rows_of("query", first_query), first_column, transposed=True)

@@ -64,27 +64,6 @@ def choose_tile(rows, columns: int, batch: int, dtype: str, target) -> Tile:
     return tile
 
 
-def panel_places(
-    k: KernelSource, thread: str, block: int, outer: int, inner: int, along_outer: bool = False
-) -> list[tuple[str, str]]:
-    """The places of a panel [outer, inner] that a thread of a block fetches; the whole block fetches all of them.
-
-    along_outer: neighbouring threads fetch along that axis, not along the inner one.
-    """
-    width = outer if along_outer else inner
-    if outer * inner % block or (block % width and width % block):
-        raise ValueError(f"{block} threads do not fetch panels of {outer} x {inner} in equal parts")
-    out = []
-    near, far = k.let(k.mod(thread, width), "near"), k.let(k.div(thread, width), "far")
-    for start in range(0, outer * inner, block):
-        if block < width:  # a line of the panel takes several turns
-            place = k.let(k.add(thread, start % width), "near"), k.i(start // width)
-        else:
-            place = near, k.let(k.add(far, start // width), "far")
-        out.append(place if along_outer else place[::-1])
-    return out
-
-
 class Panel:
     """The operands [outer, inner] of one side of a chunk, of which each thread of the block fetches equal parts.
 
