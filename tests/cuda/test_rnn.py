@@ -80,7 +80,7 @@ def test_blocks_take_as_many_sequences_as_the_device_leaves_over():
     shape = rnn.shape_of(make(RNN, SAMPLES["lstm"]))._replace(units=128)
     target = replace(make_target((9, 0)), num_sms=100)
     rows = [rnn.rows_of(shape, batch, 1, shape.gates, 2, target) for batch in (1, 100, 101, 10000, Dim.symbol("n"))]
-    assert rows == [1, 1, 2, 8, 4]
+    assert rows == [1, 1, 2, 4, 4]
     wide = shape._replace(units=4096)
     assert rnn.rows_of(wide, 10000, 1, shape.gates, 2, target) == 1
     assert rnn.too_wide(wide, 2) is None

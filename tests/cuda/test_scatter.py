@@ -57,6 +57,31 @@ def test_the_rows_are_split_between_no_more_blocks_than_the_device_needs():
         assert call.extent == 8  # four for each multiprocessor: what reads the indices does not grow with them
 
 
+@pytest.mark.parametrize("most_blocks", [1, 3])
+def test_additions_to_a_small_table_are_cut_into_parts(most_blocks):
+    target = replace(simulator_target(), num_sms=3)
+    base, indices, updates = operands(2, 3, 41, low=-3)  # parts of 9 updates, the last one shorter
+    node = node_of("scatter_nd", [base, indices, updates], reduction="add")
+    first, *rest = families.lower(node, target)
+    assert first.spec.name == "scatter_nd_add_partial"
+    assert first.sizes[0] == 5
+    assert len(rest) >= 2
+    (out,) = run_node(node, [base, indices, updates], target=target, most_blocks=most_blocks)
+    np.testing.assert_allclose(out, SCATTER_ND.reference(base, indices, updates, reduction="add"), rtol=1e-6)
+
+
+def test_parts_of_a_scatter_along_an_axis():
+    base = RNG.uniform(-1, 1, (3, 2)).astype("float32")
+    indices = RNG.integers(0, 3, (19, 2)).astype("int32")
+    updates = RNG.uniform(-1, 1, (19, 2)).astype("float32")
+    node = node_of("scatter_along_axis", [base, indices, updates], axis=0, reduction="add")
+    target = replace(simulator_target(), num_sms=6)
+    assert families.lower(node, target)[0].spec.name == "scatter_along_axis_add_partial"
+    (out,) = run_node(node, [base, indices, updates], target=target)
+    wanted = SCATTER_ALONG_AXIS.reference(base, indices, updates, axis=0, reduction="add")
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_small_floats_are_rounded_once_a_run_of_updates():
     base, indices, updates = operands(1, 2, 200, dtype="float16")
     updates[:] = 2.0**-10

@@ -25,7 +25,7 @@ from kgraph.ir import Node, TensorType, Value
 from kgraph.ir.dims import ceil_div
 
 TEMPLATE = "kgraph.codegen.cuda.rnn:render"
-MOST_SUMS = 32  # sums of products that a thread holds: gates of one unit times sequences
+MOST_SUMS = 16  # sums of products that a thread holds: gates of one unit times sequences
 ROWS = 4  # sequences of a block where their number is not known
 STEPS_OF_PRODUCT = 4  # rows of the weights that a thread loads before it multiplies
 # What the way back needs of a step, per unit: the gates before their activation, and what else it cannot compute.

@@ -8,6 +8,9 @@ from the cache; the number of blocks is bounded by the device, so that the work 
 stays in a register as long as updates of it follow each other, and some updates are loaded ahead: a table of which
 one row is hit by most indices (an embedding whose sequences are padded) waits for memory once for several of them.
 
+Additions to a table that is too small for the device's blocks are cut into parts, each with a table of its own; sums of
+these follow. How many depends on the sizes and the device alone.
+
 Where a scatter along an axis has many columns side by side, a thread owns one and walks through its updates.
 """
 
@@ -15,14 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kgraph.codegen.cuda import scalar_ops
+from kgraph.codegen.cuda import families, scalar_ops
 from kgraph.codegen.cuda.assemble import load_index
 from kgraph.codegen.cuda.gather import from_end
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
+from kgraph.codegen.recurrent import writing_to
 from kgraph.codegen.strided import word
-from kgraph.ir import Dim, Node
+from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
 from kgraph.ir.dims import ceil_div, product
 
 _HERE = "kgraph.codegen.cuda.scatter"
@@ -30,6 +34,8 @@ COMBINE = {"add": "add", "mul": "mul", "max": "maximum", "min": "minimum"}
 WAVES = 4  # blocks per multiprocessor that the rows are split between
 LOOKED_AT = 8  # indices of a tile per thread
 AHEAD = 6  # updates that a thread loads before it applies them
+LEAST_PART = 1024  # updates of a part, at least
+WIDE = frozenset({"float32", "float64", "int32", "int64", "uint32", "uint64"})  # dtypes whose sums may be cut
 
 
 def accepts(node: Node) -> str | None:
@@ -43,12 +49,12 @@ def accepts(node: Node) -> str | None:
 
 
 def lower(node: Node, target) -> list[KernelCall]:
-    """The one call of a scatter."""
+    """The one call of a scatter, or that of all parts and their sum."""
     base, indices, _ = node.inputs
     if node.name == "scatter_nd":
         depth = indices.shape[-1]
         sizes, row = base.shape[:depth], product(base.shape[depth:])
-        return [_lower_ranges(node, 1, sizes, row, product(indices.shape[:-1]), None, target)]
+        return _lower_ranges(node, 1, sizes, row, product(indices.shape[:-1]), None, target)
     axis = node.attrs["axis"]
     outer, n, inner = product(base.shape[:axis]), base.shape[axis], product(base.shape[axis + 1 :])
     count = indices.shape[axis]
@@ -56,24 +62,27 @@ def lower(node: Node, target) -> list[KernelCall]:
     wide = isinstance(inner, Dim) or inner >= target.group
     if wide and (isinstance(columns, Dim) or columns >= target.num_sms * target.group):
         return [_lower_columns(node, outer, n, inner, count, target)]
-    return [_lower_ranges(node, outer, (n,), 1, count * inner, inner, target)]
+    return _lower_ranges(node, outer, (n,), 1, count * inner, inner, target)
 
 
-def _call(node: Node, template: str, params: tuple, sizes: Sequence, extent, target) -> KernelCall:
+def _call(
+    node: Node, template: str, params: tuple, sizes: Sequence, extent, target, partials: Value | None = None
+) -> KernelCall:
+    """partials: what parts of the updates are added up in, in place of the base and the result."""
     base, indices, updates = node.inputs
     reduction = node.attrs["reduction"]
     dtype = word(node.output.type) if reduction == "update" else node.output.dtype
-    name = f"{node.name}_{reduction}"
+    name = f"{node.name}_{reduction}{'_partial' if partials else ''}"
     index = index_type([base.type.size, indices.type.size, updates.type.size])
     return KernelCall(
         KernelSpec(name, f"{_HERE}:{template}", (name, dtype, indices.dtype, reduction, *params, index)),
-        [base, indices, updates, node.output],
+        [indices, updates, partials] if partials else [base, indices, updates, node.output],
         outputs=1,
         sizes=sizes,
         extent=extent,
         flops=updates.type.size,
         bytes=base.type.nbytes * 2 + updates.type.nbytes * 2 + indices.type.nbytes,
-        notes={"inplace": ((3, 0),)},
+        notes={} if partials else {"inplace": ((3, 0),)},
         launch=Launch(target.block),
     )
 
@@ -87,7 +96,7 @@ def combined(k: KernelSource, reduction: str, before: str, value: str, dtype: st
 
 
 # -- ranges of rows ---------------------------------------------------------------------------------------------------
-def _lower_ranges(node: Node, outer, sizes: Sequence, row, count, inner, target) -> KernelCall:
+def _lower_ranges(node: Node, outer, sizes: Sequence, row, count, inner, target) -> list[KernelCall]:
     """outer: independent scatters side by side, each with `count` updates. inner: None for index tuples; else update u
     stands for the column u % inner of the rows of `inner` elements that its index addresses, and `row` is 1."""
     width = target.block if isinstance(row, Dim) else min(target.block, 1 << max(row - 1, 0).bit_length())
@@ -98,23 +107,46 @@ def _lower_ranges(node: Node, outer, sizes: Sequence, row, count, inner, target)
     ranges = max(1, wanted // beside) if isinstance(beside, int) and beside else 1
     if isinstance(rows, int):
         ranges = min(ranges, max(1, rows))
-    params = (width, len(sizes), inner is not None)
-    numbers = [outer, count, row, ranges, *([] if inner is None else [inner]), *sizes]
-    return _call(node, "render_ranges", params, numbers, beside * ranges, target)
+    parts = _parts(node, beside * ranges, count, target) if isinstance(outer, int) and outer == 1 else 1
+    params = (width, len(sizes), inner is not None, parts > 1)
+    rest = [row, ranges, *([] if inner is None else [inner]), *sizes]
+    if parts == 1:
+        return [_call(node, "render_ranges", params, [outer, count, *rest], beside * ranges, target)]
+    base, out = node.inputs[0], node.output
+    partials = Value(TensorType((parts, *base.shape), base.dtype))
+    numbers = [parts, ceil_div(count, parts), *rest, count]
+    calls = [_call(node, "render_ranges", params, numbers, parts * beside * ranges, target, partials)]
+    total = make_node(PRIMITIVES["reduce_sum"], [partials], {"axes": (0,), "keepdims": False})
+    added = make_node(PRIMITIVES["add"], [base, total.output], {})
+    return [*calls, *families.lower(total, target), *writing_to(out, added, families.lower(added, target))]
+
+
+def _parts(node: Node, blocks, count, target) -> int:
+    """Parts that the updates are cut into, where `blocks` leave most of the device idle."""
+    sizes = node.inputs[0].shape
+    if node.attrs["reduction"] != "add" or node.output.dtype not in WIDE:
+        return 1
+    if not all(isinstance(n, int) for n in (blocks, count, *sizes)) or not blocks:
+        return 1
+    least = 8 if target.simulator else LEAST_PART
+    return max(1, min(WAVES * target.num_sms // blocks, count // least))
 
 
 def render_ranges(params: tuple, target) -> str:
     """width: threads that own the columns of a row. A block has block / width such slots: a row goes to the slot that
     its number leaves as the remainder.
 
-    base[outer, rows, row], indices[outer, count, depth], updates[outer, count, row].
+    base[outer, rows, row], indices[outer, count, depth], updates[outer, count, row]. Partial tables have no base: there
+    `outer` counts parts, of which the last ones may be shorter.
     """
-    name, dtype, index_dtype, reduction, width, depth, along, index = params
+    name, dtype, index_dtype, reduction, width, depth, along, is_partial, index = params
     k = KernelSource(name, target, target.block, index)
-    base, indices, updates, out = (k.operand(d) for d in (dtype, index_dtype, dtype, dtype))
+    base = None if is_partial else k.operand(dtype)
+    indices, updates, out = (k.operand(d) for d in (index_dtype, dtype, dtype))
     outer, count, row, ranges = (k.size() for _ in range(4))
     inner = k.size() if along else None
     sizes = [k.size() for _ in range(depth)]
+    all_updates = k.size() if is_partial else None
     looked_at = 2 if target.simulator else LOOKED_AT
     tile = looked_at * target.block
     listed = _Listed(k, k.shared(index, tile), k.shared(index, tile), k.shared(index, target.block))
@@ -135,14 +167,18 @@ def render_ranges(params: tuple, target) -> str:
         # The barriers of the first list come between these copies and any update.
         with k.suite(f"if {column} < {row}:"), k.range(k.add(first, slot), last, slots) as r:
             at = k.let(k.add(table, k.add(k.mul(r, row), column)))
-            k.store(out, at, k.load(base, at))
-        apply = _Apply(k, out, updates, reduction, slots, slot, column, row, table, k.mul(which, count))
+            k.store(out, at, k.load(base, at) if base else k.literal(0, dtype))
+        begin, own = k.let(k.mul(which, count), "begin"), count
+        if all_updates:
+            left = k.let(f"({k.sub(all_updates, begin)} if {begin} < {all_updates} else {k.i(0)})", "left")
+            own = k.let(f"({count} if {count} < {left} else {left})", "own")
+        apply = _Apply(k, out, updates, reduction, slots, slot, column, row, table, begin)
         apply.reset()
-        with k.range(k.i(0), count, tile) as start:
+        with k.range(k.i(0), own, tile) as start:
 
             def place_of(u: str) -> tuple[str, str]:
                 """The row that update `u` goes to, and whether it is one of the block's."""
-                entry = k.add(k.mul(which, count), u)
+                entry = k.add(begin, u)
                 found, tests = [], []
                 for component, size in enumerate(sizes):
                     at = load_index(k, indices, k.add(k.mul(entry, depth), component) if depth > 1 else entry)
@@ -151,11 +187,11 @@ def render_ranges(params: tuple, target) -> str:
                     found.append(k.i(at))
                 place = k.offset(found, sizes, [True] * depth)
                 if inner is not None:
-                    place = k.add(k.mul(place, inner), k.mod(u, inner))
+                    place = k.add(k.mul(place, inner), k.mod(entry if is_partial else u, inner))
                 place = k.let(place, "place")
                 return place, " and ".join([*tests, f"{place} >= {first}", f"{place} < {last}"])
 
-            listed.fill(thread, start, count, looked_at, place_of)
+            listed.fill(thread, start, own, looked_at, place_of)
             with k.suite(f"if {column} < {row}:"):
                 apply.all(listed)
             k.synchronise()  # before the next tile takes the list
