@@ -71,11 +71,12 @@ class _Sort:
             return [self._tiles(tile, n, [], outputs, self.kept, n)]
         if 2 * self.kept <= tile:
             return self._greatest(tile, outputs)
-        run, at = tile, self._pair(n)
+        run = tile
+        at: list = self._pair(n)
         calls = [self._tiles(tile, n, [], at, tile, n)]
         while run < n:
             last = 2 * run >= n
-            into = outputs if last else self._pair(n)
+            into: list = outputs if last else self._pair(n)
             sizes = [self.rows, n, self.inner, self.kept, n, run]
             extent = ceil_div(self.rows * n, self.target.block)
             operands = [self.x, *at] if last else at
@@ -84,7 +85,8 @@ class _Sort:
         return calls
 
     def _greatest(self, tile: int, outputs: list) -> list[KernelCall]:
-        calls, n, at = [], self.n, []
+        calls: list[KernelCall] = []
+        n, at = self.n, list[Temporary]()
         while n > tile:
             tiles = -(-n // tile)
             left = (tiles - 1) * self.kept + min(self.kept, n - (tiles - 1) * tile)
