@@ -1,9 +1,9 @@
-"""Compiles kernels to PTX and counts their registers: `python -m tests.cuda.ptx OUTPUT [--first] ARCH...`.
+"""Compiles kernels to PTX and counts their registers: `python -m tests.cuda.ptx OUTPUT [--first | --models] ARCH...`.
 
 No GPU is needed. It runs in a process in which Numba's simulator is off. OUTPUT gets JSON: by architecture a list of
 kernels, each with its name, and what `ptxas` says of it: registers, bytes of spills and of the stack, static shared
 memory. Kernels are those of the samples of all records that a CUDA family takes; with --first, of each record's first
-such sample.
+such sample, with --models those of the models and training steps of `tests.oracle`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kgraph import ops  # noqa: F401 - registers the primitives
+from kgraph.codegen.cache import spec_key
 from kgraph.codegen.compiler import compile_specs
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import CudaTarget, make_target
@@ -55,6 +56,40 @@ def record_specs(target: CudaTarget, first: bool = False) -> list[KernelSpec]:
     return list(found.values())
 
 
+def model_kernels(arch: str) -> tuple[dict[str, bytes], list[str]]:
+    """PTX of the models and training steps of `tests.oracle` by "model/kernel key", and their host steps with the
+    reasons; they are compiled as on a GPU of this architecture, whose driver is played by Python."""
+    import kgraph
+    from kgraph.runtime.cuda import device
+    from kgraph.runtime.cuda.gpu import Gpu
+    from tests.cuda.fake_driver import ATTRIBUTES, FakeDriver
+    from tests.oracle import small_models, training_models
+
+    ATTRIBUTES[75], ATTRIBUTES[76] = target_of(arch).capability
+    device._devices["cuda:0"] = Gpu(library=FakeDriver())
+    kgraph.set_device("cuda")
+    kernels: dict[str, bytes] = {}
+    reasons: list[str] = []
+
+    def take(name: str, compiled) -> None:
+        labels = {step.kernel: step.label for step in compiled.program.steps if hasattr(step, "kernel")}
+        for key, ptx in compiled.program.kernels.items():
+            kernels[f"{name}/{labels.get(key, key)}/{key}"] = ptx
+        hosts = [step for step in compiled.program.steps if not hasattr(step, "kernel")]
+        reasons.extend(f"{name}: {step.label}: {step.reason}" for step in hosts)
+
+    for name, make in small_models.MODELS.items():
+        model, inputs = make()
+        declared = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None) is not None
+        take(name, kgraph.compile(model, example=None if declared else inputs)._some_variant().compiled)
+    for name, prepare in training_models.MODELS.items():
+        task = prepare()
+        task.model.compile("adam", loss=task.loss, metrics=task.metrics, **task.options)
+        step = kgraph.compile_step(task.model, (task.x, task.y))
+        take(f"training {name}", step._program().compiled)
+    return kernels, reasons
+
+
 def assemble(ptx: bytes, arch: str) -> dict:
     """What `ptxas` says of a kernel; its error text under "error" if it refuses the PTX."""
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
@@ -68,25 +103,34 @@ def assemble(ptx: bytes, arch: str) -> dict:
     return {name: int(match[1]) if match else 0 for name, match in found.items()}
 
 
-def measure(specs: list[KernelSpec], arch: str) -> list[dict]:
-    """Compiles all of them and assembles them where there is a `ptxas`."""
-    from kgraph.codegen.cache import spec_key
-
-    target = target_of(arch)
-    objects = compile_specs(specs, target=target)
-    ptx = [objects[spec_key(spec, target)] for spec in specs]
-    rows = [{"name": spec.name, "template": spec.template} for spec in specs]
+def measure(objects: dict[str, bytes], arch: str) -> list[dict]:
+    """What `ptxas` says of the kernels, by name; the names alone where there is none."""
+    rows: list[dict] = [{"name": name} for name in objects]
     if shutil.which("ptxas"):
         with ThreadPoolExecutor(2) as pool:
-            for row, numbers in zip(rows, pool.map(lambda text: assemble(text, arch), ptx), strict=True):
+            for row, numbers in zip(rows, pool.map(lambda ptx: assemble(ptx, arch), objects.values()), strict=True):
                 row.update(numbers)
     return rows
 
 
-def main(output: str, *archs: str) -> None:
-    first = "--first" in archs
-    table = {a: measure(record_specs(target_of(a), first), a) for a in archs if a != "--first"}
-    Path(output).write_text(json.dumps(table))
+def record_kernels(arch: str, first: bool) -> dict[str, bytes]:
+    """PTX of the kernels of the records' samples, by name."""
+    target = target_of(arch)
+    specs = record_specs(target, first)
+    objects = compile_specs(specs, target=target)
+    return {f"{spec.template}/{spec.name}/{n}": objects[spec_key(spec, target)] for n, spec in enumerate(specs)}
+
+
+def main(output: str, *arguments: str) -> None:
+    archs = [a for a in arguments if not a.startswith("--")]
+    table: dict[str, list] = {}
+    for arch in archs:
+        if "--models" in arguments:
+            kernels, table[f"host steps {arch}"] = model_kernels(arch)
+        else:
+            kernels = record_kernels(arch, "--first" in arguments)
+        table[arch] = measure(kernels, arch)
+    Path(output).write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

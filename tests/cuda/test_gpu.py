@@ -233,12 +233,39 @@ def test_arrays_on_the_device_are_taken_and_given_without_copies():
     fake = FakeDriver()
     program = program_of(fake, chain("neg"))
     fake.run = negate
-    x = DeviceArray.copy_of(program.device, np.arange(6, dtype=np.float32).reshape(2, 3))
+    x = DeviceArray.copy_of(program.device, np.arange(60000, dtype=np.float32).reshape(20000, 3))
     fake.calls.clear()
     (out,) = program([x])
     assert isinstance(out, DeviceArray)
     assert not [name for name in fake.names() if "Memcpy" in name or "StreamSynchronize" in name]
     np.testing.assert_array_equal(out, -x.numpy())
+
+
+def test_small_results_do_not_change_the_addresses_of_graphs():
+    fake = FakeDriver()
+    program = program_of(fake, chain("neg"))
+    fake.run = negate
+    x = DeviceArray.copy_of(program.device, np.ones((2, 3), np.float32))
+    kept = [program([x])[0] for _ in range(5)]
+    assert program.stats()["graphs"] == 1
+    assert len({out.address for out in kept}) == 5
+    for out in kept:
+        np.testing.assert_array_equal(out, -np.ones((2, 3)))
+
+
+def test_large_inputs_travel_ahead_of_their_turn():
+    fake = FakeDriver()
+    program = program_of(fake, chain("neg"))
+    fake.run = negate
+    x = np.ones((100_000, 3), np.float32)
+    for call in range(6):
+        fake.calls.clear()
+        np.testing.assert_array_equal(program([x * call])[0], -x * call)
+        waits = [c for c in fake.calls if c[0] == "cuStreamWaitEvent"]
+        # The copies wait for who read the room before; the kernels wait for the copies.
+        assert [c[1].value for c in waits] == [program.device._copies.value, program.device.stream.value]
+    # Two rooms, two sets of addresses.
+    assert program.stats()["graphs"] == 2
 
 
 def test_donated_state_is_overwritten_in_place():

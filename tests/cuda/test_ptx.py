@@ -36,3 +36,9 @@ def test_one_kernel_of_every_primitive(tmp_path):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_all_kernels(tmp_path, arch):
     check(table(tmp_path / "table.json", arch)[arch])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_of_models(tmp_path, arch):
+    check(table(tmp_path / "table.json", "--models", arch)[arch])

@@ -24,17 +24,17 @@ from kgraph.runtime.cuda import control
 from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.device_array import Allocation, DeviceArray, from_foreign
 from kgraph.runtime.cuda.libraries import Plan
+from kgraph.runtime.cuda.staging import MOST_PINNED, HostInputs, aligned
 from kgraph.runtime.steps import HostStep, LaunchStep
 from kgraph.runtime.storage import Place, place_buffers
 
 if TYPE_CHECKING:
     from kgraph.runtime.cuda.program import CudaProgram
 
-_ALIGNMENT = 256
 # Elements that the 32-bit indices of kernels reach.
 _MOST_ELEMENTS = 1 << 31
-# Host arrays up to this many bytes together go through pinned memory.
-_MOST_PINNED = 256 << 20
+# Results up to this many bytes are copied out of the binding's memory: fresh arrays would be new addresses for graphs.
+_SMALL = 64 << 10
 _MOST_GRAPHS = 8
 _MOST_BORROWED = 2  # calls whose foreign arrays are kept without waiting
 
@@ -127,24 +127,21 @@ class CudaBinding:
         self._params = sorted({p.index for p in self._places() if p.space == "param"})
         self._constants = sorted({p.index for p in self._places() if p.space == "constant"})
         self._memory: Allocation | None = None
-        self._pinned: list[tuple[np.ndarray, Any]] = []
+        self._host_inputs = HostInputs(self.device)
         self._pinned_out: np.ndarray | None = None
-        self._turn = 0
         self._graphs: dict[tuple, Any] = {}
         self._seen: deque[tuple[int, ...]] = deque(maxlen=_MOST_GRAPHS)  # addresses of the last calls
         self._borrowed: deque[tuple[Any, list]] = deque()  # arrays of other libraries that calls may still read
         self.device.add_holder(self)
 
     def _place_own_memory(self) -> None:
-        """One allocation holds the arena, then room for the inputs and for the outputs."""
+        """One allocation holds the arena, then room for the outputs."""
         self._offsets: dict[tuple[str, int], int] = {("arena", 0): 0}
-        end = _aligned(self.storage.arena_bytes)
-        for kind, buffers in (("input", self.program.inputs), ("output", self.program.outputs)):
-            for number, b in enumerate(buffers):
-                if kind == "output" and self.storage.donors[number] >= 0:  # it lies where its donor lies
-                    continue
-                self._offsets[kind, number] = end
-                end = _aligned(end + self.storage.nbytes[b])
+        end = aligned(self.storage.arena_bytes)
+        for number, b in enumerate(self.program.outputs):
+            if self.storage.donors[number] < 0:  # others lie where their donors lie
+                self._offsets["output", number] = end
+                end = aligned(end + self.storage.nbytes[b])
         self._nbytes = end
 
     def _check_sizes(self) -> None:
@@ -203,7 +200,7 @@ class CudaBinding:
                 continue
             if place.space == "input" and place.index in self._donors.values():
                 self._offsets["aside", number] = self._nbytes
-                self._nbytes += _aligned(nbytes)
+                self._nbytes += aligned(nbytes)
                 room = Place("aside", number, 0)
                 aside.append(_Copy(room, place, nbytes))
                 place = room
@@ -223,7 +220,7 @@ class CudaBinding:
     # -- memory -------------------------------------------------------------------------------------------------------
     def held_bytes(self) -> int:
         """Memory on the device that calls of this binding share."""
-        return self._nbytes if self._memory is not None else 0
+        return (self._nbytes if self._memory is not None else 0) + self._host_inputs.held_bytes()
 
     def num_library_calls(self) -> int:
         return sum(isinstance(work, _LibraryCall) for segment in self._segments for work in segment.work)
@@ -236,18 +233,19 @@ class CudaBinding:
         if self._lock.acquire(blocking=False):
             try:
                 self._memory = None
+                self._host_inputs.release()
                 self._graphs.clear()
             finally:
                 self._lock.release()
 
     def _prepare(self, inputs: Sequence[DeviceArray | np.ndarray], results: Sequence[DeviceArray | None]) -> _Call:
-        """The addresses of a call; host arrays among the inputs have room in the binding's memory."""
+        """The addresses of a call."""
         if self._memory is None:
             self._memory = Allocation(self.device, self._nbytes)
         bases = {space: self._memory.address + offset for space, offset in self._offsets.items()}
+        room = self._host_inputs.place({n: a for n, a in enumerate(inputs) if isinstance(a, np.ndarray)})
         for number, array in enumerate(inputs):
-            if isinstance(array, DeviceArray):
-                bases["input", number] = array.address
+            bases["input", number] = array.address if isinstance(array, DeviceArray) else room[number]
         for number, result in enumerate(results):
             donor = self._donors.get(number)
             # An output that may not be written where its donor lies as long as that is read is copied there at the end.
@@ -286,11 +284,18 @@ class CudaBinding:
         targets = [None] * len(self._outputs) if out is None else self._check_out(out)
         with self._lock, self.device.lock:
             results = [self._result(number, inputs, on_device) for number in range(len(self._outputs))]
-            call = self._prepare(inputs, results)
+            # Small results that no donor takes are copied to their arrays at the end.
+            late = {
+                n: r for n, r in enumerate(results) if r is not None and n not in self._donors and r.nbytes <= _SMALL
+            }
+            call = self._prepare(inputs, [None if n in late else r for n, r in enumerate(results)])
             self._copy_inputs(inputs, call)
             for number in range(len(self._segments)):
                 self._run_segment(number, call)
             self._seen.append(call.key)
+            self._host_inputs.done()
+            for n, result in late.items():
+                self.device.copy(result.address, self._end(n, call), result.nbytes)
             self._keep_borrowed(inputs)
             values: list[Any] = list(results) if on_device else self._copy_outputs(call)
         for target, result in zip(targets, values):
@@ -316,47 +321,24 @@ class CudaBinding:
             self.device.wait(self._borrowed.popleft()[0])
 
     def _copy_inputs(self, inputs: Sequence, call: _Call) -> None:
-        """Bring host arrays to the device, through pinned memory where they are not too large for that.
-
-        Two pieces of pinned memory take turns, so that the next call's arrays can be staged while this one's travel.
-        """
+        """Bring host arrays to the device."""
         donors = self.storage.donors
         # What is overwritten lies where it will be.
         place = lambda n: call.bases[("output", donors.index(n)) if n in donors else ("input", n)]
-        host = [(place(n), a) for n, a in enumerate(inputs) if isinstance(a, np.ndarray) and a.nbytes]
-        total = sum(_aligned(a.nbytes) for _, a in host)
-        if total > _MOST_PINNED:
-            for address, array in host:
-                self.device.copy_in(address, array)
-            return
-        if not host:
-            return
-        if not self._pinned or self._pinned[0][0].nbytes < total:
-            self._pinned = [(self.device.pinned(total), None) for _ in range(2)]
-        self._turn ^= 1
-        staging, travelled = self._pinned[self._turn]
-        if travelled is not None:
-            self.device.wait(travelled)
-        start = 0
-        for address, array in host:
-            piece = staging[start : start + array.nbytes]
-            piece[:] = array.reshape(-1).view(np.uint8)
-            self.device.copy_in(address, piece)
-            start += _aligned(array.nbytes)
-        self._pinned[self._turn] = staging, self.device.mark()
+        self._host_inputs.send([(place(n), a) for n, a in enumerate(inputs) if isinstance(a, np.ndarray) and a.nbytes])
 
     def _copy_outputs(self, call: _Call) -> list[np.ndarray]:
         """The outputs as fresh host arrays."""
         results = [np.empty(shape, dtype) for shape, dtype in self._outputs]
-        total = sum(_aligned(r.nbytes) for r in results)
-        pinned = 0 < total <= _MOST_PINNED
+        total = sum(aligned(r.nbytes) for r in results)
+        pinned = 0 < total <= MOST_PINNED
         if pinned and (self._pinned_out is None or self._pinned_out.nbytes < total):
             self._pinned_out = self.device.pinned(total)
         pieces, start = [], 0
         for number, result in enumerate(results):
             if pinned and self._pinned_out is not None:
                 pieces.append(self._pinned_out[start : start + result.nbytes])
-                start += _aligned(result.nbytes)
+                start += aligned(result.nbytes)
             else:
                 pieces.append(result)
             self.device.copy_out_later(pieces[-1], self._end(number, call))
@@ -510,7 +492,3 @@ class CudaBinding:
         for step, start, end in spans:
             times[step] += int(self.device.milliseconds(start, end) * 1e6)
         return times
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

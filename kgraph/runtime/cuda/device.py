@@ -103,6 +103,14 @@ class Device(ABC):
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Copy within the device."""
 
+    @abstractmethod
+    def copy_ahead(self, address: int, array: np.ndarray, after: Any) -> None:
+        """Copy from pinned memory beside the work that was asked for, but not before the moment `after`."""
+
+    @abstractmethod
+    def join_copies(self) -> Any:
+        """Let work that is asked for from now on wait for those copies; gives the moment at which they are done."""
+
     # -- kernels ------------------------------------------------------------------------------------------------------
     @abstractmethod
     def load(self, kernels: Mapping[str, bytes]) -> dict[str, Any]:

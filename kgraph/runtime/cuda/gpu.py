@@ -31,7 +31,7 @@ _BLOCKS_PER_SM = 16
 
 
 class Gpu(Device):
-    """GPU number `ordinal` of the process, its primary context, and one stream.
+    """GPU number `ordinal` of the process, its primary context, a stream for work and one for copies ahead of it.
 
     Memory that is released is kept for later allocations of the same size: since all work goes to one stream, in order,
     it can be given out at once. library: what stands in place of libcuda, for tests.
@@ -66,9 +66,13 @@ class Gpu(Device):
         self._sizes: dict[int, int] = {}  # by address, of what is given out
         self._free: dict[int, list[int]] = {}  # addresses by size, of what is kept
         self._enter()
+        self.stream, self._copies = self._new_stream(), self._new_stream()
+        self.stream_number = self.stream.value or 0
+
+    def _new_stream(self) -> c_void_p:
         stream = c_void_p()
-        driver.call("cuStreamCreate", byref(stream), _NON_BLOCKING_STREAM)
-        self.stream, self.stream_number = stream, stream.value or 0
+        self.driver.call("cuStreamCreate", byref(stream), _NON_BLOCKING_STREAM)
+        return stream
 
     def _attribute(self, number: int) -> int:
         value = c_int()
@@ -181,6 +185,17 @@ class Gpu(Device):
             self._enter()
             self.driver.call("cuMemcpyDtoDAsync_v2", target, source, nbytes, self.stream)
 
+    def copy_ahead(self, address: int, array: np.ndarray, after: Any) -> None:
+        self._enter()
+        self.driver.call("cuStreamWaitEvent", self._copies, after.handle, 0)
+        self.driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, self._copies)
+
+    def join_copies(self) -> Event:
+        self._enter()
+        event = self._event(self._copies, _NO_TIMING)
+        self.driver.call("cuStreamWaitEvent", self.stream, event.handle, 0)
+        return event
+
     # -- kernels ------------------------------------------------------------------------------------------------------
     def load(self, kernels: Mapping[str, bytes]) -> dict[str, Any]:
         return {key: Kernel(self, key, ptx) for key, ptx in kernels.items()}
@@ -235,9 +250,12 @@ class Gpu(Device):
 
     def mark(self, timing: bool = False) -> Event:
         self._enter()
+        return self._event(self.stream, 0 if timing else _NO_TIMING)
+
+    def _event(self, stream: c_void_p, flags: int) -> Event:
         event = c_void_p()
-        self.driver.call("cuEventCreate", byref(event), 0 if timing else _NO_TIMING)
-        self.driver.call("cuEventRecord", event, self.stream)
+        self.driver.call("cuEventCreate", byref(event), flags)
+        self.driver.call("cuEventRecord", event, stream)
         return Event(self, event)
 
     def wait(self, event: Any) -> None:

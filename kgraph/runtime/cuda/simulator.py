@@ -86,6 +86,12 @@ class SimulatorDevice(Device):
     def copy_out_later(self, array: np.ndarray, address: int) -> None:
         self.copy_out(array, address)
 
+    def copy_ahead(self, address: int, array: np.ndarray, after: Any) -> None:
+        self.copy_in(address, array)
+
+    def join_copies(self) -> Any:
+        return self.mark()
+
     def copy(self, target: int, source: int, nbytes: int) -> None:
         if self._captured is not None:
             self._captured.append(lambda: self.copy(target, source, nbytes))
