@@ -52,6 +52,11 @@ class Target:
         return "kgraph.codegen.families"
 
     @property
+    def loop_group(self) -> str:
+        """The module that joins small updates in one kernel."""
+        return "kgraph.codegen.cpu.loop_group"
+
+    @property
     def toolchain(self) -> str:
         """What turns rendered text into objects, with its version; part of every kernel's cache key."""
         return f"llvmlite {llvmlite.__version__}"

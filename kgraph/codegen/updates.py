@@ -6,10 +6,12 @@ optimizer's new weights and slots. Their order is free as long as they come afte
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
 
 from kgraph.codegen.cache import spec_key
-from kgraph.codegen.cpu import loop_group
 from kgraph.codegen.lower import Lowered
 from kgraph.runtime.plan import NativeStep
 
@@ -26,6 +28,7 @@ def arrange_updates(lowered: Lowered, donations: Sequence[tuple[int, int]], targ
     updates = _update_steps(lowered, donations)
     if not updates:
         return
+    loop_group = importlib.import_module(target.loop_group)
     groups: dict[tuple, list[int]] = {}
     for index in updates:
         step = lowered.steps[index]
@@ -35,16 +38,20 @@ def arrange_updates(lowered: Lowered, donations: Sequence[tuple[int, int]], targ
         count = step.sizes[0]
         if isinstance(count, int) and count <= LARGEST_MEMBER:
             groups.setdefault(key, []).append(index)
-    joined = {index for members in groups.values() if len(members) > 1 for index in members}
+    batches: list[list[int]] = []
+    for members in groups.values():
+        most = loop_group.largest_group(lowered.specs[lowered.steps[members[0]].kernel])
+        batches += [members[first : first + most] for first in range(0, len(members), most)]
+    batches = [members for members in batches if len(members) > 1]
+    joined = {index for members in batches for index in members}
     early = [index for index in updates if index not in joined]
     places = _earliest_places(lowered, early, {o: i for i, o in donations})
     order: list[tuple[float, int, NativeStep]] = []
     for index, step in enumerate(lowered.steps):
         if index not in joined:
             order.append((places.get(index, index), index, step))
-    for members in groups.values():
-        if len(members) > 1:
-            order.append((members[-1], members[-1], _join(lowered, members, target)))
+    for members in batches:
+        order.append((members[-1], members[-1], _join(lowered, members, loop_group, target)))
     order.sort(key=lambda entry: entry[:2])
     lowered.step_nodes = [lowered.step_nodes[index] for _, index, _ in order]
     lowered.steps = [step for _, _, step in order]
@@ -101,7 +108,7 @@ def _root(lowered: Lowered, b: int) -> int:
     return b
 
 
-def _join(lowered: Lowered, members: list[int], target) -> NativeStep:
+def _join(lowered: Lowered, members: list[int], loop_group: ModuleType, target) -> NativeStep:
     """One step that does what the steps `members` do."""
     steps = [lowered.steps[index] for index in members]
     spec = loop_group.group_spec([lowered.specs[step.kernel] for step in steps])
@@ -118,7 +125,8 @@ def _join(lowered: Lowered, members: list[int], target) -> NativeStep:
         for number, step in enumerate(steps)
         for o, i in step.inplace
     ]
-    return NativeStep(
+    return replace(
+        steps[0],
         kernel=key,
         operands=tuple(operands),
         outputs=len(steps) * count,

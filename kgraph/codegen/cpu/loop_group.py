@@ -24,6 +24,11 @@ def group_key(spec: KernelSpec) -> tuple | None:
     return spec.params[:4]
 
 
+def largest_group(spec: KernelSpec) -> int:
+    """Members that one kernel has at most: where they begin is data, so there may be any number."""
+    return 1 << 31
+
+
 def group_spec(specs: Sequence[KernelSpec]) -> KernelSpec:
     """The kernel for members of one `group_key`."""
     name, expression, leaves, dtypes, _ = specs[0].params

@@ -42,6 +42,11 @@ class CudaTarget:
         return "kgraph.codegen.cuda.families"
 
     @property
+    def loop_group(self) -> str:
+        """The module that joins small updates in one kernel."""
+        return "kgraph.codegen.cuda.loop_group"
+
+    @property
     def toolchain(self) -> str:
         """What turns rendered text into objects, with its version; part of every kernel's cache key."""
         if self.simulator:
