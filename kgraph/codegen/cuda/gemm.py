@@ -151,8 +151,8 @@ def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, K
     known = _library_epilogue(parts)
     bias, added = known or (None, None)
     asked = LibraryProduct(
-        Matrix(0, *strides[0], batch[0]),
-        Matrix(1, *strides[1], batch[1]),
+        Matrix(0, strides[0][0], strides[0][1], batch[0]),
+        Matrix(1, strides[1][0], strides[1][1], batch[1]),
         first + held[0],
         bias,
         added,

@@ -173,8 +173,8 @@ class CudaBinding:
         """A step as a call of the device's library, where there is one that takes it, or as a launch."""
         program, storage = self.program, self.storage
         buffers = [(storage.places[b], storage.nbytes[b], program.buffers[b].dtype) for b in step.operands]
-        library = self.device.products() if step.product is not None else None
-        if library is not None:
+        library = self.device.products() if step.product else None
+        if library is not None and step.product is not None:
             plan = library.plan(step.product, value)
             if isinstance(plan, Plan):
                 then = [] if step.then is None else self._work(step.then, number, value)
