@@ -27,14 +27,8 @@ QUICK = frozenset(
     ).split()
 )
 QUICK_TRAINING = frozenset({"gru", "two_inputs"})
-# Host steps that are left, by model: what has no kernel for CUDA yet.
-HOST_STEPS = {
-    "conv1d_causal_dilated": ["reduce_window"],
-    "conv2d_channels_first": ["reduce_window"],
-    "conv3d": ["reduce_window"],
-    "pooling": ["reduce_window"] * 6,
-    "ops_zoo": ["sort", "top_k"],
-}
+# Host steps that are left, by model; the others have none.
+HOST_STEPS: dict[str, list[str]] = {}
 # Narrow floats are compared with the interpreter in their own precision, which rounds at other places.
 NARROW = {"mixed_precision_bfloat16": 3e-2, "float16_model": 4e-3}
 TOLERANCE = 2e-5
