@@ -107,7 +107,7 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
         flat=flat,
         split=pieces > 1,
         tile=tile,
-        index=index_type([x.type.size, w.type.size, parts.result.size]),
+        indices=index_type([x.type.size, w.type.size, parts.result.size]),
         finish=Finish.params(parts, accumulate) if pieces == 1 else (accumulate, accumulate, (), (accumulate,), None),
     )
     sizes = [x.shape[0], channels, filters, groups, *parts.result.shape[1:-1], *axis_sizes(node, window)]

@@ -45,7 +45,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     positions = product(cotangent.shape[:-1])
     depthwise = conv_filter_depthwise.takes(node)
     make = conv_filter_depthwise.Plan.make if depthwise else FilterPlan.make
-    plan, tiles, depth = make(node, accumulate, target)
+    plan, tiles, depth, block = make(node, accumulate, target)
     pieces = _pieces(positions, tiles, depth * (2 if target.simulator else CHUNKS), target)
     partial = Temporary(TensorType((pieces, *out.shape), accumulate))
     single = pieces == 1 and accumulate == compute_dtype(out.dtype)
@@ -61,7 +61,7 @@ def lower(node: Node, target) -> list[KernelCall]:
         flops=2 * product(cotangent.shape) * out.shape[-2] * product(window),
         bytes=x.type.nbytes + cotangent.type.nbytes + partial.type.nbytes,
         notes={"algorithm": "depthwise" if depthwise else "implicit_product"},
-        launch=Launch(target.block if depthwise else plan.tile.block),
+        launch=Launch(block),
     )
     return [sums] if single else [sums, *reduce.lower_parts(sum_of_pieces(partial, out.dtype, [out]), target)]
 
@@ -86,7 +86,7 @@ class FilterPlan(NamedTuple):
     accumulate: str
     rank: int
     tile: Tile
-    index: str
+    indices: str
     output: str = ""
 
     @property
@@ -94,8 +94,8 @@ class FilterPlan(NamedTuple):
         return "kgraph.codegen.cuda.conv_filter:render_filter"
 
     @staticmethod
-    def make(node: Node, accumulate: str, target) -> tuple[FilterPlan, int, int]:
-        """(plan, tiles of the result, positions of a chunk)."""
+    def make(node: Node, accumulate: str, target) -> tuple[FilterPlan, int, int, int]:
+        """(plan, tiles of the result, positions of a chunk, threads of a block)."""
         x, cotangent = node.inputs
         groups, window = node.attrs["feature_groups"], node.attrs["window"]
         rows, columns = product(window) * node.output.shape[-2], node.output.shape[-1] // groups
@@ -104,13 +104,13 @@ class FilterPlan(NamedTuple):
             tile = SMALL_TILE
         index = index_type([x.type.size, cotangent.type.size, node.output.type.size])
         plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, index)
-        return plan, groups * -(-rows // tile.rows) * -(-columns // tile.columns), tile.depth
+        return plan, groups * -(-rows // tile.rows) * -(-columns // tile.columns), tile.depth, tile.block
 
 
 def render_filter(params: tuple, target) -> str:
     plan = FilterPlan(*params)
     tile = Tile(*plan.tile)
-    k = KernelSource(plan.name, target, tile.block, plan.index)
+    k = KernelSource(plan.name, target, tile.block, plan.indices)
     x, cotangent, out = k.operand(plan.dtype), k.operand(plan.dtype), k.operand(plan.output)
     images, channels, filters, groups = (k.size() for _ in range(4))
     axes = read_axes(k, False, [k.size() for _ in range(plan.rank)])
@@ -122,7 +122,7 @@ def render_filter(params: tuple, target) -> str:
     rows = k.let(k.mul(k.product(windows), channels), "rows")
     sums = TileProduct(k, tile, plan.accumulate, left_along_rows=True)
     # Of the next positions, one for each thread: the element of tap 0, and its places along the axes.
-    offset, *kept = [k.shared(plan.index, tile.block) for _ in range(len(axes) + 1)]
+    offset, *kept = [k.shared(plan.indices, tile.block) for _ in range(len(axes) + 1)]
     row_tiles, column_tiles = k.let(k.ceil_div(rows, tile.rows)), k.let(k.ceil_div(filters, tile.columns))
     tiles = [pieces, groups, row_tiles, column_tiles]
     with k.block_stride(k.let(k.product(tiles), "total")) as item:
@@ -136,7 +136,7 @@ def render_filter(params: tuple, target) -> str:
         chunks = k.let(f"({k.ceil_div(k.sub(end, start), tile.depth)} if {start} < {end} else {k.i(0)})", "chunks")
         # What each of the thread's rows adds to the places: one row only where a line of the panel is one turn.
         left, right = sums.left_panel, sums.right_panel
-        away, *reaches = [k.local(plan.index, left.count) for _ in range(len(axes) + 1)]
+        away, *reaches = [k.local(plan.indices, left.count) for _ in range(len(axes) + 1)]
         with left.each() as (n, row, _):
             row = k.let(k.add(first_row, row), "row")
             tap, channel = k.let(k.div(row, channels), "tap"), k.let(k.mod(row, channels), "channel")

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
     rank: int
     taps: int
     width: int
-    index: str
+    indices: str
     output: str = ""
 
     @property
@@ -44,20 +44,20 @@ class Plan(NamedTuple):
         return "kgraph.codegen.cuda.conv_filter_depthwise:render_filter"
 
     @staticmethod
-    def make(node: Node, accumulate: str, target) -> tuple[Plan, int, int]:
-        """(plan, blocks that a piece needs, positions that a block takes at a time)."""
+    def make(node: Node, accumulate: str, target) -> tuple[Plan, int, int, int]:
+        """(plan, blocks that a piece needs, positions that a block takes at a time, its threads)."""
         x, cotangent = node.inputs
         taps, filters = product(node.attrs["window"]), node.output.shape[-1]
         width = min(target.group, 1 << (filters - 1).bit_length())
         index = index_type([x.type.size, cotangent.type.size])
         plan = Plan("depthwise_filter_gradient", x.dtype, accumulate, x.type.rank - 2, min(taps, TAPS), width, index)
-        return plan, -(-taps // plan.taps) * -(-filters // width), target.block // width
+        return plan, -(-taps // plan.taps) * -(-filters // width), target.block // width, target.block
 
 
 def render_filter(params: tuple, target) -> str:
     plan = Plan(*params)
     lanes = target.block // plan.width
-    k = KernelSource(plan.name, target, target.block, plan.index)
+    k = KernelSource(plan.name, target, target.block, plan.indices)
     x, cotangent, out = k.operand(plan.dtype), k.operand(plan.dtype), k.operand(plan.output)
     images, _, multiplier, channels = (k.size() for _ in range(4))
     axes = read_axes(k, False, [k.size() for _ in range(plan.rank)])
@@ -69,7 +69,7 @@ def render_filter(params: tuple, target) -> str:
     slabs, tap_groups = k.let(k.ceil_div(filters, plan.width)), k.let(k.ceil_div(taps, plan.taps))
     shared = k.shared(plan.accumulate, plan.taps * target.block)
     sums = k.local(plan.accumulate, plan.taps)
-    away, *reaches = [k.local(plan.index, plan.taps) for _ in range(plan.rank + 1)]
+    away, *reaches = [k.local(plan.indices, plan.taps) for _ in range(plan.rank + 1)]
     thread = k.thread()
     slot, lane = k.let(k.mod(thread, plan.width), "slot"), k.let(k.div(thread, plan.width), "lane")
     each_tap = lambda: k.range(0, k.i(plan.taps), 1)

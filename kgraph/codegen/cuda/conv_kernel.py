@@ -33,7 +33,7 @@ class ConvPlan(NamedTuple):
     flat: bool
     split: bool
     tile: Tile
-    index: str
+    indices: str
     finish: tuple
 
 
@@ -47,7 +47,7 @@ class _Conv:
 
     def __init__(self, plan: ConvPlan, target):
         self.plan, tile = plan, Tile(*plan.tile)
-        k = self.k = KernelSource(plan.name, target, tile.block, plan.index)
+        k = self.k = KernelSource(plan.name, target, tile.block, plan.indices)
         self.x, self.w = k.operand(plan.dtype), k.operand(plan.dtype)
         self.finish = Finish(k, *plan.finish)
         self.images, self.channels, self.filters, self.groups = (k.size() for _ in range(4))

@@ -33,7 +33,7 @@ class DepthwisePlan(NamedTuple):
     accumulate: str
     window: tuple[int, ...]
     dilated: bool
-    index: str
+    indices: str
     finish: tuple
 
 
@@ -51,7 +51,7 @@ def call(parts: Parts, target) -> KernelCall:
         accumulate=accumulate,
         window=tuple(window) if known else (0,) * len(window),
         dilated=dilated,
-        index=index_type([x.type.size, parts.result.size]),
+        indices=index_type([x.type.size, parts.result.size]),
         finish=Finish.params(parts, accumulate),
     )
     met = x.shape[1:-1] if dilated else parts.result.shape[1:-1]
@@ -76,13 +76,13 @@ def call(parts: Parts, target) -> KernelCall:
 
 def render_depthwise(params: tuple, target) -> str:
     plan = DepthwisePlan(*params)
-    k = KernelSource(plan.name, target, target.block, plan.index)
+    k = KernelSource(plan.name, target, target.block, plan.indices)
     x, w = k.operand(plan.dtype), k.operand(plan.dtype)
     finish = Finish(k, *plan.finish)
     images, channels, multiplier = (k.size() for _ in range(3))
     axes = read_axes(k, plan.dilated, [k.size() for _ in plan.window])
-    for axis, taps in zip(axes, plan.window):
-        axis.window = k.i(taps) if taps else axis.window
+    for axis, count in zip(axes, plan.window):
+        axis.window = k.i(count) if count else axis.window
     outs, windows = [axis.out for axis in axes], [axis.window for axis in axes]
     spanned = [True] * len(axes)
     filters = k.let(k.mul(channels, multiplier), "filters")
