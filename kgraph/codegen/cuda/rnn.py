@@ -75,7 +75,8 @@ def lower(node: Node, target) -> list[KernelCall]:
     shape = shape_of(layers[0][0])
     shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
     calls: list[KernelCall] = []
-    operands, outputs = [], []
+    operands: list[Value] = []
+    outputs: list[Value] = []
     for _, inputs, results in layers:
         projected, products = projection(shape, inputs, target)
         calls += products

@@ -99,7 +99,8 @@ class BackwardKernel(StepKernel):
         self.mask = operands[3]
         self.to_sequence, *self.to_finals = operands[3 + shape.has_mask :]
         (results,) = self.operands([shape.dtype] * (1 + (shape.cell == "gru") + shape.states))
-        self.gates, self.recurrent_gates = results[0], results[1] if shape.cell == "gru" else None
+        # Of a GRU alone the latter are other gates than the former.
+        self.gates, self.recurrent_gates = results[0], results[shape.cell == "gru"]
         self.to_states = results[len(results) - shape.states :]
         self.begin()
         self.inner, self.outer = shape.recurrent_activation, shape.activation
@@ -224,9 +225,9 @@ class BackwardKernel(StepKernel):
             for number, value in ((0, to_update), (2, to_candidate)):
                 k.store(self.passed, k.add(unit, (row * 3 + number) * units), value)
                 k.store(self.gates, k.add(at, number * units), value)
-            for number, value in enumerate([to_update, None, zero, zero, zero, to_candidate]):
-                if value is not None:
-                    k.store(self.recurrent_gates, k.add(wide, number * units), value)
+            # The reset gate's place, number 1, is filled below.
+            for number, value in ((0, to_update), (2, zero), (3, zero), (4, zero), (5, to_candidate)):
+                k.store(self.recurrent_gates, k.add(wide, number * units), value)
         k.synchronise()
         for unit, sums in self.products(range(2, 3)):
             for row in range(self.rows):
