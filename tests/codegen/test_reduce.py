@@ -66,7 +66,8 @@ def test_sum_and_max(shape, axes):
 def test_long_sums_keep_their_digits():
     x = np.full(3_000_017, 0.1, np.float32)
     wanted = x.astype(np.float64).sum()
-    assert abs(reduced("reduce_sum", x, axes=(0,), keepdims=False) / wanted - 1) < 1e-7
+    # A rounding of each of the few sums that are left in the end, which depends on how many lanes there are.
+    assert abs(reduced("reduce_sum", x, axes=(0,), keepdims=False) / wanted - 1) < 2 * np.finfo(np.float32).eps
     column = x[: 300_000 * 10].reshape(-1, 10)
     result = reduced("reduce_sum", column, axes=(0,), keepdims=False)
     np.testing.assert_allclose(result, column.astype(np.float64).sum(0), rtol=3e-7)

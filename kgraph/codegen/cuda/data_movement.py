@@ -66,13 +66,13 @@ def render(params: tuple, target) -> str:
     name, dtype, rank, starts, index = params
     k = KernelSource(name, target, target.block, index)
     source = k.operand(dtype)
-    places = [k.operand(start) for start in starts]
+    places = [k.operand(kind) for kind in starts]
     out = k.operand(dtype)
     base = k.size()
     axes = [(k.size(), k.size()) for _ in range(rank)]
     limits = [(k.size(), k.size()) for _ in starts]
-    for place, (limit, stride) in zip(places, limits, strict=True):
-        base = k.add(base, k.mul(assemble.clamped_start(k, place, limit), stride))
+    for start, (limit, stride) in zip(places, limits, strict=True):
+        base = k.add(base, k.mul(assemble.clamped_start(k, start, limit), stride))
     base = k.let(base, "base")
     sizes = [n for n, _ in axes]
     total = k.let(k.product(sizes), "total")

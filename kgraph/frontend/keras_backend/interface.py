@@ -65,5 +65,7 @@ __all__ = [
 # sources are for type checkers alone.
 for _module in (core, image, linalg, math, nn, numpy, random):
     for _function in vars(_module).values():
-        if isinstance(_function, types.FunctionType) and _function.__module__.startswith("kgraph."):
+        # A decorated function is asked for the signature of what it wraps.
+        while isinstance(_function, types.FunctionType) and _function.__module__.startswith("kgraph."):
             _function.__annotations__ = {}
+            _function = getattr(_function, "__wrapped__", None)
