@@ -160,6 +160,8 @@ def compile_graph(
         lowered = lower(split.main, target, decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
         arrange_updates(lowered, donations, target)
         cache.store(split, lowered, decisions)
+        # As a later process will have it, so that what is saved does not depend on which one came first.
+        split, lowered, decisions = cache.load() or (split, lowered, decisions)
         lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
     fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
