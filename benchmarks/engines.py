@@ -25,17 +25,18 @@ HERE = Path(__file__).resolve().parent
 class Engine:
     """environment: of `environments.PACKAGES`; None for the running interpreter. backend: that Keras runs on.
 
-    variables: environment variables of its process.
+    packages: whose versions count. variables: environment variables of its process. on_gpu: for `benchmarks.gpu`.
     """
 
     environment: str | None
     backend: str
     packages: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    on_gpu: bool = False
 
     @property
     def is_peer(self) -> bool:
-        return self.environment is not None
+        return self.backend != "kgraph"
 
 
 ENGINES = {
@@ -50,6 +51,10 @@ ENGINES = {
     "tensorflow-xla": Engine("export", "tensorflow", ("tensorflow_cpu",)),
     "torch": Engine("export-torch", "torch", ("torch",)),
     "torch-compile": Engine("export-torch", "torch", ("torch",)),
+    # In the running interpreter, which holds what the machine with the GPU has.
+    "kgraph-gpu": Engine(None, "kgraph", ("numba_cuda",), on_gpu=True),
+    "jax-gpu": Engine(None, "jax", ("jax",), on_gpu=True),
+    "torch-compile-gpu": Engine(None, "torch", ("torch",), on_gpu=True),
 }
 
 
@@ -115,7 +120,8 @@ class Worker:
 
 def versions(engines: list[str]) -> dict[str, str]:
     """Versions of what the figures depend on: kgraph's own packages and those of the engines."""
-    found = {name: metadata.version(name) for name in ("keras", "numpy", "llvmlite", "numba")}
+    own = {package for engine in engines if ENGINES[engine].on_gpu for package in ENGINES[engine].packages}
+    found = {name: metadata.version(name) for name in ("keras", "numpy", "llvmlite", "numba", *sorted(own))}
     wanted: dict[str, set[str]] = {}
     for engine in engines:
         where = ENGINES[engine]

@@ -196,6 +196,10 @@ class Inference:
 
 
 def load(engine: str, case: dict, folder: Path):
+    if case["name"].startswith("gpu-"):
+        import gpu_session
+
+        return gpu_session.SESSIONS[case["name"].removeprefix("gpu-")](engine, case)
     if case["name"] == "train":
         import training_session
 

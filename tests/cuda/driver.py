@@ -1,23 +1,27 @@
-"""Runs the kernel calls of CUDA families on NumPy arrays in the simulator."""
+"""Runs the kernel calls of CUDA families on NumPy arrays, in the simulator or on a GPU."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import numpy as np
 
-from kgraph.codegen.compiler import render
+from kgraph.codegen.compiler import compile_spec
 from kgraph.codegen.cuda import families
-from kgraph.codegen.cuda.compiler import compile_text
-from kgraph.codegen.cuda.target import CudaTarget, simulator_target
+from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.ir import Value, constant_value, make_node, type_of
 from kgraph.ir.dims import evaluate
 from kgraph.runtime.cuda.device import Argument, device_for
+from kgraph.targets import resolve
+
+DEVICE = os.environ.get("KGRAPH_TEST_DEVICE", "cuda-simulator")
+ON_GPU = DEVICE != "cuda-simulator"
 
 
 @functools.cache
 def _function(source: bytes):
-    return device_for("cuda-simulator").load({"test": source})["test"]
+    return device_for(DEVICE).load({"test": source})["test"]
 
 
 def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None = None, most_blocks: int = 2):
@@ -25,7 +29,7 @@ def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None 
 
     sizes: of the symbols. most_blocks: of a grid; results must not depend on it.
     """
-    target, sizes, device = target or simulator_target(), sizes or {}, device_for("cuda-simulator")
+    target, sizes, device = target or resolve(DEVICE), sizes or {}, device_for(DEVICE)
     assert families.accepts(node) is None, families.accepts(node)
     memory: dict = {}
     types: dict = {}
@@ -44,7 +48,7 @@ def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None 
                     table = constant_value(operand) if isinstance(operand, Value) else None
                     shape = [evaluate(s, sizes) for s in operand.type.shape]
                     place(operand, np.full(shape, 77).astype(operand.type.np_dtype) if table is None else table)
-            source = compile_text(render(call.spec, target), call.spec.name, target)
+            source = compile_spec(call.spec, target)
             grid = min(evaluate(call.extent, sizes), most_blocks)
             if grid <= 0:
                 continue

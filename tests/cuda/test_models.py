@@ -1,4 +1,5 @@
-"""Whole models in the simulator against the interpreter, the host steps that are left in them, and training steps."""
+"""Whole models in the simulator or on a GPU against the interpreter, the host steps that are left in them, and
+training steps."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import pytest
 import kgraph
 from kgraph.ir.interpreter import evaluate
 from tests.codegen.samples import compare
+from tests.cuda.driver import DEVICE
 from tests.oracle import comparison
 
 sys.path.insert(0, str(comparison.ROOT / "benchmarks"))
@@ -39,10 +41,10 @@ def marked(names, quick) -> list:
 
 
 def compiled_model(name: str):
-    """(model for the simulator, its example inputs)"""
+    """(model for the device, its example inputs)"""
     model, x = small_models.MODELS[name]()
     benchmark_models.fill_weights(model)
-    return kgraph.compile(model, target="cuda-simulator"), x
+    return kgraph.compile(model, target=DEVICE), x
 
 
 @pytest.mark.parametrize("name", marked(small_models.MODELS, QUICK))
@@ -76,7 +78,7 @@ def one_step(name: str, device: str):
 @pytest.mark.parametrize("name", marked(training_models.MODELS, QUICK_TRAINING))
 def test_a_training_step_is_that_of_the_cpu(name):
     results, weights = one_step(name, "cpu")
-    there, weights_there = one_step(name, "cuda-simulator")
+    there, weights_there = one_step(name, DEVICE)
     np.testing.assert_allclose(there, results, rtol=1e-4, atol=1e-6)
     for a, b in zip(weights_there, weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)

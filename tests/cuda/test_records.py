@@ -1,4 +1,5 @@
-"""Every primitive that a CUDA family takes, on all samples of its record, in the simulator, against its reference."""
+"""Every primitive that a CUDA family takes, on all samples of its record, in the simulator or on a GPU, against its
+reference."""
 
 from __future__ import annotations
 
@@ -9,16 +10,16 @@ from kgraph import ops  # noqa: F401 - registers the primitives
 from kgraph.codegen.cuda import families
 from kgraph.ir import PRIMITIVES
 from tests.codegen.samples import compare
-from tests.cuda.driver import make, run_node
+from tests.cuda.driver import ON_GPU, make, run_node
 
-MOST_ELEMENTS = 5000  # of a sample's operands and results: every thread is a Python thread
+MOST_ELEMENTS = 5000  # of a sample's operands and results in the simulator: every thread is a Python thread
 
 
 def samples_of(record):
     """The samples of a record that a CUDA family takes: (node, sample)."""
     for sample in record.samples():
         node = make(record, sample)
-        if sum(v.type.size for v in (*node.inputs, *node.outputs)) > MOST_ELEMENTS:
+        if not ON_GPU and sum(v.type.size for v in (*node.inputs, *node.outputs)) > MOST_ELEMENTS:
             continue
         if families.accepts(node) is None:
             yield node, sample
