@@ -5,6 +5,8 @@ captured graph with all attributes and constants, of the passes, the target, and
 way from one to the other depends on. Graphs are flattened to plain records with numbers for values. What cannot be
 written so, such as bodies of control flow with programs of their own, is compiled anew each time. Entries are trusted
 as kernels are, whose code runs too (`codegen.cache`).
+
+`KGRAPH_PROGRAM_CACHE=1` switches it on: a program from the cache prints its graph with other names of values.
 """
 
 from __future__ import annotations
@@ -150,7 +152,8 @@ class ProgramCache:
 
     def __init__(self, graph: Graph, passes: Sequence, donations: Sequence, target):
         self.graph = graph
-        self.cache = None if any(os.environ.get(name) for name in _WATCHED) else disk_cache()
+        wanted = os.environ.get("KGRAPH_PROGRAM_CACHE") == "1" and not any(os.environ.get(name) for name in _WATCHED)
+        self.cache = disk_cache() if wanted else None
         self.key = None if self.cache is None else self._key(passes, donations, target)
 
     def _key(self, passes: Sequence, donations: Sequence, target) -> str | None:

@@ -21,6 +21,7 @@ ZEROS = np.zeros((40, 50), np.float32)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KGRAPH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("KGRAPH_PROGRAM_CACHE", "1")
     monkeypatch.delenv("KGRAPH_VERIFY", raising=False)
 
 
