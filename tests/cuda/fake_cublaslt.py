@@ -28,13 +28,16 @@ def _number(x) -> int:
 class FakeCublasLt:
     """created: all descriptors by handle. multiplied: the arguments of every product. failures: statuses by name.
 
-    device: a simulator, whose captures products take part in. refused: alignments without an algorithm.
+    device: a simulator, whose captures products take part in, and whose memory they may use.
+    host: other memory that they may use; an address outside of both is an error. refused: alignments without an
+    algorithm.
     """
 
     def __init__(self, device=None):
         self.device = device
         self.created: dict[int, Descriptor] = {}
         self.destroyed: list[int] = []
+        self.host: list[np.ndarray] = []
         self.multiplied: list[dict] = []
         self.failures: dict[str, int] = {}
         self.refused: set[int] = set()
@@ -122,7 +125,7 @@ class FakeCublasLt:
         if fields["bias"]:
             assert attributes[7] == 4
             rows, dtype = fields["d_is"].arguments[1], np.dtype(out.dtype)
-            result = result + _elements(fields["bias"], rows, dtype).astype(wide)[:, None]
+            result = result + self._elements(fields["bias"], rows, dtype).astype(wide)[:, None]
         out[...] = result.astype(out.dtype)
 
     def _matrices(self, address: int, layout: Descriptor, transposed: int) -> np.ndarray:
@@ -132,12 +135,16 @@ class FakeCublasLt:
         assert leading >= rows
         dtype = np.dtype(DTYPES[kind])
         count = (batch - 1) * offset + (columns - 1) * leading + rows
-        flat = _elements(address, count, dtype)
+        flat = self._elements(address, count, dtype)
         strides = tuple(n * dtype.itemsize for n in (offset, 1, leading))
         view = np.lib.stride_tricks.as_strided(flat, (batch, rows, columns), strides)
         return view.swapaxes(1, 2) if transposed else view
 
-
-def _elements(address: int, count: int, dtype: np.dtype) -> np.ndarray:
-    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address)
-    return np.frombuffer(raw, dtype)
+    def _elements(self, address: int, count: int, dtype: np.dtype) -> np.ndarray:
+        """Memory as elements. Raises DeviceError where it is not all allocated."""
+        size = count * dtype.itemsize
+        for array in self.host:
+            first = array.ctypes.data
+            if first <= address and address + size <= first + array.nbytes:
+                return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype)
+        return self.device._view(address, size).view(dtype)

@@ -39,7 +39,9 @@ def compute(node, fake):
     assert isinstance(plan, Plan), plan
     arrays = [filled(v.shape, v.dtype, seed) for seed, v in enumerate(node.inputs)]
     results = [np.full(v.shape, 7).astype(v.type.np_dtype) for v in node.outputs]
-    plan.run([a.ctypes.data for a in (*arrays, *results)])
+    memory = dict(zip((*node.inputs, *node.outputs), (*arrays, *results), strict=True))
+    fake.host = list(memory.values())
+    plan.run([memory[v].ctypes.data for v in call.operands])  # not all inputs are operands: an unused one is none
     if call.then is None:
         verify(node, arrays, results, {})
     return call, results
@@ -124,6 +126,7 @@ def test_algorithms_follow_the_alignment(library):
     (call,) = gemm.lower(product_node((5, 4), (4, 6)), TARGET)
     plan = device_for("cuda-simulator").library.plan(call.product, int)
     memory = np.zeros(4096, np.float32)
+    library.host = [memory]
     start = memory.ctypes.data + -memory.ctypes.data % 256
     for shift in (0, 64, 16, 4):
         plan.run([start + shift, start + 1024, start + 2048])
