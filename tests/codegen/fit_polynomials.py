@@ -65,8 +65,9 @@ def erfc_scaled(t):
     return erfc(x) * exp(x * x) * (1 + 2 * x)
 
 
-def negative_log_erfc(x):
-    return -log(erfc(x))
+def log_erfc(x):
+    """log(erfc(x)) / x"""
+    return log(erfc(x)) / x
 
 
 HALF_LN2 = float(LN2 / 2) * 1.002
@@ -188,7 +189,7 @@ FITS = [
     ("ASIN_F64", avoid_zero(asin_tail), 0, 0.2501, 12, "(asin(x)/x - 1) / z, z = x^2"),
     ("TANH_F32", tanh_tail, 0, 0.37, 4, "(tanh(x)/x - 1) / z, z = x^2"),
     ("ERF_SMALL_F32", erf_odd, 0, 1, 6, "erf(x)/x - 1, z = x^2, |x| <= 1"),
-    ("ERF_LARGE_F32", negative_log_erfc, 1, 3.95, 9, "-log(erfc(x)), 1 <= x <= 3.95"),
+    ("ERFC_F32", avoid_zero(log_erfc), 0, 3.95, 9, "log(erfc(x)) / x"),
     ("ERF_SMALL_F64", erf_odd, 0, 1, 13, "erf(x)/x - 1, z = x^2, |x| <= 1"),
     ("CBRT_START", lambda x: x ** (mpf(1) / 3), SQRT_HALF * mpf("0.99"), 5.7, 4, "cube root"),
     ("ERF_INV_SMALL", erf_inv_odd, 0, 0.5627, 22, "erf_inv(x)/x, z = x^2, |x| <= 0.75"),

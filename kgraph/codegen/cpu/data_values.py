@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -202,6 +202,18 @@ class DataValues:
         first = self.ir.insert_element(undefined, scalar, ir.Constant(I32, 0))
         zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
         return self.ir.shuffle_vector(first, undefined, zeros)
+
+    def joined(self, parts: Sequence[ir.Value]) -> ir.Value:
+        """Vectors of one type, a power of two of them, one after the other in one vector."""
+        if len(parts) == 1:
+            return parts[0]
+        half = len(parts) // 2
+        low, high = self.joined(parts[:half]), self.joined(parts[half:])
+        return self.shuffle(low, high, list(range(2 * low.type.count)))
+
+    def part(self, vector: ir.Value, start: int, lanes: int) -> ir.Value:
+        """The vector of `lanes` lanes from number `start` on."""
+        return self.shuffle(vector, None, list(range(start, start + lanes)))
 
     def shuffle(self, x: ir.Value, y: ir.Value | None, lanes: list[int]) -> ir.Value:
         """The lanes named in `lanes` of x followed by y."""

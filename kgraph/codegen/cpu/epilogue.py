@@ -79,20 +79,29 @@ class BoundEpilogue:
         b, lanes = self.b, self.lanes
         base = pixel * self.columns + self.column
         row = [b.load_broadcast(at, pixel, lanes) if kind == "row" else None for kind, at in self.inputs]
+        places = []  # operands, index and mask of every vector
         for j, (value, mask) in enumerate(zip(values, self.masks, strict=True)):
             index = base + j * lanes
-            value = from_accumulator(b, value, self.epilogue.accumulate, self.epilogue.result)
-            results = [value]
-            if self.epilogue.expression is not None:
-                operands = [value]
-                for (kind, at), shared, broadcast in zip(self.inputs, self.shared, row, strict=True):
-                    if kind == "full":
-                        operands.append(b.load(at, index, lanes, mask))
-                    else:
-                        operands.append(broadcast if kind == "row" else shared[j])
-                results = expressions.emit(b, self.epilogue.expression, operands)
-            for at, result in zip(self.outputs, results, strict=True):
-                b.store(at, index, result, mask)
+            operands = [from_accumulator(b, value, self.epilogue.accumulate, self.epilogue.result)]
+            for (kind, at), shared, broadcast in zip(self.inputs, self.shared, row, strict=True):
+                if kind == "full":
+                    operands.append(b.load(at, index, lanes, mask))
+                else:
+                    operands.append(broadcast if kind == "row" else shared[j])
+            places.append((operands, index, mask))
+        for group, results in self._results(places):
+            for (_, index, mask), values in zip(group, results, strict=True):
+                for at, result in zip(self.outputs, values, strict=True):
+                    b.store(at, index, result, mask)
+
+    def _results(self, places: list):
+        """Groups of vectors, with the results of each."""
+        expression = self.epilogue.expression
+        if expression is None:
+            return [([place], [place[0]]) for place in places]
+        size = expressions.side_by_side(expression, self.b.target) if self.lanes > 1 else 1
+        groups = [places[k : k + size] for k in range(0, len(places), size)]
+        return [(group, expressions.emit_each(self.b, expression, [g[0] for g in group])) for group in groups]
 
 
 @contextmanager

@@ -42,6 +42,7 @@ __all__ = [
     "name",
     "output_dtypes",
     "refuses",
+    "side_by_side",
     "widest",
 ]
 
@@ -57,6 +58,16 @@ def lanes(expression: Expression, target) -> int:
     return max(1, target.vector_bytes // widest(expression))
 
 
+def side_by_side(expression: Expression, target) -> int:
+    """Vectors that the code of a long expression is written for at once.
+
+    Its steps wait for each other, and few vectors fit into the window in which a processor looks for work; two that
+    share constants, which registers cannot hold, go through it in the time of one. Registers of 64 bytes take two turns
+    of the arithmetic units anyway.
+    """
+    return 2 if target.vector_bytes <= 32 and flops(expression) >= 16 else 1
+
+
 def is_heavy(expression: Expression) -> bool:
     """Whether the code is long enough to overlap by itself and too long to be written out many times."""
     return flops(expression) > 8
@@ -67,6 +78,15 @@ def emit(b: KernelBuilder, expression: Expression, inputs: Sequence[ir.Value]) -
     if len(inputs) != len(expression[0]):
         raise ValueError(f"the expression has {len(expression[0])} inputs, got {len(inputs)} values")
     return emit_lanes(b, expression, inputs, lanes_of(inputs[0]) if inputs else 1)
+
+
+def emit_each(b: KernelBuilder, expression: Expression, vectors: Sequence[Sequence[ir.Value]]) -> list[list[ir.Value]]:
+    """`emit` for several lists of inputs of one lane count, as one wide vector; gives their outputs."""
+    if len(vectors) == 1:
+        return [emit(b, expression, vectors[0])]
+    width = lanes_of(vectors[0][0])
+    results = emit(b, expression, [b.joined(parts) for parts in zip(*vectors, strict=True)])
+    return [[b.part(r, k * width, width) for r in results] for k in range(len(vectors))]
 
 
 def emit_lanes(b: KernelBuilder, expression: Expression, inputs: Sequence[ir.Value], width: int) -> list[ir.Value]:

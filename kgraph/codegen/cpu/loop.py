@@ -109,6 +109,8 @@ def lower_expression(
 def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[str, tuple, int | Dim]:
     """(kind, its static parameters, extent)"""
     lanes = expressions.lanes(expression, target)
+    if all(leaf.stream < 0 for leaf in leaves):
+        lanes *= expressions.side_by_side(expression, target)
     if len(sizes) == 1:
         size = sizes[0]
         return "flat", (_fitting(lanes, size),), ceil_div(size, CHUNK)

@@ -101,7 +101,7 @@ def layout_of(shape: Shape, target) -> Layout:
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-size // lanes) * lanes)
-    vectors = 4 if target.num_vector_registers >= 32 else 2
+    vectors = 4 if target.num_vector_registers >= 32 else 3
     return Layout(lanes, vectors, rows, steps, padded, width, *offsets)
 
 
@@ -223,6 +223,9 @@ class RecurrentKernel:
         block = layout.rows * layout.padded
         self.states = [scratch(layout.states + k * block, f"state{k}") for k in range(shape.states)]
         self.scaled, self.bias = scratch(layout.scaled, "scaled"), scratch(layout.bias, "bias")
+        # Gates are long code: see `expressions.side_by_side`. Blocks are not padded for more than one vector.
+        pairs = target.vector_bytes <= 32 and shape.units % (2 * layout.lanes) == 0
+        self.wide = layout.lanes * (2 if pairs else 1)
         padded, time_stride = layout.padded, layout.steps * layout.width
         self.kernel = GateWeights(
             self, "project", scratch(layout.kernel, "kernel"), shape.features, range(shape.gates), shape.features, 0
@@ -352,16 +355,16 @@ class RecurrentKernel:
 
     def each_vector(self, rows, body) -> None:
         """Calls `body(row, first unit, mask)` for all vectors of units of all rows."""
-        b, shape, lanes = self.b, self.shape, self.layout.lanes
+        b = self.b
         with b.loop(0, rows) as r:
-            b.vector_loop(0, shape.units, lanes, lambda u, mask, slot: body(r, u, mask))
+            b.vector_loop(0, self.shape.units, self.wide, lambda u, mask, slot: body(r, u, mask))
 
     def gate(self, row, unit, number: int) -> ir.Value:
         layout = self.layout
-        return self.b.load(self.gates, row * layout.width + (unit + number * layout.padded), layout.lanes)
+        return self.b.load(self.gates, row * layout.width + (unit + number * layout.padded), self.wide)
 
     def state(self, row, unit, number: int = 0) -> ir.Value:
-        return self.b.load(self.states[number], row * self.layout.padded + unit, self.layout.lanes)
+        return self.b.load(self.states[number], row * self.layout.padded + unit, self.wide)
 
     def scale_by_reset(self, row, unit, mask) -> None:
         b = self.b
@@ -386,7 +389,7 @@ class RecurrentKernel:
         if self.shape.reset_after:
             reset = self.recurrent_activation(b, self.gate(row, unit, 1))
             at = row * (layout.steps * layout.width) + (unit + 2 * layout.padded)
-            candidate = b.fma(reset, candidate, b.load(self.projected_step, at, layout.lanes))
+            candidate = b.fma(reset, candidate, b.load(self.projected_step, at, self.wide))
         candidate = self.activation(b, candidate)
         return [b.fma(update, b.sub(self.state(row, unit), candidate), candidate)]
 
@@ -402,7 +405,7 @@ class RecurrentKernel:
                 valid = b.load(self.inputs[5 + shape.states], number)
                 old = [self.state(row, unit, k) for k in range(shape.states)]
                 new = [b.ir.select(valid, n, o) for n, o in zip(new, old, strict=True)]
-                zero = b.constant(0, shape.dtype, layout.lanes)
+                zero = b.constant(0, shape.dtype, self.wide)
                 out = b.ir.select(valid, out, zero) if shape.zero_output_for_mask else new[0]
             self.write(row, unit, mask, number, out)
             for block, value in zip(self.states, new, strict=True):

@@ -228,7 +228,7 @@ class GradientKernel(RecurrentKernel):
             self.b.store(self.kept, self.place(row, unit, number), value)
 
     def recall(self, row, unit) -> list[ir.Value]:
-        count, lanes = KEPT[self.shape.cell], self.layout.lanes
+        count, lanes = KEPT[self.shape.cell], self.wide
         return [self.b.load(self.kept, self.place(row, unit, number), lanes) for number in range(count)]
 
     def write(self, row, unit, mask, number, out: ir.Value) -> None:
@@ -236,7 +236,7 @@ class GradientKernel(RecurrentKernel):
         if not self.resets_before:
             b.store(self.before, number * units + unit, self.state(row, unit), mask)
             return
-        scaled = b.load(self.kept, self.place(row, unit, 3), self.layout.lanes)
+        scaled = b.load(self.kept, self.place(row, unit, 3), self.wide)
         b.store(self.before, number * (2 * units) + unit, self.state(row, unit), mask)
         b.store(self.before, number * (2 * units) + units + unit, scaled, mask)
 
@@ -264,7 +264,7 @@ class GradientKernel(RecurrentKernel):
             self.keep(row, unit, kept_update, kept_reset, kept_candidate, b.mul(reset, old), old)
             return [b.fma(update, b.sub(old, candidate), candidate)]
         at = row * (layout.steps * layout.width) + (unit + 2 * layout.padded)
-        projected = b.load(self.projected_step, at, layout.lanes)
+        projected = b.load(self.projected_step, at, self.wide)
         candidate, kept_candidate = self.outer(b.fma(reset, recurrent, projected))
         self.keep(row, unit, kept_update, kept_reset, kept_candidate, recurrent, old)
         return [b.fma(update, b.sub(old, candidate), candidate)]
@@ -281,10 +281,10 @@ class GradientKernel(RecurrentKernel):
 
         def body(row, unit, mask) -> None:
             number = (first + row) * self.steps + time
-            zero = b.constant(0, shape.dtype, layout.lanes)
-            to_out = b.load(self.cotangents[0], number * shape.units + unit, layout.lanes, mask)
+            zero = b.constant(0, shape.dtype, self.wide)
+            to_out = b.load(self.cotangents[0], number * shape.units + unit, self.wide, mask)
             at = row * layout.padded + unit
-            behind = [b.load(block, at, layout.lanes) for block in self.to_states]
+            behind = [b.load(block, at, self.wide) for block in self.to_states]
             gates, passed = rule(row, unit, [b.add(behind[0], to_out), *behind[1:]])
             if shape.has_mask:
                 # A masked step passes the states' cotangents on, and its output was the state before it (or zeros).
@@ -305,7 +305,7 @@ class GradientKernel(RecurrentKernel):
 
         def add(row, unit, mask) -> None:
             at = row * layout.padded + unit
-            hidden, more = (b.load(block, at, layout.lanes) for block in (self.to_states[0], self.to_hidden))
+            hidden, more = (b.load(block, at, self.wide) for block in (self.to_states[0], self.to_hidden))
             b.store(self.to_states[0], at, b.add(hidden, more))
 
         self.each_vector(rows, add)
@@ -314,7 +314,7 @@ class GradientKernel(RecurrentKernel):
         """The same for a GRU whose candidate reads reset * state: its cotangent takes a product of its own."""
         b, shape, layout = self.b, self.shape, self.layout
         padded, units, inner, outer = layout.padded, shape.units, self.inner, self.outer
-        zero = b.constant(0, shape.dtype, layout.lanes)
+        zero = b.constant(0, shape.dtype, self.wide)
 
         def place(row, unit, gate: int):
             return row * layout.width + (unit + gate * padded)
@@ -323,9 +323,9 @@ class GradientKernel(RecurrentKernel):
             number = (first + row) * self.steps + self.time
             kept_update, _, kept_candidate, _, old = self.recall(row, unit)
             update, candidate = inner.result(kept_update), outer.result(kept_candidate)
-            to_out = b.load(self.cotangents[0], number * units + unit, layout.lanes, mask)
+            to_out = b.load(self.cotangents[0], number * units + unit, self.wide, mask)
             at = row * padded + unit
-            behind = b.load(self.to_states[0], at, layout.lanes)
+            behind = b.load(self.to_states[0], at, self.wide)
             to_new = b.add(behind, to_out)
             to_update = b.mul(b.mul(to_new, b.sub(old, candidate)), inner.derivative(kept_update))
             to_candidate = b.mul(b.mul(to_new, b.sub(1.0, update)), outer.derivative(kept_candidate))
@@ -343,11 +343,11 @@ class GradientKernel(RecurrentKernel):
             _, kept_gate, _, _, old = self.recall(row, unit)
             gate = inner.result(kept_gate)
             at = row * padded + unit
-            to_scaled = b.load(self.to_hidden, at, layout.lanes)
+            to_scaled = b.load(self.to_hidden, at, self.wide)
             to_reset = b.mul(b.mul(to_scaled, old), inner.derivative(kept_gate))
             b.store(self.gates, place(row, unit, 1), to_reset)
-            b.store(self.to_states[0], at, b.fma(to_scaled, gate, b.load(self.to_states[0], at, layout.lanes)))
-            to_update, to_candidate = (b.load(self.gates, place(row, unit, g), layout.lanes) for g in (0, 2))
+            b.store(self.to_states[0], at, b.fma(to_scaled, gate, b.load(self.to_states[0], at, self.wide)))
+            to_update, to_candidate = (b.load(self.gates, place(row, unit, g), self.wide) for g in (0, 2))
             for g, value in enumerate((to_update, to_reset, to_candidate)):
                 b.store(self.gate_cotangents[0], number * (3 * units) + (unit + g * units), value, mask)
             rest = [to_update, to_reset, zero, zero, zero, to_candidate]  # of the state, then of the scaled state
@@ -356,7 +356,7 @@ class GradientKernel(RecurrentKernel):
 
         def leave(row, unit, mask) -> None:
             at = row * padded + unit
-            hidden, more = (b.load(block, at, layout.lanes) for block in (self.to_states[0], self.to_hidden))
+            hidden, more = (b.load(block, at, self.wide) for block in (self.to_states[0], self.to_hidden))
             b.store(self.to_states[0], at, b.add(hidden, more))
 
         self.each_vector(rows, enter)

@@ -351,16 +351,25 @@ def _erf_by_pieces(b: KernelBuilder, x):
     return copysign(b, b.select(b.compare(">", magnitude, 3.92), 1.0, value), x)
 
 
+# Beyond this, erf is 1 in float32.
+_ERFC_LIMIT = 3.95
+
+
+def _erfc_f32(b: KernelBuilder, magnitude):
+    """erfc(min(x, _ERFC_LIMIT)) of float32 x >= 0."""
+    limited = b.select(b.compare(">", magnitude, _ERFC_LIMIT), b.constant_of(magnitude.type, _ERFC_LIMIT), magnitude)
+    return _exp_normal(b, b.mul(limited, polynomial(b, limited, P.ERFC_F32)))
+
+
 def erf(b: KernelBuilder, x):
     if is_f32(x) and b.can_look_up(x):
         return _erf_by_pieces(b, x)
     magnitude = absolute(b, x)
-    limit = 3.95 if is_f32(x) else 6.0
-    limited = b.select(b.compare(">", magnitude, limit), b.constant_of(x.type, limit), magnitude)
     small = b.fma(x, polynomial(b, b.mul(x, x), P.ERF_SMALL_F32 if is_f32(x) else P.ERF_SMALL_F64), x)
     if is_f32(x):
-        tail = _exp_normal(b, b.ir.fneg(polynomial(b, limited, P.ERF_LARGE_F32)))
+        tail = _erfc_f32(b, magnitude)
     else:
+        limited = b.select(b.compare(">", magnitude, 6.0), b.constant_of(x.type, 6.0), magnitude)
         tail = _erfc_positive(b, limited)
     large = copysign(b, b.sub(1.0, tail), x)
     return b.select(b.compare(">", magnitude, 1.0), large, small)
@@ -390,10 +399,21 @@ def gelu(b: KernelBuilder, x, approximate: bool = False):
     if approximate:
         inner = b.mul(b.mul(x, math.sqrt(2.0 / math.pi)), b.fma(b.mul(x, x), 0.044715, 1.0))
         value = _times_logistic(b, x, b.mul(inner, 2.0))  # 0.5 (1 + tanh(u)) = logistic(2u)
+    elif is_f32(x) and not b.can_look_up(x):
+        return _gelu_by_erfc(b, x)
     else:
         half = b.mul(x, 0.5)
         value = b.fma(half, erf(b, b.mul(x, math.sqrt(0.5))), half)
     return b.select(b.compare("==", x, -INF), 0.0, value)
+
+
+def _gelu_by_erfc(b: KernelBuilder, x):
+    """x Phi(x) of float32, from the tail that `erf` computes as well: the gradient next to it costs little more."""
+    magnitude = absolute(b, b.mul(x, math.sqrt(0.5)))
+    tail = _erfc_f32(b, magnitude)
+    value = b.mul(b.mul(x, 0.5), b.select(b.compare("<", x, 0.0), tail, b.sub(2.0, tail)))
+    positive = b.select(b.compare("<", x, 0.0), b.constant_of(x.type, 0.0), x)
+    return b.select(b.compare(">", magnitude, _ERFC_LIMIT), positive, value)
 
 
 # -- constants in expressions ---------------------------------------------------------------------------------------
