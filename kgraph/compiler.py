@@ -19,7 +19,7 @@ from kgraph.codegen.lower import lower
 from kgraph.codegen.target import Target, host_target
 from kgraph.codegen.updates import arrange_updates
 from kgraph.decisions import Decision
-from kgraph.ir import Graph, Node, Value, live_nodes
+from kgraph.ir import Graph, Node, Value, copy_graph, live_nodes
 from kgraph.ir.interpreter import evaluate
 from kgraph.passes.manager import Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE, for_bodies
@@ -145,26 +145,27 @@ def compile_graph(
     """
     target = target or host_target()
     start = time.perf_counter()
+    fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
     cache = ProgramCache(graph, passes, donations, target)
     seconds: dict[str, float] = {}
     entry = cache.load()
     if entry is not None:
         split, lowered, decisions = entry
+        split.assign_names(graph)
         passes_done = lowering_done = time.perf_counter()
     else:
-        optimised, context = optimise(graph, target, passes)
+        # On a copy, since passes join the provenance of equal nodes: the captured graph stays as it is.
+        optimised, context = optimise(copy_graph(graph), target, passes)
         decisions = context.decisions
         seconds = {f"pass {name}": t for name, t in context.seconds.items()}
         split = split_prologue(optimised)
         passes_done = time.perf_counter()
         lowered = lower(split.main, target, decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
         arrange_updates(lowered, donations, target)
+        split.assign_names(graph)
         cache.store(split, lowered, decisions)
-        # As a later process will have it, so that what is saved does not depend on which one came first.
-        split, lowered, decisions = cache.load() or (split, lowered, decisions)
         lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
-    fields: dict[str, Any] = {"input_names": tuple(v.name for v in graph.inputs), "donations": donations}
     if isinstance(target, Target):
         # The executor is compiled beside the kernels the first time.
         objects = compile_specs([EXECUTOR, *specs], progress=progress, target=target)

@@ -6,7 +6,9 @@ way from one to the other depends on. Graphs are flattened to plain records with
 written so, such as bodies of control flow with programs of their own, is compiled anew each time. Entries are trusted
 as kernels are, whose code runs too (`codegen.cache`).
 
-`KGRAPH_PROGRAM_CACHE=1` switches it on: a program from the cache prints its graph with other names of values.
+What comes from the cache is what a compile without it gives, down to the names of values: passes run on a copy of the
+captured graph, and names are assigned at their end (`Split.assign_names`), before an entry is stored.
+`KGRAPH_PROGRAM_CACHE=0` switches it off.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ LARGEST_CONSTANTS = 16 << 20
 _WATCHED = ("KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY")
 # What decides between algorithms.
 _SETTINGS = ("KGRAPH_WINOGRAD",)
-_ERRORS = (pickle.PicklingError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
+_ERRORS = (pickle.PickleError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
 
 Entry = tuple[Split, Lowered, list[Decision]]
 
@@ -152,7 +154,7 @@ class ProgramCache:
 
     def __init__(self, graph: Graph, passes: Sequence, donations: Sequence, target):
         self.graph = graph
-        wanted = os.environ.get("KGRAPH_PROGRAM_CACHE") == "1" and not any(os.environ.get(name) for name in _WATCHED)
+        wanted = os.environ.get("KGRAPH_PROGRAM_CACHE") != "0" and not any(os.environ.get(name) for name in _WATCHED)
         self.cache = disk_cache() if wanted else None
         self.key = None if self.cache is None else self._key(passes, donations, target)
 
@@ -173,14 +175,17 @@ class ProgramCache:
         data = None if self.cache is None or self.key is None else self.cache.get(self.key)
         if data is None:
             return None
-        records, (prologue, main), (early, late), lowered, steps, decisions = pickle.loads(data)
         values = [*self.graph.inputs, *self.graph.params]
-        nodes = _rebuilt(records, values)
-        lowered.step_nodes = [nodes[i] for i in steps]
-        split = Split(
-            prologue=_placed(prologue, [nodes[i] for i in early], values),
-            main=_placed(main, [nodes[i] for i in late], values),
-        )
+        try:
+            records, (prologue, main), (early, late), lowered, steps, decisions = pickle.loads(data)
+            nodes = _rebuilt(records, values)
+            lowered.step_nodes = [nodes[i] for i in steps]
+            split = Split(
+                prologue=_placed(prologue, [nodes[i] for i in early], values),
+                main=_placed(main, [nodes[i] for i in late], values),
+            )
+        except (*_ERRORS, EOFError, IndexError, ImportError):  # no entry that this code has written
+            return None
         return split, lowered, decisions
 
     def store(self, split: Split, lowered: Lowered, decisions: list[Decision]) -> None:

@@ -1,7 +1,17 @@
 """The intermediate representation: sizes, types, primitives' records, graphs."""
 
 from kgraph.ir.dims import Dim
-from kgraph.ir.graph import Graph, Node, Rewriter, Value, append_graph, constant_value, live_nodes, make_node
+from kgraph.ir.graph import (
+    Graph,
+    Node,
+    Rewriter,
+    Value,
+    append_graph,
+    constant_value,
+    copy_graph,
+    live_nodes,
+    make_node,
+)
 from kgraph.ir.primitive import PRIMITIVES, NotDifferentiable, Primitive, Sample, Traced, Tracer, bind, register
 from kgraph.ir.types import TensorType, dtype_name, np_dtype, type_of
 
@@ -21,6 +31,7 @@ __all__ = [
     "append_graph",
     "bind",
     "constant_value",
+    "copy_graph",
     "dtype_name",
     "live_nodes",
     "make_node",

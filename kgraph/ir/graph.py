@@ -169,6 +169,14 @@ def append_graph(
     return [mapping[v] for v in source.outputs]
 
 
+def copy_graph(graph: Graph) -> Graph:
+    """The same inputs and params with nodes of its own, whose results have no names yet."""
+    given = [*graph.inputs, *graph.params]
+    copy = Graph(graph.inputs, graph.params, name=graph.name)
+    copy.outputs = append_graph(copy, Graph(given, nodes=graph.nodes, outputs=graph.outputs), given)
+    return copy
+
+
 def live_nodes(nodes: Sequence[Node], values: Iterable[Value]) -> list[Node]:
     """Those of `nodes`, in their order, that `values` are computed from."""
     live = set(values)

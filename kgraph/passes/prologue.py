@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kgraph.ir import Graph, Node, Value, constant_value
+from kgraph.ir.printer import assign_names
 from kgraph.passes.dead_code import dead_code
 from kgraph.passes.patterns import state_only_values
 
@@ -18,6 +19,16 @@ class Split:
 
     prologue: Graph
     main: Graph
+
+    def assign_names(self, captured: Graph) -> None:
+        """Give every value a name that is unique in both graphs, so that none depends on which is printed first.
+
+        captured: the graph that they were made of; its inputs and params get the names that it prints.
+        """
+        params = dict.fromkeys([*self.main.params, *captured.params])
+        assign_names(Graph(captured.inputs, captured.params))
+        assign_names(Graph(captured.inputs, params, self.main.nodes))
+        assign_names(self.prologue)
 
 
 def split_prologue(graph: Graph) -> Split:

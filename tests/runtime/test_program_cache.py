@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import kgraph  # noqa: F401
 from kgraph import compiler, ops
+from kgraph.codegen.cache import DiskCache
 from kgraph.codegen.target import host_target
 from kgraph.frontend.tracer import trace
 from kgraph.ir import Dim, TensorType
@@ -21,7 +27,7 @@ ZEROS = np.zeros((40, 50), np.float32)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KGRAPH_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("KGRAPH_PROGRAM_CACHE", "1")
+    monkeypatch.delenv("KGRAPH_PROGRAM_CACHE", raising=False)
     monkeypatch.delenv("KGRAPH_VERIFY", raising=False)
 
 
@@ -63,8 +69,10 @@ def test_an_equal_graph_needs_neither_passes_nor_lowering(monkeypatch):
     again = compiler.compile_graph(build())
     for a, b in zip(run(first, x, weights=w), run(again, x, weights=w), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert str(again.optimised) == str(first.optimised)
+    # In the other order: names do not depend on what is printed first.
     assert str(again.prologue) == str(first.prologue)
+    assert str(again.optimised) == str(first.optimised)
+    assert str(again.captured) == str(first.captured)
     assert [str(n) for n in again.nodes] == [str(n) for n in first.nodes]
     assert {id(n) for n in again.nodes} <= {id(n) for n in again.optimised.nodes}
     assert again.decisions == first.decisions
@@ -96,6 +104,78 @@ def test_the_target_is_part_of_the_key():
     target = host_target()
     other = replace(target, l2_bytes=target.l2_bytes + 1)
     assert ProgramCache(build(), INFERENCE, (), target).key != ProgramCache(build(), INFERENCE, (), other).key
+
+
+def entry_path(cache: ProgramCache):
+    """The file of an entry."""
+    assert cache.cache is not None
+    assert cache.key is not None
+    return cache.cache._path(cache.key)
+
+
+def test_off_switch(monkeypatch):
+    monkeypatch.setenv("KGRAPH_PROGRAM_CACHE", "0")
+    compiler.compile_graph(build())
+    monkeypatch.delenv("KGRAPH_PROGRAM_CACHE")
+    cache = ProgramCache(build(), INFERENCE, (), host_target())
+    assert cache.key is not None
+    assert cache.load() is None
+
+
+def test_compiles_leave_the_captured_graph_as_it_was():
+    graph = build()
+    before = [(node, node.provenance, node.inputs) for node in graph.nodes]
+    compiled = compiler.compile_graph(graph)
+    assert [(node, node.provenance, node.inputs) for node in graph.nodes] == before
+    assert not {*graph.nodes} & {*compiled.optimised.nodes, *compiled.prologue.nodes}
+    assert [v.name for node in graph.nodes for v in node.outputs] == [""] * len(graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""],
+    ids=["truncated", "changed", "empty"],
+)
+def test_damaged_entries_are_compiled_and_replaced(damage):
+    first = compiler.compile_graph(build())
+    cache = ProgramCache(build(), INFERENCE, (), host_target())
+    path = entry_path(cache)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert cache.load() is None
+    assert str(compiler.compile_graph(build()).optimised) == str(first.optimised)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("payload", [b"", b"no pickle", pickle.dumps(None), pickle.dumps((1, 2)), b"cmissing\nname\n."])
+def test_whole_entries_of_something_else_are_compiled_and_replaced(payload, monkeypatch):
+    compiler.compile_graph(build())
+    cache = ProgramCache(build(), INFERENCE, (), host_target())
+    cache.cache.put(cache.key, payload)
+    assert cache.load() is None
+    compiler.compile_graph(build())
+    assert cache.load() is not None
+
+
+def test_entries_are_within_the_limit_of_the_cache(tmp_path):
+    cache = ProgramCache(build(), INFERENCE, (), host_target())
+    compiler.compile_graph(build())
+    path = entry_path(cache)
+    assert path.is_relative_to(tmp_path)
+    assert path.stat().st_size < DiskCache(cache.cache.directory, 1).sweep()
+    assert not path.exists()
+
+
+def test_processes_that_write_at_once(tmp_path):
+    script = "from tests.runtime.test_program_cache import *; print(compiler.compile_graph(build()).optimised)"
+    command = [sys.executable, "-c", script]
+    root = Path(__file__).parents[2]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(2)]
+    texts = [process.communicate()[0] for process in started]
+    assert all(process.returncode == 0 for process in started)
+    assert texts[0] == texts[1] == str(compiler.compile_graph(build()).optimised) + "\n"
+    assert ProgramCache(build(), INFERENCE, (), host_target()).load() is not None
+    assert not list(tmp_path.rglob(".new-*"))
 
 
 @pytest.mark.parametrize("name", ["KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY"])
