@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kgraph.codegen import families
+from kgraph.codegen import eager, families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.compiler import compile_specs
 from kgraph.codegen.cpu.executor import EXECUTOR
@@ -19,11 +19,11 @@ from kgraph.codegen.lower import lower
 from kgraph.codegen.target import Target, host_target
 from kgraph.codegen.updates import arrange_updates
 from kgraph.decisions import Decision
-from kgraph.ir import Graph, Node, Value, copy_graph, live_nodes
-from kgraph.ir.interpreter import evaluate
+from kgraph.ir import Graph, Node, copy_graph
 from kgraph.passes.manager import Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE, for_bodies
 from kgraph.passes.prologue import split_prologue
+from kgraph.preparation import Preparation
 from kgraph.program_cache import ProgramCache
 from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.cuda.program import CudaProgram
@@ -35,19 +35,17 @@ class CompiledGraph:
     """A program with what is needed to feed it and to explain it.
 
     captured: the graph as it was captured. optimised: after all passes, without the prologue.
-    prologue: params -> prepared weights. nodes: the node behind each step of the program.
+    prologue: params -> prepared weights; preparation evaluates it. nodes: the node behind each step of the program.
     """
 
     captured: Graph
     optimised: Graph
     prologue: Graph
+    preparation: Preparation
     program: Program
     nodes: list[Node]
     decisions: list[Decision]
     seconds: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self._parts = _prologue_parts(self.prologue)
 
     def set_params(self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None) -> None:
         """Prepare weights and hand them to the program.
@@ -55,71 +53,7 @@ class CompiledGraph:
         arrays: the value of every param of `captured`, in order. changed: numbers of those that differ from the last
         call; None means all. Only prepared weights that depend on a changed one are computed again.
         """
-        position = {id(p): i for i, p in enumerate(self.captured.params)}
-        dirty = None if changed is None else set(changed)
-        values: dict[int, np.ndarray] = {}
-        for part in self._parts:
-            numbers = [position[id(p)] for p in part.graph.params]
-            if dirty is not None and not dirty.intersection(numbers):
-                continue
-            results = evaluate(part.graph, [], [arrays[n] for n in numbers])
-            values.update(zip(part.numbers, results))
-        self.program.set_params(values)
-
-
-@dataclass
-class _Part:
-    """The piece of the prologue that makes some of its outputs (`numbers`), with just the params that it reads."""
-
-    graph: Graph
-    numbers: list[int]
-
-
-def _prologue_parts(prologue: Graph) -> list[_Part]:
-    """Cut the prologue into pieces that share no param, so that a changed weight costs only its own piece."""
-    owner: dict[Value, int] = {}
-    parent: list[int] = []
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def new() -> int:
-        parent.append(len(parent))
-        return parent[-1]
-
-    for p in prologue.params:
-        owner[p] = new()
-    for node in prologue.nodes:
-        groups = [find(owner[v]) for v in node.inputs if not _is_constant(v)] or [new()]
-        for g in groups[1:]:
-            parent[find(g)] = find(groups[0])
-        for o in node.outputs:
-            owner[o] = groups[0]
-    parts: dict[int, _Part] = {}
-    for number, value in enumerate(prologue.outputs):
-        part = parts.setdefault(find(owner[value]), _Part(Graph(name=prologue.name), []))
-        part.numbers.append(number)
-        part.graph.outputs.append(value)
-    for p in prologue.params:
-        if (group := find(owner[p])) in parts:
-            parts[group].graph.params.append(p)
-    for node in prologue.nodes:
-        group = find(owner[node.outputs[0]])
-        if _is_constant(node.outputs[0]):
-            for part in parts.values():
-                part.graph.nodes.append(node)
-        elif group in parts:
-            parts[group].graph.nodes.append(node)
-    for part in parts.values():
-        part.graph.nodes = live_nodes(part.graph.nodes, part.graph.outputs)
-    return list(parts.values())
-
-
-def _is_constant(value: Value) -> bool:
-    return value.node is not None and not value.node.inputs
+        self.program.set_params(self.preparation(arrays, changed))
 
 
 def optimise(graph: Graph, target, passes: Sequence[Pass] = INFERENCE) -> tuple[Graph, PassContext]:
@@ -166,9 +100,12 @@ def compile_graph(
         cache.store(split, lowered, decisions)
         lowering_done = time.perf_counter()
     specs = list(lowered.all_specs().values())
+    preparation = Preparation(split.prologue, graph.params)
     if isinstance(target, Target):
         # The executor is compiled beside the kernels the first time.
-        objects = compile_specs([EXECUTOR, *specs], progress=progress, target=target)
+        own = preparation.specs() if target == host_target() else []
+        objects = compile_specs([EXECUTOR, *specs, *own], progress=progress, target=target)
+        eager.load(own, objects)
         kernels_done = time.perf_counter()
         make: Callable[..., Program] = functools.partial(Program, executor=objects[spec_key(EXECUTOR, target)])
         fields["foreign"] = target.machine != host_target().machine
@@ -183,4 +120,6 @@ def compile_graph(
         "kernels": kernels_done - lowering_done,
         "loading": time.perf_counter() - kernels_done,
     }
-    return CompiledGraph(graph, split.main, split.prologue, program, lowered.step_nodes, decisions, seconds)
+    return CompiledGraph(
+        graph, split.main, split.prologue, preparation, program, lowered.step_nodes, decisions, seconds
+    )

@@ -251,8 +251,10 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     return calls
 
 
-def pack_call(b: MatrixView, batch, depth, columns, accumulate: str, lanes: int, vectors: int) -> KernelCall:
-    """The call that packs B into a Temporary."""
+def pack_call(
+    b: MatrixView, batch, depth, columns, accumulate: str, lanes: int, vectors: int, scale: Value | None = None
+) -> KernelCall:
+    """The call that packs B into a Temporary. scale: [columns], factors for the columns of B; see `PackPlan.scaled`."""
     table = SizeTable()
     width = vectors * lanes
     padded = ceil_div(columns, width) * width if isinstance(columns, Dim) else ceil_div(columns, lanes) * lanes
@@ -272,11 +274,12 @@ def pack_call(b: MatrixView, batch, depth, columns, accumulate: str, lanes: int,
         lanes=lanes,
         whole=isinstance(columns, Dim) or columns >= width,
         tail_vectors=-(-rest // lanes),
+        scaled=scale is not None,
     )
     out = Temporary(TensorType((*batch, depth, padded), accumulate))
     return KernelCall(
         spec=KernelSpec("pack_panels", "kgraph.codegen.cpu.pack:render_pack", tuple(plan)),
-        operands=[b.value, out],
+        operands=[b.value, out] if scale is None else [b.value, scale, out],
         outputs=1,
         sizes=list(table.values),
         extent=product(batch) * plan.units(depth, columns),

@@ -59,7 +59,8 @@ class PackPlan(NamedTuple):
     batch: sizes of the batch axes; batch_strides: theirs in the source. depth, columns: K and N. padded: N with the
     columns that fill up the last panel. k_stride, n_stride: in the source, an `int` where it is 1. dtype, accumulate:
     of the source, of the panels. width, lanes: of a panel and of a vector. whole: whether there may be panels without
-    padding. tail_vectors: of the last panel, where it may be another one; else 0.
+    padding. tail_vectors: of the last panel, where it may be another one; else 0. scaled: whether there is a factor for
+    each column, a second operand; not where `transposed`.
     """
 
     batch: tuple
@@ -75,6 +76,7 @@ class PackPlan(NamedTuple):
     lanes: int
     whole: bool
     tail_vectors: int
+    scaled: bool
 
     @property
     def transposed(self) -> bool:
@@ -97,10 +99,11 @@ def batch_offset(b: KernelBuilder, index, sizes: list, strides: list):
 
 
 def render_pack(params: tuple, target) -> str:
-    """Kernel (source) -> (panels); see `PackPlan.transposed` for its units."""
+    """Kernel (source, factors where `scaled`) -> (panels); see `PackPlan.transposed` for its units."""
     plan = PackPlan(*params)
     b = KernelBuilder("pack", target)
-    source, out = b.operand(0, plan.dtype), b.operand(1, plan.accumulate)
+    source, out = b.operand(0, plan.dtype), b.operand(1 + plan.scaled, plan.accumulate)
+    scale = b.operand(1, plan.dtype) if plan.scaled else None
     depth, columns = resolve(b, plan.depth), resolve(b, plan.columns)
     k_stride, n_stride = resolve(b, plan.k_stride), resolve(b, plan.n_stride)
     batch, strides = resolve_all(b, plan.batch), resolve_all(b, plan.batch_strides)
@@ -117,9 +120,12 @@ def render_pack(params: tuple, target) -> str:
             _transposed_panel(b, plan, to, at, depth, n_stride, vectors, remaining if masked else None)
             return
         masks = [b.tail_mask(remaining - j * lanes, lanes) if masked else None for j in range(vectors)]
+        factors = [b.load(scale, first + j * lanes, lanes, masks[j]) for j in range(vectors)] if scale else []
         with b.loop(begin, end) as k:
             for j in range(vectors):
                 value = _column_vector(b, at + (k * k_stride + (j * lanes) * n_stride), n_stride, lanes, masks[j])
+                if factors:
+                    value = b.mul(value, factors[j])
                 b.store(to, k * (vectors * lanes) + j * lanes, widen(b, value, plan.dtype, plan.accumulate))
 
     with b.loop(b.begin, b.end) as unit:

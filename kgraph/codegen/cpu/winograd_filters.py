@@ -1,6 +1,7 @@
-"""Transforms filters of Winograd convolutions that are activations, such as the weights of a training step.
+"""Transforms filters of Winograd convolutions into the layout of `kgraph.ops.packing`.
 
-Those of weights are transformed ahead of the calls (`kgraph.ops.packing`, the same layout).
+In training steps, where filters are activations, it is a step of the program. Weights are transformed ahead of the
+calls, in float64 as the reference does it (`kgraph.codegen.packing`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer
+from kgraph.codegen.cpu.pack import widen
+from kgraph.codegen.cpu.scalar_ops import convert
 from kgraph.codegen.cpu.strided import SizeTable, resolve
 from kgraph.codegen.cpu.winograd_transform import filter_transform
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
@@ -23,7 +26,8 @@ class FiltersPlan(NamedTuple):
     """Params of `render_filters`. Sizes are those of run time, so that one kernel serves many shapes.
 
     pairs: of points of the transform. channels, filters, padded: sizes; the last one with the filters that fill up the
-    last vector. lanes, vectors: of a vector, of a full panel.
+    last vector. lanes, vectors: of a vector, of a full panel. wide: whether to compute in float64.
+    scaled: whether there is a factor for each filter, a second operand.
     """
 
     pairs: tuple[float, ...]
@@ -32,10 +36,15 @@ class FiltersPlan(NamedTuple):
     padded: tuple
     lanes: int
     vectors: int
+    wide: bool
+    scaled: bool
 
 
-def filters_call(w: Value, layout: tuple) -> KernelCall:
-    """The call that brings filters [3, 3, channels, filters] into a "winograd" layout, in a Temporary."""
+def filters_call(w: Value, layout: tuple, wide: bool = False, scale: Value | None = None) -> KernelCall:
+    """The call that brings filters [3, 3, channels, filters] into a "winograd" layout, in a Temporary.
+
+    wide: computes in float64. scale: [filters], factors for `w`; the products are rounded.
+    """
     _, _, outputs, panel, lanes, dtype = layout
     points, channels, filters = matrix_sizes(layout)
     padded = padded_columns(layout)
@@ -47,40 +56,44 @@ def filters_call(w: Value, layout: tuple) -> KernelCall:
         padded=table.run_time(padded),
         lanes=lanes,
         vectors=panel // lanes,
+        wide=wide,
+        scaled=scale is not None,
     )
     out = Temporary(TensorType((points, channels * padded), dtype))
     return KernelCall(
         spec=KernelSpec("winograd_filters", "kgraph.codegen.cpu.winograd_filters:render_filters", tuple(plan)),
-        operands=[w, out],
+        operands=[w, out] if scale is None else [w, scale, out],
         outputs=1,
         sizes=list(table.values),
         extent=channels,
         flops=(TAPS + outputs + 2) * (outputs + 2) * 2 * TAPS * channels * filters,
         bytes=w.type.nbytes + out.type.nbytes,
-        scratch_bytes=TAPS * (outputs + 2) * lanes * 4,
+        scratch_bytes=TAPS * (outputs + 2) * lanes * (8 if wide else 4),
     )
 
 
 def render_filters(params: tuple, target) -> str:
-    """Kernel (filters) -> (transformed filters): one unit is one channel."""
+    """Kernel (filters, factors where `scaled`) -> (transformed filters): one unit is one channel."""
     plan = FiltersPlan(*params)
     b = KernelBuilder("winograd_filters", target)
     channels, filters, padded = (resolve(b, n) for n in (plan.channels, plan.filters, plan.padded))
     lanes, vectors, side = plan.lanes, plan.vectors, 2 * len(plan.pairs) + 2
     pairs = tuple(Fraction(p) for p in plan.pairs)
-    source, out = b.operand(0, DTYPE), b.operand(1, DTYPE)
-    stage = Pointer(b, b.scratch(DTYPE).value, DTYPE, "stage")
+    source, out = b.operand(0, DTYPE), b.operand(1 + plan.scaled, DTYPE)
+    scale = b.operand(1, DTYPE) if plan.scaled else None
+    sums = "float64" if plan.wide else DTYPE
+    stage = Pointer(b, b.scratch(sums).value, sums, "stage")
     row = channels * filters  # from one tap to the next
     matrix = channels * padded
 
     with b.loop(b.begin, b.end) as channel:
 
         def vector(filter, mask, slot):
+            factors = scale and b.load(scale, filter, lanes, mask)
             with b.loop(0, TAPS) as j:
-                taps = [
-                    b.load(source, (j + i * TAPS) * row + (channel * filters + filter), lanes, mask)
-                    for i in range(TAPS)
-                ]
+                places = [(j + i * TAPS) * row + (channel * filters + filter) for i in range(TAPS)]
+                taps = [b.load(source, place, lanes, mask) for place in places]
+                taps = [widen(b, b.mul(tap, factors) if scale else tap, DTYPE, sums) for tap in taps]
                 for i, value in enumerate(filter_transform(b, taps, pairs)):
                     b.store(stage, (j + i * TAPS) * lanes, value)
             number = b.int(filter) // lanes
@@ -90,7 +103,7 @@ def render_filters(params: tuple, target) -> str:
             with b.loop(0, side) as i:
                 taps = [b.load(stage, (i * TAPS + j) * lanes, lanes) for j in range(TAPS)]
                 for j, value in enumerate(filter_transform(b, taps, pairs)):
-                    b.store(at, (i * side + j) * matrix, value)
+                    b.store(at, (i * side + j) * matrix, convert(b, value, sums, DTYPE))
 
         b.vector_loop(0, filters, lanes, vector)
     return b.ir_text()

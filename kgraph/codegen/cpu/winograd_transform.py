@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import KernelBuilder, lanes_of
+from kgraph.codegen.cpu.builder import KernelBuilder
 from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.ops.winograd import Pairs, even_polynomial, filter_matrix
 
@@ -55,10 +55,9 @@ def _sum(b: KernelBuilder, terms) -> ir.Value:
     total = None
     for factor, value in sorted(terms, key=lambda term: abs(term[0]) != 1):
         if total is None:
-            total = value if factor == 1 else b.mul(value, b.constant(float(factor), "float32", lanes_of(value)))
+            total = value if factor == 1 else b.mul(value, b.constant_of(value.type, float(factor)))
         elif abs(factor) == 1:
             total = b.add(total, value) if factor == 1 else b.sub(total, value)
         else:
-            constant = b.constant(float(factor), "float32", lanes_of(value))
-            total = multiply_add(b, value, constant, total)
+            total = multiply_add(b, value, b.constant_of(value.type, float(factor)), total)
     return total

@@ -1,0 +1,183 @@
+"""Prepares weights: evaluates the prologue of a compiled graph, piece by piece.
+
+Large weights are packed by kernels, on several threads; all the rest is evaluated by NumPy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kgraph.codegen.eager import run_call
+from kgraph.codegen.kernel import KernelCall, KernelSpec
+from kgraph.codegen.packing import call_for
+from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
+from kgraph.ir.interpreter import evaluate
+from kgraph.runtime.threads import get_num_threads
+
+# Packed weights below this do not pay for a kernel.
+LEAST_BYTES = 1 << 18
+_LINE = 64
+_Task = tuple[int, KernelCall, list[np.ndarray]]  # the number of an output, the call that makes it, its operands
+
+
+@dataclass
+class _Piece:
+    """What makes some outputs of the prologue (`numbers`), with just the params that it reads.
+
+    graph: gives these outputs, of which `calls` (by number) are made of further results, their operands.
+    """
+
+    graph: Graph
+    numbers: list[int]
+    calls: dict[int, KernelCall] = field(default_factory=dict)
+
+    def leave_packing_to_kernels(self) -> None:
+        """Take the `pack` nodes for which there are kernels out of the graph."""
+        outputs: list[Value] = []
+        operands: list[Value] = []
+        for number, value in zip(self.numbers, self.graph.outputs, strict=True):
+            call = call_for(value.node) if _is_large(value) else None
+            if call is None:
+                outputs.append(value)
+            else:
+                self.calls[number] = call
+                operands += call.operands[:-1]
+        self.numbers = [number for number in self.numbers if number not in self.calls]
+        self.graph.outputs = [*outputs, *operands]
+        self.graph.nodes = live_nodes(self.graph.nodes, self.graph.outputs)
+
+    def results(self, arrays: list[np.ndarray]) -> tuple[dict[int, np.ndarray], list[_Task]]:
+        """For the values of the params: the outputs by number, and what is left to be done for others of them."""
+        values = evaluate(self.graph, [], arrays)
+        rest = iter(values[len(self.numbers) :])
+        tasks = [(number, call, [next(rest) for _ in call.operands[:-1]]) for number, call in self.calls.items()]
+        return dict(zip(self.numbers, values)), tasks
+
+
+def _is_large(value: Value) -> bool:
+    return value.node is not None and value.node.name == "pack" and value.type.nbytes >= LEAST_BYTES
+
+
+class Preparation:
+    """Params -> prepared weights, for all params or for those that have changed."""
+
+    def __init__(self, prologue: Graph, params: Sequence[Value]):
+        """params: those of the captured graph, in the order in which their values will be given."""
+        position = {p: i for i, p in enumerate(params)}
+        pieces = _pieces(_without_fusions(prologue))
+        self._pieces = [(piece, [position[p] for p in piece.graph.params]) for piece in pieces]
+        for piece, _ in self._pieces:
+            piece.leave_packing_to_kernels()
+
+    def specs(self) -> list[KernelSpec]:
+        """The kernels that take part, for this machine."""
+        return [call.spec for piece, _ in self._pieces for call in piece.calls.values()]
+
+    def __call__(self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+        """Prepared weights by the number of the prologue's output.
+
+        arrays: the value of every param. changed: numbers of those that differ from the last call; None means all. Only
+        what depends on a changed one is computed.
+        """
+        dirty = None if changed is None else set(changed)
+        found: dict[int, np.ndarray] = {}
+        tasks: list[_Task] = []
+        for piece, numbers in self._pieces:
+            if dirty is None or not dirty.isdisjoint(numbers):
+                made, left = piece.results([arrays[n] for n in numbers])
+                found |= made
+                tasks += left
+        room = self._room() if changed is None else {}
+
+        def run(task: _Task) -> tuple[int, np.ndarray]:
+            number, call, operands = task
+            return number, run_call(call, operands, out=room.get(number))
+
+        # The largest first, so that no thread begins one when the others are done.
+        tasks.sort(key=lambda task: -task[1].operands[-1].type.nbytes)
+        threads = min(get_num_threads(), len(tasks))
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                return found | dict(pool.map(run, tasks))
+        return found | dict(map(run, tasks))
+
+    def _room(self) -> dict[int, np.ndarray]:
+        """Memory for what kernels pack, by number; in one block, since large ones get large pages, which costs less."""
+        values = {number: call.operands[-1] for piece, _ in self._pieces for number, call in piece.calls.items()}
+        ends = list(itertools.accumulate(-(-value.type.nbytes // _LINE) * _LINE for value in values.values()))
+        block = np.empty(ends[-1] + _LINE if ends else 0, np.uint8)
+        first = -block.ctypes.data % _LINE
+        room = {}
+        for (number, value), begin in zip(values.items(), [0, *ends]):
+            dense = block[first + begin : first + begin + value.type.nbytes]
+            room[number] = dense.view(value.type.np_dtype).reshape(value.shape)
+        return room
+
+
+def _without_fusions(prologue: Graph) -> Graph:
+    """The same with the bodies of fused nodes in their places, since NumPy gains nothing by them."""
+    out = Graph(prologue.inputs, prologue.params, name=prologue.name)
+    mapping: dict[Value, Value] = {}
+    for node in prologue.nodes:
+        inputs = [mapping.get(v, v) for v in node.inputs]
+        if node.name == "fusion":
+            results: Sequence[Value] = append_graph(out, node.attrs["body"], inputs)
+        else:
+            copy = Node(node.primitive, inputs, node.attrs, [o.type for o in node.outputs])
+            out.nodes.append(copy)
+            results = copy.outputs
+        mapping.update(zip(node.outputs, results, strict=True))
+    out.outputs = [mapping.get(v, v) for v in prologue.outputs]
+    return out
+
+
+def _pieces(prologue: Graph) -> list[_Piece]:
+    """Cut the prologue into pieces that share no param, so that a changed weight costs only its own piece."""
+    owner: dict[Value, int] = {}
+    parent: list[int] = []
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    def new() -> int:
+        parent.append(len(parent))
+        return parent[-1]
+
+    for p in prologue.params:
+        owner[p] = new()
+    for node in prologue.nodes:
+        groups = [find(owner[v]) for v in node.inputs if not _is_constant(v)] or [new()]
+        for g in groups[1:]:
+            parent[find(g)] = find(groups[0])
+        for o in node.outputs:
+            owner[o] = groups[0]
+    pieces: dict[int, _Piece] = {}
+    for number, value in enumerate(prologue.outputs):
+        piece = pieces.setdefault(find(owner[value]), _Piece(Graph(name=prologue.name), []))
+        piece.numbers.append(number)
+        piece.graph.outputs.append(value)
+    for p in prologue.params:
+        if (group := find(owner[p])) in pieces:
+            pieces[group].graph.params.append(p)
+    for node in prologue.nodes:
+        group = find(owner[node.outputs[0]])
+        if _is_constant(node.outputs[0]):
+            for piece in pieces.values():
+                piece.graph.nodes.append(node)
+        elif group in pieces:
+            pieces[group].graph.nodes.append(node)
+    for piece in pieces.values():
+        piece.graph.nodes = live_nodes(piece.graph.nodes, piece.graph.outputs)
+    return list(pieces.values())
+
+
+def _is_constant(value: Value) -> bool:
+    return value.node is not None and not value.node.inputs
