@@ -41,12 +41,12 @@ class _Piece:
         outputs: list[Value] = []
         operands: list[Value] = []
         for number, value in zip(self.numbers, self.graph.outputs, strict=True):
-            call = call_for(value.node) if _is_large(value) else None
+            call = call_for(value.producer) if _is_large(value) else None
             if call is None:
                 outputs.append(value)
             else:
                 self.calls[number] = call
-                operands += call.operands[:-1]
+                operands += [v for v in call.operands[:-1] if isinstance(v, Value)]
         self.numbers = [number for number in self.numbers if number not in self.calls]
         self.graph.outputs = [*outputs, *operands]
         self.graph.nodes = live_nodes(self.graph.nodes, self.graph.outputs)
@@ -108,14 +108,14 @@ class Preparation:
 
     def _room(self) -> dict[int, np.ndarray]:
         """Memory for what kernels pack, by number; in one block, since large ones get large pages, which costs less."""
-        values = {number: call.operands[-1] for piece, _ in self._pieces for number, call in piece.calls.items()}
-        ends = list(itertools.accumulate(-(-value.type.nbytes // _LINE) * _LINE for value in values.values()))
+        types = {number: call.operands[-1].type for piece, _ in self._pieces for number, call in piece.calls.items()}
+        ends = list(itertools.accumulate(-(-type.nbytes // _LINE) * _LINE for type in types.values()))
         block = np.empty(ends[-1] + _LINE if ends else 0, np.uint8)
         first = -block.ctypes.data % _LINE
         room = {}
-        for (number, value), begin in zip(values.items(), [0, *ends]):
-            dense = block[first + begin : first + begin + value.type.nbytes]
-            room[number] = dense.view(value.type.np_dtype).reshape(value.shape)
+        for (number, type), begin in zip(types.items(), [0, *ends]):
+            dense = block[first + begin : first + begin + type.nbytes]
+            room[number] = dense.view(type.np_dtype).reshape(type.shape)
         return room
 
 

@@ -6,11 +6,12 @@ import gc
 
 import pytest
 
+from kgraph import ops  # noqa: F401  (registers the primitives)
 from kgraph.codegen import families
 from kgraph.codegen.compiler import compile_ir
 from kgraph.codegen.target import host_target
 from kgraph.garbage import earlier_objects_set_aside
-from kgraph.ir import PRIMITIVES, TensorType, Value, make_node
+from kgraph.ir import PRIMITIVES, Dim, TensorType, Value, make_node
 
 
 def specs(primitive: str, *shapes: tuple, **attrs) -> list[tuple]:
@@ -29,6 +30,21 @@ def specs(primitive: str, *shapes: tuple, **attrs) -> list[tuple]:
 )
 def test_sizes_are_no_part_of_the_code(primitive, one, other, attrs):
     assert specs(primitive, one, **attrs) == specs(primitive, other, **attrs)
+
+
+def test_pieces_of_rows_are_concatenated_by_one_kernel():
+    one, other = (specs("concatenate", (9, k), (9, 32), axis=1) for k in (128, 160))
+    assert one == other
+    assert one != specs("concatenate", (9, 128), (9, 24), axis=1)
+
+
+def test_products_of_symbolic_rows_share_a_kernel_if_their_tiles_are_of_one_size():
+    """49 rows an image are cut into one block of 9 tiles, 196 rows into two blocks with other numbers of tiles."""
+    attrs = {"lhs_contract": (1,), "rhs_contract": (0,), "lhs_batch": (), "rhs_batch": ()}
+    rows = Dim.symbol("N")
+    one, other = (specs("dot_general", (n * rows, 192), (192, 64), **attrs)[-1] for n in (196, 784))
+    assert one[0].endswith("render_gemm")
+    assert one == other
 
 
 def test_operands_of_products_are_packed_by_one_kernel():

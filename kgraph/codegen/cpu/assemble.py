@@ -29,6 +29,8 @@ from kgraph.ir.dims import ceil_div, product
 
 SHORT_ROW_BYTES = 8192  # rows up to this length are written whole; longer ones are cut for the threads
 
+LEAST_ROW_BYTES = 512  # from this length on, code gains nothing from knowing how long a row is
+
 
 # -- concatenate ------------------------------------------------------------------------------------------------------
 def _lower_concatenate(node: Node) -> KernelCall:
@@ -40,9 +42,16 @@ def _lower_concatenate(node: Node) -> KernelCall:
     whole = not isinstance(row, Dim) and row * out.type.itemsize <= SHORT_ROW_BYTES
     chunk = 0 if whole else 2 * SHORT_ROW_BYTES // out.type.itemsize
     table = SizeTable()
-    params = (word(out.type), table.all(pieces), table(row), chunk)
+    entries = [_entry(table, piece, out.type.itemsize) for piece in pieces]
+    params = (word(out.type), tuple(entries), _entry(table, row, out.type.itemsize), chunk)
     extent = outer * ceil_div(row, chunk) if chunk else outer
     return _call("concatenate", "assemble:render_concatenate", params, [*node.inputs, out], table, extent)
+
+
+def _entry(table: SizeTable, count, itemsize: int):
+    """The entry of a number of elements: known at run time alone where they are many, so that one kernel serves all."""
+    many = isinstance(count, int) and count * itemsize >= LEAST_ROW_BYTES
+    return table.run_time(count) if many else table(count)
 
 
 def _call(name: str, template: str, params: tuple, operands: list, table: SizeTable, extent) -> KernelCall:

@@ -15,6 +15,7 @@ Interface for the layout pass: for a node whose second operand is a weight, `pac
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -109,7 +110,10 @@ class GemmPlan(NamedTuple):
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
     row by row, "columns" (A is contiguous along M) into panels of as many rows as the largest tile has, step by step.
     block: rows of a unit. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
-    vector of sums. row_tiles: a `TileRange`. vectors: of a full panel.
+    vector of sums. row_tiles: the members of a `TileRange`. vectors: of a full panel.
+
+    Where M is symbolic and A is read in place, the block and the number of first tiles are sizes of run time: products
+    that are equal but for these share a kernel.
     """
 
     accumulate: str
@@ -124,7 +128,7 @@ class GemmPlan(NamedTuple):
     a_step: int | tuple
     b_step: int | tuple | None
     copy: str
-    block: int
+    block: int | tuple
     chunk: int
     group: int
     lanes: int
@@ -155,13 +159,16 @@ class GemmPlan(NamedTuple):
     @property
     def copy_bytes(self) -> int:
         """Scratch of a thread for the copied block of A; 0 where A is read in place."""
-        count = self.block if self.copy == "rows" else -(-self.block // self.panel_rows)
-        return count * self.copy_pitch * itemsize(self.accumulate) if self.copy else 0
+        if not self.copy:
+            return 0
+        block = cast(int, self.block)
+        count = block if self.copy == "rows" else -(-block // self.panel_rows)
+        return count * self.copy_pitch * itemsize(self.accumulate)
 
     @property
     def sums_bytes(self) -> int:
         """Scratch of a thread for the sums of a unit."""
-        count = self.group * self.block if self.chunked else max(self.row_tiles[0], default=0)
+        count = self.group * cast(int, self.block) if self.chunked else max(self.row_tiles[0], default=0)
         return count * self.vectors * self.lanes * itemsize(self.accumulate)
 
 
@@ -211,6 +218,9 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     row_tiles = _row_tiles(rows, block, tile, copy)
     table = SizeTable()
     epilogue = parts.epilogue(accumulate, table(columns), 2)
+    entry: Callable = lambda count: count
+    if isinstance(rows, Dim) and not copy and not isinstance(depth, Dim) and depth <= chunk:
+        entry = table.run_time
     plan = GemmPlan(
         accumulate=accumulate,
         a_dtype=a.value.dtype,
@@ -224,11 +234,11 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
         a_step=table(a.inner),
         b_step=table(in_place.outer) if in_place else None,
         copy=copy,
-        block=block,
+        block=entry(block),
         chunk=chunk,
         group=group,
         lanes=lanes,
-        row_tiles=row_tiles,
+        row_tiles=(row_tiles.sizes, entry(row_tiles.first) if row_tiles.first else 0),
         vectors=vectors,
         epilogue=tuple(epilogue),
     )
@@ -374,7 +384,9 @@ class _Gemm:
         self.rows, self.columns, self.depth = (resolve(b, s) for s in (plan.rows, plan.columns, plan.depth))
         self.batch = resolve_all(b, plan.batch)
         self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes)
-        self.row_tiles = TileRange(*plan.row_tiles)
+        self.block = resolve(b, plan.block)
+        sizes, first = plan.row_tiles
+        self.row_tiles = TileRange(sizes, resolve(b, first))
         if plan.copy == "rows":
             col_pitch, a_step = plan.copy_pitch, 1
         elif plan.copy == "columns":
@@ -404,18 +416,18 @@ class _Gemm:
     def emit(self) -> None:
         b, plan = self.b, self.plan
         groups = b.ceil_div(self.panels.count(), plan.group)
-        blocks = b.ceil_div(self.rows, plan.block)
+        blocks = b.ceil_div(self.rows, self.block)
         copied = b.variable(b.i64(-1))
         with b.loop(b.begin, b.end) as unit:
             group, place = unit % groups, unit // groups
-            entry, first_row = place // blocks, (place % blocks) * plan.block
+            entry, first_row = place // blocks, (place % blocks) * self.block
             a = self.a + batch_offset(b, entry, self.batch, resolve_all(b, plan.a_batch))
             a = a + first_row * resolve(b, plan.a_row)
             if plan.b_step is not None:
                 bp = self.bp + batch_offset(b, entry, self.batch, resolve_all(b, plan.b_batch))
             else:
                 bp = self.bp + entry * (self.depth * self.panels.packed_columns())
-            rows = b.min(plan.block, self.rows - first_row)
+            rows = b.min(self.block, self.rows - first_row)
             pixel = entry * self.rows + first_row
             if plan.chunked:
                 self._chunks(a, bp, group, rows, pixel)
@@ -499,7 +511,7 @@ class _Gemm:
                 at = a + (row * plan.a_row + start * plan.a_step)
             sums = self.sums
             if plan.chunked:
-                sums = sums + (((panel - begin) * plan.block + row) * panels.width)
+                sums = sums + (((panel - begin) * self.block + row) * panels.width)
             shape = Tile(1, size, vectors, masked)
             self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, steps, first, last)
 

@@ -293,7 +293,7 @@ class TileRange(NamedTuple):
     """
 
     sizes: tuple[int, ...]
-    first: int = 0
+    first: int | Int = 0
 
     @staticmethod
     def static(extent: int, largest: int) -> TileRange:
@@ -323,7 +323,8 @@ class TileRange(NamedTuple):
         position = 0
         for number, size in enumerate(self.sizes):
             rest = extent - position
-            stop = position + (self.first if self.first and not number else rest // size) * size
+            given = number == 0 and not (isinstance(self.first, int) and self.first == 0)
+            stop = position + (self.first if given else rest // size) * size
             if isinstance(stop, int) and stop - position == size:
                 emit(position, size)
             elif not isinstance(stop, int) or stop > position:
