@@ -45,11 +45,11 @@ def seen(name: str, path: Path, last_first: bool = False) -> dict:
     looks = {
         "captured": lambda: str(compiled.captured_graph),
         "graph": lambda: str(compiled.graph),
-        "prologue": lambda: str(compiled._some_variant().compiled.prologue),
         "explain": lambda: str(compiled.explain()),
         "saved": lambda: compiled.save(path, levels="native") and path.read_bytes(),
+        "prologue": lambda: str(compiled._some_variant().compiled.prologue),
     }
-    found = {key: looks[key]() for key in sorted(looks, reverse=last_first)}
+    found = {key: looks[key]() for key in (reversed(looks) if last_first else looks)}
     return {"results": results, **found}
 
 
