@@ -12,7 +12,7 @@ import pytest
 import kgraph
 from kgraph.ir.interpreter import evaluate
 from tests.codegen.samples import compare
-from tests.cuda.driver import DEVICE
+from tests.cuda.driver import DEVICE, ON_GPU
 from tests.oracle import comparison
 
 sys.path.insert(0, str(comparison.ROOT / "benchmarks"))
@@ -21,14 +21,7 @@ import models as benchmark_models
 import small_models
 import training_models
 
-# Those that take a second or two in the simulator; the rest runs with `-m long`.
-QUICK = frozenset(
-    (
-        "sequential_mlp shared_layers_and_lists custom_layer nested_functional embedding_masked_lstm "
-        "rnn_states_go_backwards simple_rnn_masking integer_and_bool_outputs attention_masked"
-    ).split()
-)
-QUICK_TRAINING = frozenset({"gru", "two_inputs"})
+ROWS = 4 if ON_GPU else 2  # of a batch
 # Host steps that are left, by model; the others have none.
 HOST_STEPS: dict[str, list[str]] = {}
 # Narrow floats are compared with the interpreter in their own precision, which rounds at other places.
@@ -36,18 +29,18 @@ NARROW = {"mixed_precision_bfloat16": 3e-2, "float16_model": 4e-3}
 TOLERANCE = 2e-5
 
 
-def marked(names, quick) -> list:
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.long) for name in names]
+def few_rows(arrays):
+    return keras.tree.map_structure(lambda a: a[:ROWS], arrays)
 
 
 def compiled_model(name: str):
-    """(model for the device, its example inputs)"""
+    """(model for the device, a few rows of its example inputs)"""
     model, x = small_models.MODELS[name]()
     benchmark_models.fill_weights(model)
-    return kgraph.compile(model, target=DEVICE), x
+    return kgraph.compile(model, target=DEVICE), few_rows(x)
 
 
-@pytest.mark.parametrize("name", marked(small_models.MODELS, QUICK))
+@pytest.mark.parametrize("name", small_models.MODELS)
 def test_models_agree_with_the_interpreter(name):
     compiled, x = compiled_model(name)
     results = keras.tree.flatten(compiled(x))
@@ -68,14 +61,13 @@ def one_step(name: str, device: str):
         task = training_models.MODELS[name]()
         benchmark_models.fill_weights(task.model)
         task.model.compile(keras.optimizers.SGD(0.1), task.loss, metrics=task.metrics, **task.options)
-        x, y = (keras.tree.map_structure(lambda a: a[:4], part) for part in (task.x, task.y))
-        results = task.model.train_on_batch(x, y)
+        results = task.model.train_on_batch(few_rows(task.x), few_rows(task.y))
         return results, task.model.get_weights()
     finally:
         kgraph.set_device("cpu")
 
 
-@pytest.mark.parametrize("name", marked(training_models.MODELS, QUICK_TRAINING))
+@pytest.mark.parametrize("name", training_models.MODELS)
 def test_a_training_step_is_that_of_the_cpu(name):
     results, weights = one_step(name, "cpu")
     there, weights_there = one_step(name, DEVICE)

@@ -163,7 +163,7 @@ def render_mirror(params: tuple, target) -> str:
 
 def mirrored(k: KernelSource, mode: str, place: str, size: str) -> str:
     """Where position `place` (int64, may lie outside [0, size)) reads from; the conventions are NumPy's."""
-    size = k.let(f"int64({size})", "size")
+    size = k.let(f"int64({size})", "extent")
     if mode == "edge":
         return k.i(f"max(int64(0), min({place}, {size} - int64(1)))")
     period = {"reflect": f"2 * {size} - 2", "symmetric": f"2 * {size}", "wrap": size}[mode]

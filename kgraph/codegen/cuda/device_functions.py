@@ -7,7 +7,6 @@ stand for NumPy's functions on scalars. Our own functions are inlined: compiling
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -39,7 +38,11 @@ FLOAT_FUNCTIONS = {
 }
 _SINGLE = {"rsqrt", "fma"}
 
-device = functools.partial(cuda.jit, device=True, inline="always")
+
+
+def device():
+    """Decorates a function that kernels call; in the simulator it stays a Python function."""
+    return (lambda function: function) if SIMULATED else cuda.jit(device=True, inline="always")
 
 
 def _simulated_functions() -> dict:

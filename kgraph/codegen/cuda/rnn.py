@@ -168,7 +168,7 @@ class StepKernel:
             text = group[-1].name
             for number in reversed(range(len(group) - 1)):
                 text = f"({group[number].name} if {layer} == {self.k.i(number)} else {text})"
-            out.append(Operand(self.k.let(text, "p"), group[0].dtype))
+            out.append(Operand(self.k.let(text, "chosen"), group[0].dtype))
         return out
 
     def each_unit(self):

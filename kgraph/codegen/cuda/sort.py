@@ -223,7 +223,7 @@ class _Kernel:
     def sort_shared(self, keys: Operand, orders: Operand, tile: int, slots: int, thread: str) -> None:
         """Sorts each `tile` of both arrays of `slots` elements; all threads of the block come here."""
         k = self.k
-        size, stride = k.fresh("size"), k.fresh("stride")
+        size, stride = k.fresh("half"), k.fresh("stride")
         k.line(f"{size} = {k.i(2)}")
         with k.suite(f"while {size} <= {k.i(tile)}:"):
             k.line(f"{stride} = {k.div(size, 2)}")

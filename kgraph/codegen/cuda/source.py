@@ -28,6 +28,7 @@ from kgraph.codegen.expressions import compute_dtype
 
 MEMORY_DTYPES = {"bool": "uint8", "float16": "uint16", "bfloat16": "uint16"}
 INDENT = "    "
+_PARAMETERS = ("p", "n", "size")  # and a number
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _LITERAL = re.compile(r"\w+\(-?(?:inf|nan|\d[\w.+-]*)\)")
 
@@ -84,7 +85,9 @@ class KernelSource:
         self._depth -= 1
 
     def fresh(self, prefix: str = "v") -> str:
-        """A name that is not in use."""
+        """A name that is not in use. Raises ValueError for a prefix of the parameters' names."""
+        if prefix in _PARAMETERS:
+            raise ValueError(f"names of parameters begin with {prefix!r}")
         self._counter += 1
         return f"{prefix}{self._counter}"
 

@@ -1,4 +1,4 @@
-"""A device whose kernels run in Numba's CUDA simulator: every thread of a block is a Python thread.
+"""A device whose kernels run in Numba's CUDA simulator, their threads in turns (`simulated_threads`).
 
 Objects are the kernels' sources, and addresses those of host memory. Kernels see buffers of just the bytes that a step
 names and fail on an index outside of them. Numba reads NUMBA_ENABLE_CUDASIM=1 when it is imported: it has to be set for
@@ -7,13 +7,10 @@ the process.
 
 from __future__ import annotations
 
-import linecache
-import sys
+import functools
 import threading
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -36,7 +33,7 @@ class SimulatorDevice(Device):
 
     def __init__(self, limit: int = 1 << 34):
         try:
-            from numba import config, cuda
+            from numba import config, cuda  # noqa: F401
         except ImportError as error:
             raise DeviceError(f"the CUDA simulator needs numba and numba-cuda: {error}") from error
         if not getattr(config, "ENABLE_CUDASIM", False):
@@ -44,13 +41,11 @@ class SimulatorDevice(Device):
                 "Numba's CUDA simulator is off: set NUMBA_ENABLE_CUDASIM=1 before the process first imports numba.cuda"
             )
         super().__init__()
-        self._cuda = cuda
         self.library: Products | None = None  # what tests put there
         self._captured: list | None = None
         self._limit, self._used = limit, 0
         self._memory: dict[int, np.ndarray] = {}
-        self._running = threading.Lock()  # the simulator runs one kernel at a time
-        _make_shared_arrays_safe()
+        self._running = threading.Lock()  # one kernel at a time
 
     def allocate(self, nbytes: int) -> int:
         if self._used + nbytes > self._limit:
@@ -102,14 +97,12 @@ class SimulatorDevice(Device):
         return {key: self._load(key, source.decode()) for key, source in kernels.items()}
 
     def _load(self, key: str, source: str) -> Any:
-        name = f"<kernel {key}>"
-        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-        namespace: dict = {"__name__": name}
-        exec(compile(source, name, "exec", dont_inherit=True), namespace)
-        (function,) = (v for v in namespace.values() if isinstance(v, FunctionType) and v.__module__ == name)
+        from kgraph.runtime.cuda import simulated_threads
+
+        function = simulated_threads.load(key, source)
         # Kernels read memory as what their parameters say, like pointers on a GPU.
         dtypes = [kind.rstrip("*") for kind in function.__annotations__.values() if kind.endswith("*")]
-        return self._cuda.jit(function), dtypes
+        return functools.partial(simulated_threads.run, function), dtypes
 
     def launch(
         self, function: Any, grid: int, block: int, shared_bytes: int, buffers: Sequence[Argument], sizes: Sequence[int]
@@ -117,11 +110,10 @@ class SimulatorDevice(Device):
         if self._captured is not None:
             self._captured.append(lambda: self.launch(function, grid, block, shared_bytes, buffers, sizes))
             return
-        kernel, dtypes = function
+        run, dtypes = function
         pointers = [_Pointer(self._view(b.address, b.nbytes), dtype) for b, dtype in zip(buffers, dtypes, strict=True)]
-        with self._running, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # integers wrap, floats overflow
-            kernel[grid, block, 0, shared_bytes](*pointers, *map(np.int64, sizes))
+        with self._running, np.errstate(all="ignore"):  # integers wrap, floats overflow
+            run(grid, block, shared_bytes, [*pointers, *map(np.int64, sizes)])
 
     def products(self) -> Products | None:
         return self.library
@@ -159,40 +151,16 @@ class SimulatorDevice(Device):
         return self._limit - self._used, self._limit
 
 
-def _make_shared_arrays_safe() -> None:
-    """Numba's simulator may give two threads of a block two arrays for one declaration, if both come to it at once.
-
-    So its method is replaced by one that does the same (a declaration is known by its line) under a lock.
-    """
-    from numba.cuda.simulator.kernelapi import FakeCUDAShared
-
-    lock = threading.Lock()
-
-    def array(self, shape, dtype, alignment=None):
-        dtype = np.dtype(getattr(dtype, "name", dtype))
-        if shape == 0:
-            return np.frombuffer(self._dynshared.data, dtype, self._dynshared_size // dtype.itemsize)
-        caller = sys._getframe(1)
-        with lock:
-            key = caller.f_code.co_filename, caller.f_lineno
-            if key not in self._allocations:
-                self._allocations[key] = np.empty(shape, dtype)
-            return self._allocations[key]
-
-    FakeCUDAShared.array = array  # type: ignore[method-assign]
-
-
 class _Pointer:
     """A buffer as kernels see it, with its bounds checked."""
 
     __slots__ = ("_elements",)
-    ndim = 1
 
     def __init__(self, memory: np.ndarray, dtype: str):
         self._elements = memory.view(dtype)
 
     def _checked(self, index) -> int:
-        number = int(index[0] if isinstance(index, tuple) else index)
+        number = int(index)
         if not 0 <= number < len(self._elements):
             raise IndexError(f"element {number} of a buffer of {len(self._elements)}")
         return number
