@@ -51,14 +51,17 @@ CASES = [
     }.items()
     for model, batch in batches.items()
 ]
-TESTS = ["tests/cuda/test_records.py", "tests/cuda/test_models.py"]
+TESTS = [f"tests/cuda/test_{name}.py" for name in ("records", "models", "training_steps")]
 
 
-def oracle_tests(device: str, seconds: float) -> dict:
-    """Outcomes of the tests that run on a device: the last line of pytest, and the names of those that fail."""
+def oracle_tests(device: str, seconds: float, expression: str = "") -> dict:
+    """Outcomes of the tests that run on a device: the last line of pytest, and the names of those that fail.
+
+    expression: leaves tests out, as pytest's `-k` does.
+    """
     root = Path(__file__).resolve().parent.parent
     environment = dict(os.environ, KGRAPH_TEST_DEVICE=device)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "-k", expression, *TESTS]
     try:
         done = subprocess.run(
             command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds, check=False
@@ -174,7 +177,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=180.0, help="seconds in which an engine has to answer")
     parser.add_argument("--megabytes", type=float, default=256, help="of the operands whose bandwidth is measured")
     parser.add_argument("--tests", type=float, default=300.0, help="seconds that the tests may take; 0 leaves them out")
-    parser.add_argument("--output", default="gpu", help="name of the results file, without extension")
+    parser.add_argument("--only", default="", help="expression of pytest's -k for the tests")
+    parser.add_argument("--output", default="gpu", help="name of the results file, or a path, without extension")
     arguments = parser.parse_args()
     os.environ["KGRAPH_BENCH_DEVICE"] = arguments.device
     engines = [e for e, package in ENGINES.items() if importlib.util.find_spec(package)]
@@ -184,7 +188,7 @@ def main() -> None:
     print(driver_version(), engines, flush=True)
     results: list[dict] = []
     if arguments.tests:
-        results.append({"case": "tests", "tests": oracle_tests(arguments.device, arguments.tests)})
+        results.append({"case": "tests", "tests": oracle_tests(arguments.device, arguments.tests, arguments.only)})
         print(results[-1], flush=True)
     results.append({"case": "limits", "limits": {"driver": driver_version(), **limits(arguments.megabytes)}})
     print(results[-1], flush=True)

@@ -13,6 +13,7 @@ captured graph, and names are assigned at their end (`Split.assign_names`), befo
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -165,7 +166,7 @@ class ProgramCache:
         names = [f"{p.__module__}.{p.__qualname__}" for p in passes]
         settings = [os.environ.get(name) for name in _SETTINGS]
         try:
-            text = repr(_plain((self.graph, names, list(donations), repr(target), settings)))
+            text = repr(_plain((self.graph, names, list(donations), dataclasses.astuple(target), settings)))
         except _ERRORS:
             return None
         return hashlib.sha256(_environment_digest() + text.encode()).hexdigest()[:40]

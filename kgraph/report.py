@@ -68,7 +68,8 @@ def kernel_rows(compiled: CompiledGraph) -> list[KernelRow]:
 class Explanation:
     """Kernels with what was fused into each, the decisions against fusing, and the host steps with their reasons.
 
-    `kernels`: one row per step. `decisions`: what passes refused, and why. Prints as a table.
+    `kernels`: one row per step. `decisions`: what passes refused, and why, and a GPU's library at the sizes of calls so
+    far. Prints as a table.
     """
 
     name: str
@@ -178,7 +179,8 @@ def _table(title: str, columns: Sequence[str], rows: list[list[str]]) -> str:
 
 def explain(name: str, compiled: CompiledGraph, specialised: str | None = None) -> Explanation:
     """The explanation of a compiled graph."""
-    return Explanation(name, kernel_rows(compiled), list(compiled.decisions), specialised)
+    decisions = [*compiled.decisions, *compiled.program.decisions()]
+    return Explanation(name, kernel_rows(compiled), decisions, specialised)
 
 
 def profile_of(name: str, rows: Sequence[KernelRow], program: Program, arrays, repeats: int) -> Profile:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kgraph.codegen.cuda.target import CudaTarget, make_target, simulator_target
 from kgraph.codegen.target import Target, host_target
-from kgraph.runtime.cuda.device import device_for, get_device
+from kgraph.runtime.cuda.device import allows_tf32, device_for, get_device
 
 
 def resolve(name: str | None) -> Target | CudaTarget:
@@ -23,7 +23,7 @@ def resolve(name: str | None) -> Target | CudaTarget:
         target = simulator_target()
     else:
         target = make_target(device.capability, device.num_sms, device.ordinal)
-    return replace(target, library=device.products() is not None)
+    return replace(target, library=device.products() is not None, tf32=allows_tf32())
 
 
 def target_name(name: str | None) -> str:

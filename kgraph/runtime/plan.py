@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from kgraph.decisions import Decision
 from kgraph.dims import Dim, evaluate
 from kgraph.errors import ArtifactError, InputError
 from kgraph.runtime import threads
@@ -250,6 +251,10 @@ class Program:
     def profile(self, arrays: Sequence[np.ndarray], repeats: int = 5) -> tuple[tuple, list[StepTime]]:
         """Run a few times with time stamps around every step; gives the outputs and the steps' median times."""
         return self._bind(tuple([np.shape(a) for a in arrays])).profile(arrays, repeats)
+
+    def decisions(self) -> list[Decision]:
+        """What binding decided so far, for `explain()` to tell."""
+        return []
 
     def stats(self) -> dict[str, int]:
         """Counts and bytes of what this program holds."""

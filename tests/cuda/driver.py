@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
+import keras
 import numpy as np
 
 from kgraph.codegen.compiler import compile_spec
@@ -65,6 +66,11 @@ def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None 
     finally:
         for address in memory.values():
             device.release(address)
+
+
+def few_rows(arrays, count: int):
+    """The first `count` rows of all arrays, which the simulator has the time for; all rows on a GPU."""
+    return arrays if ON_GPU else keras.tree.map_structure(lambda a: a[:count], arrays)
 
 
 def make(primitive, sample):

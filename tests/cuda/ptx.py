@@ -1,28 +1,32 @@
-"""Compiles kernels to PTX and counts their registers: `python -m tests.cuda.ptx OUTPUT [--first | --models] ARCH...`.
+"""Compiles kernels to PTX and counts their registers: `python -m tests.cuda.ptx OUTPUT [WHAT] ARCH...`.
 
 No GPU is needed. It runs in a process in which Numba's simulator is off. OUTPUT gets JSON: by architecture a list of
 kernels, each with its name, and what `ptxas` says of it: registers, bytes of spills and of the stack, static shared
-memory. Kernels are those of the samples of all records that a CUDA family takes; with --first, of each record's first
-such sample, with --models those of the models and training steps of `tests.oracle`.
+memory; under "host steps ARCH" those of the models, with reasons. Kernels are those of the samples of all records that
+a CUDA family takes; with --first, of each record's first such sample, with --models and --training those of the models
+and of the training steps of `tests.oracle`.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kgraph import ops  # noqa: F401 - registers the primitives
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.compiler import compile_specs
+from kgraph.codegen.cuda import compiler as cuda_compiler
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import CudaTarget, make_target
-from kgraph.codegen.kernel import KernelSpec
 from kgraph.ir import PRIMITIVES
 
 _NUMBERS = {
@@ -40,54 +44,75 @@ def target_of(arch: str) -> CudaTarget:
     return make_target((int(digits[:-1]), int(digits[-1])))
 
 
-def record_specs(target: CudaTarget, first: bool = False) -> list[KernelSpec]:
-    """The kernels of all samples of all records (or of the first of each that a family takes), each once."""
+def share_front_end() -> None:
+    """From here on Numba types and lowers a kernel's source once for all architectures, which takes most of the time of
+    a compile; NVVM makes PTX for each. Kernels are compiled in this process, which keeps what was lowered."""
+    from numba.cuda import compiler as numba_compiler
+
+    os.environ["KGRAPH_COMPILE_PROCESSES"] = "1"
+    cuda_compiler.load = functools.lru_cache(512)(cuda_compiler.load)  # equal sources are one function
+    lower = numba_compiler._compile_pyfunc_with_fixup
+    libraries: dict = {}
+
+    def lower_once(function, *arguments, cc, **options):
+        if function not in libraries:
+            if len(libraries) >= 512:
+                libraries.pop(next(iter(libraries)))
+            libraries[function] = lower(function, *arguments, cc=cc, **options)
+        return libraries[function]
+
+    numba_compiler._compile_pyfunc_with_fixup = lower_once
+
+
+def record_kernels(archs: list[str], first: bool) -> Iterator[tuple[str, str, bytes]]:
+    """(architecture, name, PTX) of the kernels of all samples of all records (or of the first of each that a family
+    takes), each once."""
     from tests.cuda.driver import make
 
-    found: dict[str, KernelSpec] = {}
+    seen: set[str] = set()
     for record in PRIMITIVES.values():
-        for sample in record.samples():
-            node = make(record, sample)
-            if families.accepts(node) is None:
-                for call in families.lower(node, target):
-                    found.setdefault(repr((call.spec.template, call.spec.params)), call.spec)
-                if first:
-                    break
-    return list(found.values())
+        nodes = [make(record, sample) for sample in record.samples()]
+        nodes = [node for node in nodes if families.accepts(node) is None]
+        for arch in archs:
+            target = target_of(arch)
+            calls = [call for node in nodes[: 1 if first else None] for call in families.lower(node, target)]
+            specs = {spec_key(call.spec, target): call.spec for call in calls}
+            new = {key: spec for key, spec in specs.items() if key not in seen}
+            seen.update(new)
+            objects = compile_specs(new.values(), target=target)
+            for key, spec in new.items():
+                yield arch, f"{record.name}/{spec.template}/{spec.name}/{key}", objects[key]
 
 
-def model_kernels(arch: str) -> tuple[dict[str, bytes], list[str]]:
-    """PTX of the models and training steps of `tests.oracle` by "model/kernel key", and their host steps with the
-    reasons; they are compiled as on a GPU of this architecture, whose driver is played by Python."""
+def model_kernels(archs: list[str], training: bool, hosts: dict[str, list[str]]) -> Iterator[tuple[str, str, bytes]]:
+    """(architecture, "model/kernel/key", PTX) of the models or the training steps of `tests.oracle`, each kernel once;
+    they are compiled as on a GPU, whose driver is played by Python. hosts: gets the host steps by architecture."""
     import kgraph
     from kgraph.runtime.cuda import device
     from kgraph.runtime.cuda.gpu import Gpu
     from tests.cuda.fake_driver import ATTRIBUTES, FakeDriver
     from tests.oracle import small_models, training_models
 
-    ATTRIBUTES[75], ATTRIBUTES[76] = target_of(arch).capability
-    device._devices["cuda:0"] = Gpu(library=FakeDriver())
-    kgraph.set_device("cuda")
-    kernels: dict[str, bytes] = {}
-    reasons: list[str] = []
-
-    def take(name: str, compiled) -> None:
-        labels = {step.kernel: step.label for step in compiled.program.steps if hasattr(step, "kernel")}
-        for key, ptx in compiled.program.kernels.items():
-            kernels[f"{name}/{labels.get(key, key)}/{key}"] = ptx
-        hosts = [step for step in compiled.program.steps if not hasattr(step, "kernel")]
-        reasons.extend(f"{name}: {step.label}: {step.reason}" for step in hosts)
-
-    for name, make in small_models.MODELS.items():
-        model, inputs = make()
-        declared = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None) is not None
-        take(name, kgraph.compile(model, example=None if declared else inputs)._some_variant().compiled)
-    for name, prepare in training_models.MODELS.items():
-        task = prepare()
-        task.model.compile("adam", loss=task.loss, metrics=task.metrics, **task.options)
-        step = kgraph.compile_step(task.model, (task.x, task.y))
-        take(f"training {name}", step._program().compiled)
-    return kernels, reasons
+    seen: set[tuple[str, str]] = set()
+    for name, make in (training_models if training else small_models).MODELS.items():
+        for arch in archs:
+            ATTRIBUTES[75], ATTRIBUTES[76] = target_of(arch).capability
+            device._devices["cuda:0"] = Gpu(library=FakeDriver())
+            kgraph.set_device("cuda")
+            if training:
+                task = make()
+                task.model.compile("adam", loss=task.loss, metrics=task.metrics, **task.options)
+                compiled = kgraph.compile_step(task.model, (task.x, task.y))._program().compiled
+            else:
+                model, inputs = make()
+                compiled = kgraph.compile(model)._bind((inputs,), {})[0].compiled
+            steps = compiled.program.steps
+            labels = {step.kernel: step.label for step in steps if hasattr(step, "kernel")}
+            hosts[arch] += [f"{name}: {step.label}: {step.reason}" for step in steps if not hasattr(step, "kernel")]
+            for key, ptx in compiled.program.kernels.items():
+                if (arch, key) not in seen:
+                    seen.add((arch, key))
+                    yield arch, f"{name}/{labels.get(key, key)}/{key}", ptx
 
 
 def assemble(ptx: bytes, arch: str) -> dict:
@@ -113,23 +138,19 @@ def measure(objects: dict[str, bytes], arch: str) -> list[dict]:
     return rows
 
 
-def record_kernels(arch: str, first: bool) -> dict[str, bytes]:
-    """PTX of the kernels of the records' samples, by name."""
-    target = target_of(arch)
-    specs = record_specs(target, first)
-    objects = compile_specs(specs, target=target)
-    return {f"{spec.template}/{spec.name}/{n}": objects[spec_key(spec, target)] for n, spec in enumerate(specs)}
-
-
 def main(output: str, *arguments: str) -> None:
     archs = [a for a in arguments if not a.startswith("--")]
-    table: dict[str, list] = {}
-    for arch in archs:
-        if "--models" in arguments:
-            kernels, table[f"host steps {arch}"] = model_kernels(arch)
-        else:
-            kernels = record_kernels(arch, "--first" in arguments)
-        table[arch] = measure(kernels, arch)
+    kinds = [a for a in arguments if a in ("--models", "--training")]
+    hosts: dict[str, list[str]] = {arch: [] for arch in archs}
+    objects: dict[str, dict[str, bytes]] = {arch: {} for arch in archs}
+    share_front_end()
+    found = [model_kernels(archs, kind == "--training", hosts) for kind in kinds]
+    for kernels in found or [record_kernels(archs, "--first" in arguments)]:
+        for arch, name, ptx in kernels:
+            objects[arch][name] = ptx
+    table: dict[str, list] = {arch: measure(objects[arch], arch) for arch in archs}
+    if kinds:
+        table.update((f"host steps {arch}", steps) for arch, steps in hosts.items())
     Path(output).write_text(json.dumps(table, indent=1))
 
 

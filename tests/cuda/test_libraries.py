@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pytest
 
+import kgraph
 from kgraph import errors
 from kgraph.codegen.cuda import gemm
 from kgraph.codegen.cuda.target import simulator_target
 from kgraph.compiler import compile_graph
 from kgraph.ir import PRIMITIVES, Graph, TensorType, Value
+from kgraph.report import explain
 from kgraph.runtime.cuda import libraries
 from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.cuda.libraries import Plan, Products
+from kgraph.targets import resolve
 from tests.codegen.contractions import add, filled, verify
 from tests.cuda.fake_cublaslt import FakeCublasLt
 from tests.cuda.test_gemm import PLAIN, product_node
@@ -191,3 +195,18 @@ def test_programs_call_the_library_or_their_own_kernels(library, refused):
     stats = compiled.program.stats()
     assert stats["library_calls"] == (0 if refused else 2)
     assert bool(library.multiplied) == (not refused)
+    told = [d for d in explain("dense", compiled).decisions if "cuBLASLt" in d.reason]
+    assert [d.subject for d in told] == [s.label for s in compiled.program.steps if refused and s.product]
+    assert len(told) == (2 if refused else 0)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_set_device_says_whether_products_round_to_tf32(library, tf32):
+    kgraph.set_device("cuda-simulator", tf32=tf32)
+    try:
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(6)])
+        kgraph.compile(model)(np.ones((5, 4), "float32"))
+    finally:
+        kgraph.set_device("cpu")
+    assert library.multiplied[-1]["operation"].arguments == ((77 if tf32 else 68), 0)
+    assert not resolve("cuda-simulator").tf32

@@ -28,17 +28,17 @@ def check(rows: list[dict]) -> None:
     assert not wrong, wrong
 
 
-def test_one_kernel_of_every_primitive(tmp_path):
-    check(table(tmp_path / "table.json", "--first", "sm_90")["sm_90"])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("arch", ARCHS)
-def test_all_kernels(tmp_path, arch):
-    check(table(tmp_path / "table.json", arch)[arch])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_of_models(tmp_path, arch):
-    check(table(tmp_path / "table.json", "--models", arch)[arch])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("--first", id="one sample of every primitive"),
+        pytest.param("--models", id="models", marks=pytest.mark.long),
+        pytest.param("--training", id="training steps", marks=pytest.mark.long),
+        pytest.param("", id="all samples", marks=pytest.mark.long),
+    ],
+)
+def test_kernels_compile_for_every_architecture(tmp_path, what):
+    found = table(tmp_path / "table.json", *filter(None, [what]), *ARCHS)
+    for arch in ARCHS:
+        check(found[arch])
+        assert not found.get(f"host steps {arch}")

@@ -39,7 +39,6 @@ FLOAT_FUNCTIONS = {
 _SINGLE = {"rsqrt", "fma"}
 
 
-
 def device():
     """Decorates a function that kernels call; in the simulator it stays a Python function."""
     return (lambda function: function) if SIMULATED else cuda.jit(device=True, inline="always")

@@ -163,6 +163,7 @@ class Device(ABC):
 _lock = threading.Lock()
 _devices: dict[str, Device] = {}
 _current = "cpu"
+_tf32 = False
 
 
 def device_for(name: str) -> Device:
@@ -186,19 +187,27 @@ def device_for(name: str) -> Device:
         return _devices[name]
 
 
-def set_device(name: str) -> None:
+def set_device(name: str, *, tf32: bool = False) -> None:
     """Compile for this device from now on, where no target is named: "cpu", "cuda", "cuda:N" or "cuda-simulator".
+
+    tf32: let NVIDIA's library round the operands of float32 matrix products to TF32, which has 10 bits of mantissa in
+    place of 23, for tensor cores; sums stay float32. It holds for whatever is compiled for GPUs from now on.
 
     `fit`, `evaluate` and `predict` of Keras models run there too, if they have not been compiled yet. Weights and the
     optimizer's state stay on the device between steps, and are copied back when they are read.
     Raises ValueError for another name, DeviceError where there is no such device, saying what is missing.
     """
-    global _current
+    global _current, _tf32
     if name != "cpu":
         device_for(name)
-    _current = name
+    _current, _tf32 = name, tf32
 
 
 def get_device() -> str:
     """The name that `set_device` was last given; "cpu" without."""
     return _current
+
+
+def allows_tf32() -> bool:
+    """Whether `set_device` was told that matrix products may round to TF32."""
+    return _tf32

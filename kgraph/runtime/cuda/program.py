@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kgraph.decisions import Decision
 from kgraph.runtime.cuda.binding import CudaBinding
 from kgraph.runtime.cuda.device import Device
 from kgraph.runtime.cuda.device_array import Allocation
@@ -42,6 +43,11 @@ class CudaProgram(Program):
 
     def __call__(self, arrays: Sequence, out: Sequence[np.ndarray | None] | None = None) -> tuple:
         return self._bind(tuple([tuple(a.shape) for a in arrays]))(arrays, out)
+
+    def decisions(self) -> list[Decision]:
+        """The products that the device's library does not take, at any of the sizes bound."""
+        found = {item: None for binding in list(self._bindings.values()) for item in binding.refusals.items()}
+        return [Decision(self.steps[n].label, "kgraph's kernel, not cuBLASLt", reason) for n, reason in found]
 
     def stats(self) -> dict[str, int]:
         """Counts and bytes of what this program holds."""
