@@ -12,7 +12,7 @@ from kgraph.ir import PRIMITIVES
 from tests.codegen.samples import compare
 from tests.cuda.driver import ON_GPU, make, run_node
 
-MOST_ELEMENTS = 5000  # of a sample's operands and results in the simulator: every thread is a Python thread
+MOST_ELEMENTS = 5000  # of a sample's operands and results in the simulator, which interprets every thread
 
 
 def samples_of(record):

@@ -100,5 +100,5 @@ def make_target(capability: tuple[int, int], num_sms: int = 0, ordinal: int = 0)
 
 
 def simulator_target() -> CudaTarget:
-    """The target of Numba's simulator: every thread is a Python thread, so blocks are tiny."""
+    """The target of the simulator: every thread is interpreted, so blocks are tiny."""
     return CudaTarget((9, 0), simulator=True, block=4, group=2, num_sms=1, unroll=2)
