@@ -46,7 +46,8 @@ class CudaProgram(Program):
 
     def decisions(self) -> list[Decision]:
         """The products that the device's library does not take, at any of the sizes bound."""
-        found = {item: None for binding in list(self._bindings.values()) for item in binding.refusals.items()}
+        bindings: list[Any] = list(self._bindings.values())
+        found = dict.fromkeys(item for binding in bindings for item in binding.refusals.items())
         return [Decision(self.steps[n].label, "kgraph's kernel, not cuBLASLt", reason) for n, reason in found]
 
     def stats(self) -> dict[str, int]:
