@@ -37,12 +37,13 @@ def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, 
             if "kgraph" in engines:
                 workers["kgraph"] = Worker("kgraph", folder, cache)
                 out["compile_cold_s"] = workers["kgraph"].ask("load", case=request).get("compile_s")
-                if "kgraph-saved" in engines:
-                    workers["kgraph"].ask("save", path=saved)
+                reply = workers["kgraph"].ask("save", path=saved) if "kgraph-saved" in engines else {}
                 workers["kgraph"].close()
             for engine in engines:
                 workers[engine] = Worker(engine, folder, None if ENGINES[engine].is_peer else cache)
                 out["engines"][engine] = workers[engine].ask("load", limit, case={**request, "saved": saved})
+                if engine == "kgraph-saved" and "error" in reply:
+                    out["engines"][engine]["error"] = f"saving: {reply['error']}"
             samples = time_rounds(workers, [e for e in engines if "error" not in out["engines"][e]], rounds, seconds)
             results = {}
             for engine, ms in samples.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kgraph.codegen.eager import run_call
+from kgraph.codegen.eager import load, run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.codegen.packing import call_for
 from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
@@ -98,6 +98,7 @@ class Preparation:
             number, call, operands = task
             return number, run_call(call, operands, out=room.get(number))
 
+        load([call.spec for _, call, _ in tasks])
         # The largest first, so that no thread begins one when the others are done.
         tasks.sort(key=lambda task: -task[1].operands[-1].type.nbytes)
         threads = min(get_num_threads(), len(tasks))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -21,13 +23,18 @@ from kgraph.runtime.loader import Library
 _KERNEL = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 2, ctypes.c_void_p)
 _ALIGNMENT = 64
 _loaded: dict[str, tuple[Library, Callable]] = {}
+_loading = threading.Lock()
 
 
-def load(specs: Sequence[KernelSpec], objects: Mapping[str, bytes]) -> None:
-    """Make kernels of this machine ready that have been compiled already (`objects`, by `spec_key`)."""
-    for key in {spec_key(spec) for spec in specs} - _loaded.keys():
-        library = Library({key: objects[key]})
-        _loaded[key] = library, _KERNEL(library.address(key))
+def load(specs: Sequence[KernelSpec], objects: Mapping[str, bytes] | None = None) -> None:
+    """Make kernels of this machine ready. objects: by `spec_key`, where they have been compiled already."""
+    with _loading:  # a library that another replaced would be gone while its code runs
+        missing = {key: spec for spec in specs if (key := spec_key(spec)) not in _loaded}
+        if missing and objects is None:
+            objects = compile_specs(list(missing.values()))
+        for key in missing:
+            library = Library({key: (objects or {})[key]})
+            _loaded[key] = library, _KERNEL(library.address(key))
 
 
 def run_call(
@@ -39,7 +46,7 @@ def run_call(
     """
     key = spec_key(call.spec)
     if key not in _loaded:
-        load([call.spec], compile_specs([call.spec]))
+        load([call.spec])
     type = call.operands[-1].type
     if out is None:
         out = np.empty([evaluate(n, numbers) for n in type.shape], np_dtype(type.dtype))
@@ -51,6 +58,15 @@ def run_call(
     function = _loaded[key][1]
     function(buffers.ctypes.data, sizes.ctypes.data, 0, evaluate(call.extent, numbers), aligned)
     return out
+
+
+def _after_fork_in_child() -> None:
+    global _loading
+    _loading = threading.Lock()  # the thread that held it is not in the child
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @functools.cache

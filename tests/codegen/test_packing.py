@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 import kgraph  # noqa: F401
 from kgraph import ops, preparation
-from kgraph.codegen import packing
+from kgraph.codegen import eager, packing
 from kgraph.codegen.eager import run_call
 from kgraph.codegen.target import host_target
 from kgraph.frontend.tracer import trace
@@ -107,3 +110,24 @@ def test_pieces_of_a_prologue(monkeypatch, number):
     assert sorted(again) == [0, 2]
     assert len(calls) == 3
     np.testing.assert_array_equal(again[0], found[0])
+
+
+def test_threads_that_come_to_one_kernel_load_it_once(monkeypatch):
+    """A kernel that is loaded again takes the place, and the memory, of the one that another thread runs."""
+    layout = panels((LANES, 2 * LANES), (), (0,), (1,))
+    w = np.ones(layout[1], "float32")
+    loaded = []
+
+    class Slow(eager.Library):
+        def __init__(self, objects):
+            loaded.extend(objects)
+            time.sleep(0.05)
+            super().__init__(objects)
+
+    monkeypatch.setattr(eager, "Library", Slow)
+    monkeypatch.setattr(eager, "_loaded", {})
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: packed(w, layout), range(4)))
+    assert len(loaded) == 1
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
