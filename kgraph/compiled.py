@@ -8,6 +8,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
 import numpy as np
 
@@ -21,9 +22,11 @@ from kgraph.frontend.tracer import is_tracing
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
+from kgraph.reserve import Reserve
 from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.model import Model, sizes_of
 from kgraph.targets import resolve
+from kgraph.types import np_dtype
 
 
 class Variant:
@@ -51,14 +54,17 @@ class Variant:
             variable.assign(value)
         return list(results[: self.num_outputs])
 
-    def refresh_weights(self) -> None:
-        """Prepare and hand over the weights that have changed since the last call."""
+    def refresh_weights(self, reserve: Reserve | None = None) -> None:
+        """Prepare and hand over the weights that have changed since the last call.
+
+        reserve: memory for them, at the first time.
+        """
         with self.lock:
             seen = core.weights_version
             variables = self.captured.variables
             if self.baked is not None:
                 if self.global_version < 0:
-                    self.compiled.set_params(self.weights())
+                    self.compiled.set_params(self.weights(), reserve=reserve)
                 self.global_version = seen
                 return
             versions = [v.version for v in variables]
@@ -67,7 +73,7 @@ class Variant:
             else:
                 changed = None
             if changed is None or changed:
-                self.compiled.set_params([v._value for v in variables], changed)
+                self.compiled.set_params([v._value for v in variables], changed, reserve)
             self.versions = versions
             self.global_version = seen
 
@@ -117,6 +123,7 @@ class CompiledModel(Model):
     # -- compiling --------------------------------------------------------------------------------------------
     def _compile(self, sizes: dict[str, int]) -> Variant:
         start = time.perf_counter()
+        reserve = self._reserve()
         with earlier_objects_set_aside():
             try:
                 captured = self._capture(sizes)
@@ -127,10 +134,16 @@ class CompiledModel(Model):
             with CompileProgress(self.name, self._options.progress) as progress:
                 compiled = compile_graph(captured.graph, progress, target=self._target)
         variant = Variant(captured, compiled, self._baked)
-        variant.refresh_weights()
+        variant.refresh_weights(reserve)
         self._compiles += 1
         self._compile_seconds += time.perf_counter() - start
         return variant
+
+    def _reserve(self) -> Reserve:
+        """Memory for the prepared weights, about as much as those are that products and convolutions read."""
+        on_host = not isinstance(self._target, CudaTarget)
+        weights = [v for v in self._variables() if len(v.shape) > 1 and v.name != "embeddings"] if on_host else []
+        return Reserve(sum(prod(v.shape) * np_dtype(v.dtype).itemsize for v in weights))
 
     def _specialise(self, error: SpecialisationError) -> None:
         """From now on compile for each value of the sizes that the model's code asked for."""

@@ -9,7 +9,6 @@ from kgraph.compiler import compile_graph
 from kgraph.frontend.capture import Captured
 from kgraph.frontend.keras_backend import core
 from kgraph.ir import Graph
-from kgraph.passes.pipeline import TRAINING
 from kgraph.runtime.cuda.control import there
 from kgraph.runtime.cuda.device import Device, device_for
 from kgraph.runtime.cuda.device_array import DeviceArray
@@ -28,7 +27,7 @@ class DeviceVariant:
         self.variables, self.updates = list(captured.variables), captured.updates
         self.state: list = self.variables
         self.read: list = []
-        self.inputs, self.outputs, self.passes = captured.inputs, captured.outputs, tuple(TRAINING)
+        self.inputs, self.outputs, self.passes = captured.inputs, captured.outputs, "training"
         self.num_results = captured.num_outputs
         numbers = {id(v): len(graph.inputs) + i for i, v in enumerate(self.variables)}
         places = enumerate(self.updates, self.num_results)

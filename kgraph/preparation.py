@@ -6,22 +6,21 @@ Large weights are packed by kernels, on several threads; all the rest is evaluat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from kgraph.codegen.eager import load, run_call
-from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.codegen.packing import call_for
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
 from kgraph.ir.interpreter import evaluate
+from kgraph.reserve import LINE, Reserve, aligned_bytes
 from kgraph.runtime.threads import get_num_threads
 
 # Packed weights below this do not pay for a kernel.
 LEAST_BYTES = 1 << 18
-_LINE = 64
 _Task = tuple[int, KernelCall, list[np.ndarray]]  # the number of an output, the call that makes it, its operands
 
 
@@ -30,14 +29,18 @@ class _Piece:
     """What makes some outputs of the prologue (`numbers`), with just the params that it reads.
 
     graph: gives these outputs, of which `calls` (by number) are made of further results, their operands.
+    params: numbers of the params that it reads.
     """
 
     graph: Graph
     numbers: list[int]
+    params: list[int] = field(default_factory=list)
     calls: dict[int, KernelCall] = field(default_factory=dict)
 
     def leave_packing_to_kernels(self) -> None:
         """Take the `pack` nodes for which there are kernels out of the graph."""
+        from kgraph.codegen.packing import call_for  # with all that writes kernels
+
         outputs: list[Value] = []
         operands: list[Value] = []
         for number, value in zip(self.numbers, self.graph.outputs, strict=True):
@@ -45,8 +48,9 @@ class _Piece:
             if call is None:
                 outputs.append(value)
             else:
-                self.calls[number] = call
                 operands += [v for v in call.operands[:-1] if isinstance(v, Value)]
+                # From here on only the types of operands count.
+                self.calls[number] = replace(call, operands=[Temporary(v.type) for v in call.operands])
         self.numbers = [number for number in self.numbers if number not in self.calls]
         self.graph.outputs = [*outputs, *operands]
         self.graph.nodes = live_nodes(self.graph.nodes, self.graph.outputs)
@@ -58,6 +62,10 @@ class _Piece:
         tasks = [(number, call, [next(rest) for _ in call.operands[:-1]]) for number, call in self.calls.items()]
         return dict(zip(self.numbers, values)), tasks
 
+    def packed_bytes(self) -> int:
+        """Bytes that kernels pack."""
+        return sum(call.operands[-1].type.nbytes for call in self.calls.values())
+
 
 def _is_large(value: Value) -> bool:
     return value.node is not None and value.node.name == "pack" and value.type.nbytes >= LEAST_BYTES
@@ -66,57 +74,71 @@ def _is_large(value: Value) -> bool:
 class Preparation:
     """Params -> prepared weights, for all params or for those that have changed."""
 
-    def __init__(self, prologue: Graph, params: Sequence[Value]):
-        """params: those of the captured graph, in the order in which their values will be given."""
+    def __init__(self, pieces: list[_Piece]):
+        self._pieces = pieces
+
+    @classmethod
+    def of(cls, prologue: Graph, params: Sequence[Value]) -> Preparation:
+        """For a prologue. params: those of the captured graph, in the order in which their values will be given."""
         position = {p: i for i, p in enumerate(params)}
         pieces = _pieces(_without_fusions(prologue))
-        self._pieces = [(piece, [position[p] for p in piece.graph.params]) for piece in pieces]
-        for piece, _ in self._pieces:
+        for piece in pieces:
+            piece.params = [position[p] for p in piece.graph.params]
             piece.leave_packing_to_kernels()
+        return cls(pieces)
 
     def specs(self) -> list[KernelSpec]:
         """The kernels that take part, for this machine."""
-        return [call.spec for piece, _ in self._pieces for call in piece.calls.values()]
+        return [call.spec for piece in self._pieces for call in piece.calls.values()]
 
-    def __call__(self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None) -> dict[int, np.ndarray]:
+    def __call__(
+        self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None, reserve: Reserve | None = None
+    ) -> dict[int, np.ndarray]:
         """Prepared weights by the number of the prologue's output.
 
         arrays: the value of every param. changed: numbers of those that differ from the last call; None means all. Only
-        what depends on a changed one is computed.
+        what depends on a changed one is computed. reserve: memory for all of them, as far as it goes.
         """
         dirty = None if changed is None else set(changed)
+        pieces = [p for p in self._pieces if dirty is None or not dirty.isdisjoint(p.params)]
+        # The largest first, so that no thread begins one when the others are done.
+        pieces.sort(key=_Piece.packed_bytes, reverse=True)
+        load([call.spec for piece in pieces for call in piece.calls.values()])
+        room = self._room(reserve) if dirty is None else {}
         found: dict[int, np.ndarray] = {}
-        tasks: list[_Task] = []
-        for piece, numbers in self._pieces:
-            if dirty is None or not dirty.isdisjoint(numbers):
-                made, left = piece.results([arrays[n] for n in numbers])
-                found |= made
-                tasks += left
-        room = self._room() if changed is None else {}
 
         def run(task: _Task) -> tuple[int, np.ndarray]:
             number, call, operands = task
             return number, run_call(call, operands, out=room.get(number))
 
-        load([call.spec for _, call, _ in tasks])
-        # The largest first, so that no thread begins one when the others are done.
-        tasks.sort(key=lambda task: -task[1].operands[-1].type.nbytes)
-        threads = min(get_num_threads(), len(tasks))
+        def tasks() -> Iterator[_Task]:
+            """What is left for kernels, while NumPy makes what comes before and all the rest."""
+            for piece in pieces:
+                made, left = piece.results([arrays[n] for n in piece.params])
+                found.update(made)
+                yield from left
+
+        threads = min(get_num_threads(), sum(len(piece.calls) for piece in pieces))
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
-                return found | dict(pool.map(run, tasks))
-        return found | dict(map(run, tasks))
+                futures = [pool.submit(run, task) for task in tasks()]
+            return found | dict(future.result() for future in futures)
+        packed = dict(map(run, tasks()))
+        return found | packed
 
-    def _room(self) -> dict[int, np.ndarray]:
-        """Memory for what kernels pack, by number; in one block, since large ones get large pages, which costs less."""
-        types = {number: call.operands[-1].type for piece, _ in self._pieces for number, call in piece.calls.items()}
-        ends = list(itertools.accumulate(-(-type.nbytes // _LINE) * _LINE for type in types.values()))
-        block = np.empty(ends[-1] + _LINE if ends else 0, np.uint8)
-        first = -block.ctypes.data % _LINE
+    def _room(self, reserve: Reserve | None) -> dict[int, np.ndarray]:
+        """Memory for what kernels pack, by number: in the reserve, the rest in one block, which gets large pages."""
+        types = [(n, call.operands[-1].type) for piece in self._pieces for n, call in piece.calls.items()]
+        spaces = [-(-type.nbytes // LINE) * LINE for _, type in types]
+        ends = list(itertools.accumulate(spaces))
+        block = reserve.take(ends[-1] if ends else 0) if reserve is not None else aligned_bytes(0)
+        inside = sum(end <= block.nbytes for end in ends)
+        rest = aligned_bytes(sum(spaces[inside:]))
         room = {}
-        for (number, type), begin in zip(types.items(), [0, *ends]):
-            dense = block[first + begin : first + begin + type.nbytes]
-            room[number] = dense.view(type.np_dtype).reshape(type.shape)
+        for i, ((number, type), begin) in enumerate(zip(types, [0, *ends])):
+            source = block if i < inside else rest
+            first = begin if i < inside else begin - (ends[inside - 1] if inside else 0)
+            room[number] = source[first : first + type.nbytes].view(type.np_dtype).reshape(type.shape)
         return room
 
 

@@ -7,7 +7,8 @@ written so, such as bodies of control flow with programs of their own, is compil
 as kernels are, whose code runs too (`codegen.cache`).
 
 What comes from the cache is what a compile without it gives, down to the names of values: passes run on a copy of the
-captured graph, and names are assigned at their end (`Split.assign_names`), before an entry is stored.
+captured graph, and names are assigned at their end (`Split.assign_names`), before an entry is stored. The optimised
+graph, which no call needs, is read when somebody asks for it.
 `KGRAPH_PROGRAM_CACHE=0` switches it off.
 """
 
@@ -20,18 +21,20 @@ import io
 import os
 import pickle
 import platform
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 import llvmlite
 import numpy as np
 
-from kgraph.codegen.cache import disk_cache
+from kgraph.codegen.disk_cache import disk_cache
 from kgraph.codegen.lower import Lowered
+from kgraph.codegen.sources import index
 from kgraph.decisions import Decision
 from kgraph.ir import PRIMITIVES, Dim, Graph, Node, Primitive, TensorType, Value
 from kgraph.ir.recorder import uniform_value
 from kgraph.passes.prologue import Split
+from kgraph.preparation import Preparation
 
 # Larger graphs hold weights as constants: to digest them would cost more than it spares.
 LARGEST_CONSTANTS = 16 << 20
@@ -41,7 +44,42 @@ _WATCHED = ("KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY")
 _SETTINGS = ("KGRAPH_WINOGRAD",)
 _ERRORS = (pickle.PickleError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
 
-Entry = tuple[Split, Lowered, list[Decision]]
+_EXACT = frozenset({type(None), bool, int, float, complex, str, bytes, Dim, TensorType})
+
+
+class Graphs:
+    """The two halves of an optimised graph, and the node behind each step of its program; made when somebody looks."""
+
+    def __init__(self, make: Callable[[], tuple[Split, list[Node]]]):
+        self._make, self._lock = make, threading.Lock()
+        self._made: tuple[Split, list[Node]] | None = None
+
+    def _get(self) -> tuple[Split, list[Node]]:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    @property
+    def split(self) -> Split:
+        """The prologue and the main graph."""
+        return self._get()[0]
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The node behind each step."""
+        return self._get()[1]
+
+
+@dataclasses.dataclass
+class Entry:
+    """What passes and lowering make of a graph: the steps of its program, the pieces of its prologue, and how they came
+    about."""
+
+    lowered: Lowered
+    preparation: Preparation
+    decisions: list[Decision]
+    graphs: Graphs
 
 
 class _Pickler(pickle.Pickler):
@@ -71,7 +109,7 @@ def _written(value) -> bytes:
 
 def _plain(value):
     """The same as nested tuples of what `repr` tells exactly. Raises TypeError for what it may not tell exactly."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Dim, TensorType, np.dtype)):
+    if type(value) in _EXACT or isinstance(value, np.dtype):
         return value
     if isinstance(value, (tuple, list)):
         return type(value).__name__, *[_plain(v) for v in value]
@@ -153,17 +191,17 @@ def _graph(records: tuple, places: tuple) -> Graph:
 class ProgramCache:
     """The entry for one captured graph. `load` and `store` do nothing where there is no cache, or no key."""
 
-    def __init__(self, graph: Graph, passes: Sequence, donations: Sequence, target):
+    def __init__(self, graph: Graph, passes: str | Sequence[Callable], donations: Sequence, target):
         self.graph = graph
         wanted = os.environ.get("KGRAPH_PROGRAM_CACHE") != "0" and not any(os.environ.get(name) for name in _WATCHED)
         self.cache = disk_cache() if wanted else None
         self.key = None if self.cache is None else self._key(passes, donations, target)
 
-    def _key(self, passes: Sequence, donations: Sequence, target) -> str | None:
+    def _key(self, passes: str | Sequence[Callable], donations: Sequence, target) -> str | None:
         arrays = [v for n in self.graph.nodes for v in n.attrs.values() if isinstance(v, np.ndarray)]
         if sum(a.nbytes for a in arrays) > LARGEST_CONSTANTS:
             return None
-        names = [f"{p.__module__}.{p.__qualname__}" for p in passes]
+        names = passes if isinstance(passes, str) else [f"{p.__module__}.{p.__qualname__}" for p in passes]
         settings = [os.environ.get(name) for name in _SETTINGS]
         try:
             text = repr(_plain((self.graph, names, list(donations), dataclasses.astuple(target), settings)))
@@ -176,49 +214,50 @@ class ProgramCache:
         data = None if self.cache is None or self.key is None else self.cache.get(self.key)
         if data is None:
             return None
-        values = [*self.graph.inputs, *self.graph.params]
         try:
-            records, (prologue, main), (early, late), lowered, steps, decisions = pickle.loads(data)
-            nodes = _rebuilt(records, values)
-            lowered.step_nodes = [nodes[i] for i in steps]
-            split = Split(
-                prologue=_placed(prologue, [nodes[i] for i in early], values),
-                main=_placed(main, [nodes[i] for i in late], values),
-            )
+            lowered, preparation, decisions, graphs = pickle.loads(data)
         except (*_ERRORS, EOFError, IndexError, ImportError):  # no entry that this code has written
             return None
-        return split, lowered, decisions
+        if not isinstance(lowered, Lowered):
+            return None
+        return Entry(lowered, preparation, decisions, Graphs(lambda: self._graphs(graphs)))
 
-    def store(self, split: Split, lowered: Lowered, decisions: list[Decision]) -> None:
+    def _graphs(self, data: bytes) -> tuple[Split, list[Node]]:
+        records, (prologue, main), (early, late), steps = pickle.loads(data)
+        values = [*self.graph.inputs, *self.graph.params]
+        nodes = _rebuilt(records, values)
+        split = Split(
+            prologue=_placed(prologue, [nodes[i] for i in early], values),
+            main=_placed(main, [nodes[i] for i in late], values),
+        )
+        split.assign_names(self.graph)
+        return split, [nodes[i] for i in steps]
+
+    def store(self, entry: Entry) -> None:
         """Keep an entry, unless it holds what cannot be written."""
         if self.cache is None or self.key is None:
             return
+        split, lowered = entry.graphs.split, entry.lowered
         given = [*self.graph.inputs, *self.graph.params]
         nodes = list(dict.fromkeys([*split.prologue.nodes, *split.main.nodes]))
         number = {node: i for i, node in enumerate(nodes)}
-        step_nodes, lowered.step_nodes = lowered.step_nodes, []
         try:
             numbers = _numbers(nodes, given)
             places = _places(split.prologue, numbers), _places(split.main, numbers)
             members = [[number[n] for n in g.nodes] for g in (split.prologue, split.main)]
-            steps = [number[n] for n in step_nodes]
-            data = _written((_records(nodes, given)[1], places, members, lowered, steps, decisions))
+            steps = [number[n] for n in entry.graphs.nodes]
+            graphs = _written((_records(nodes, given)[1], places, members, steps))
+            data = _written((dataclasses.replace(lowered, step_nodes=[]), entry.preparation, entry.decisions, graphs))
         except _ERRORS:
             return
-        finally:
-            lowered.step_nodes = step_nodes
         self.cache.put(self.key, data)
 
 
 @functools.cache
 def _environment_digest() -> bytes:
     """Digest of this project's sources and of the versions that programs depend on."""
-    root = Path(__file__).parent
-    digest = hashlib.sha256(repr((platform.python_version(), np.__version__, llvmlite.__version__)).encode())
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode())
-        digest.update(path.read_bytes())
-    return digest.digest()
+    versions = platform.python_version(), np.__version__, llvmlite.__version__
+    return hashlib.sha256(repr(versions).encode() + index().digest).digest()
 
 
 __all__ = ["ProgramCache"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from sys import getrefcount
 from typing import Any
 
@@ -19,8 +19,6 @@ from kgraph.frontend.capture import Captured, SpecialisationError, capture_funct
 from kgraph.frontend.keras_backend import core
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.ir import Graph
-from kgraph.passes.manager import Pass
-from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.progress import CompileProgress
 from kgraph.targets import resolve
 
@@ -60,7 +58,7 @@ class CompiledStep:
         self._target = resolve(target)
         self.name = name
         self._function = _named(function, name)
-        self._passes = tuple(TRAINING if training else INFERENCE)
+        self._passes = "training" if training else "inference"
         self._specialised_because = None if symbolic_batch else "the model is declared for a fixed batch size"
         self._shapes = BatchShapes(symbolic_batch)
         self._by_key: dict[tuple, Variant | DeviceVariant] = {}  # a shortcut: the variant for every key seen
@@ -195,7 +193,7 @@ _OWN_REFERENCES = _own_references()
 class Variant:
     """The program for one structure of the batch."""
 
-    def __init__(self, captured: Captured, passes: Sequence[Pass], progress):
+    def __init__(self, captured: Captured, passes: str, progress):
         graph, updated = captured.graph, {id(v) for v in captured.updates}
         own = list(zip(captured.variables, graph.params, strict=True))
         self.state = [v for v, _ in own if id(v) in updated]

@@ -10,7 +10,6 @@ from kgraph.compiler import CompiledGraph, compile_graph
 from kgraph.errors import ArtifactError, KGraphError
 from kgraph.ir.parser import parse_graph
 from kgraph.ir.verifier import verify
-from kgraph.passes.pipeline import INFERENCE, TRAINING
 from kgraph.report import explain
 from kgraph.runtime.artifact import Checking, Clock, LoadedModel, Manifest
 from kgraph.runtime.artifact_file import ArtifactFile
@@ -46,7 +45,7 @@ def _form(file: ArtifactFile, manifest: Manifest, data: dict[str, Any]) -> Loade
     }
     graph = parse_graph(file.read(entry["text"]).decode(), constants)
     verify(graph, after="loading")
-    passes = TRAINING if manifest.kind == "step" else INFERENCE
+    passes = "training" if manifest.kind == "step" else "inference"
     compiled = compile_graph(graph, passes=passes, donations=[tuple(pair) for pair in entry["donations"]])
     params = zip(entry["params"], graph.params, strict=True)
     compiled.set_params([restored(tensors[name], p.type.shape, p.type.dtype) for name, p in params])

@@ -17,14 +17,12 @@ import kgraph
 from kgraph.artifact.host_steps import text_of
 from kgraph.artifact.self_test import record
 from kgraph.artifact.tensor_store import TensorStore
-from kgraph.codegen.target import Target, host_target, initialize_llvm, make_target
+from kgraph.codegen.target import Target, host_target, make_target
 from kgraph.compiler import CompiledGraph, compile_graph
 from kgraph.dims import to_json
 from kgraph.errors import CompileError
 from kgraph.ir import Graph
 from kgraph.ir.printer import print_graph
-from kgraph.passes.manager import Pass
-from kgraph.passes.pipeline import INFERENCE
 from kgraph.report import explain
 from kgraph.runtime import artifact_plan, layout
 from kgraph.runtime.artifact_control import CONTROL, programs_of
@@ -59,7 +57,7 @@ class SavedForm:
     sizes: dict[str, int]
     compiled: CompiledGraph | None = None
     state: Sequence[StateVariable] = ()
-    passes: Sequence[Pass] = tuple(INFERENCE)
+    passes: str = "inference"
     donations: Sequence[tuple[int, int]] = ()
 
 
@@ -98,7 +96,6 @@ def save(
 
 
 def _targets(levels: Sequence[str] | None) -> dict[str, Target]:
-    initialize_llvm()
     on_x86 = sys.platform.startswith("linux") and platform.machine() in ("x86_64", "AMD64")
     if levels is None:
         levels = (_NATIVE, *_X86_LEVELS) if on_x86 else (_NATIVE,)

@@ -15,11 +15,10 @@ from kgraph.c_export.header import header_text
 from kgraph.c_export.objects import rename_symbol
 from kgraph.c_export.tables import ALIGNMENT, ProgramTables, Weights, dtype_number
 from kgraph.c_export.toolchain import find_toolchain
-from kgraph.codegen.target import Target, host_target, initialize_llvm, make_target
+from kgraph.codegen.target import Target, host_target, make_target
 from kgraph.compiler import CompiledGraph, compile_graph
 from kgraph.errors import CompileError, UnsupportedError
 from kgraph.ir import Graph
-from kgraph.passes.pipeline import TRAINING
 from kgraph.runtime.plan import Program
 
 _RUNTIME = Path(__file__).parent / "runtime"
@@ -99,7 +98,6 @@ def export(
 
 
 def _targets(machine: str, levels: Sequence[str] | None) -> dict[str, Target]:
-    initialize_llvm()
     known = {"x86_64": _X86_LEVELS, "aarch64": ("aarch64",)}
     if machine not in known:
         raise ValueError(f"machine={machine!r}: expected one of {sorted(known)}")
@@ -124,7 +122,7 @@ def _with_weights_as_state(model: SavedModel) -> SavedModel:
             StateVariable(name, "weight", value, first + i, -1, None)
             for i, (name, value) in enumerate(zip(form.names, form.values, strict=True))
         ]
-        forms.append(replace(form, graph=graph, values=[], names=[], compiled=None, state=state, passes=TRAINING))
+        forms.append(replace(form, graph=graph, values=[], names=[], compiled=None, state=state, passes="training"))
     return replace(model, forms=forms)
 
 

@@ -1,42 +1,15 @@
-"""Disk cache of kernel objects, shared by all processes of a user.
-
-One file per kernel, named by a digest of everything that its code depends on. Files are written aside and renamed into
-place, so a reader sees a whole file or none; a checksum guards against damage. Entries are code that will run, so
-directories and files are the user's alone (0700, 0600), and an entry that another user could have written is a miss.
-Where: `KGRAPH_CACHE_DIR`, else the user's cache directory. `KGRAPH_CACHE=0` switches it off, `KGRAPH_CACHE_SIZE` is its
-limit in MiB.
-"""
+"""Keys of kernels in the disk cache: digests of all that their code depends on."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import os
-import re
 import sys
-import tempfile
-import time
-from pathlib import Path
-
-import platformdirs
 
 from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.kernel import KernelSpec, template_module
+from kgraph.codegen.sources import module_source
 from kgraph.codegen.target import Target, host_target
-
-_MAGIC = b"kgraph-object-1\n"
-_CHECKSUM_BYTES = 16
-_DEFAULT_LIMIT_MIB = 512
-# An entry's time of last use is written at most this often.
-_TOUCH_SECONDS = 3600.0
-# The size limit is looked at on the first write of a process and then once per this many writes.
-_WRITES_PER_SWEEP = 200
-
-
-_IMPORT = re.compile(
-    r"^\s*(?:from\s+(kgraph[\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+(kgraph[\w.]*))", re.MULTILINE
-)
 
 
 @functools.cache
@@ -53,29 +26,11 @@ def source_digest(template: str, common: tuple[str, ...] = ()) -> str:
     while todo:
         name = todo.pop()
         if name not in digests:
-            digests[name], imports = _source(name)
+            digests[name], imports = module_source(name)
             todo += [i for i in imports if i.startswith("kgraph.codegen")]
             if name.startswith("kgraph.codegen"):
                 todo += [i for i in imports if i.startswith("kgraph.ops.")]
     return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
-
-
-@functools.cache
-def _source(module: str) -> tuple[bytes, tuple[str, ...]]:
-    """Digest of a module's source, and the kgraph modules (or names in them) that it imports."""
-    root = Path(__file__).parent.parent
-    base = root.joinpath(*module.split(".")[1:])
-    for path in (base.with_suffix(".py"), base / "__init__.py"):
-        if path.is_file():
-            break
-    else:  # a name in a module, or a module that is not a file of ours
-        return b"", ()
-    text = path.read_bytes()
-    imports = []
-    for origin, names, plain in _IMPORT.findall(text.decode()):
-        imports.append(origin or plain)
-        imports += [f"{origin}.{name.split()[0]}" for name in names.strip("()").split(",") if origin and name.split()]
-    return hashlib.sha256(text).digest(), tuple(imports)
 
 
 @functools.cache
@@ -89,116 +44,3 @@ def spec_key(spec: KernelSpec, target: Target | CudaTarget | None = None) -> str
     digest = hashlib.sha256(_environment_digest(spec.template, target or host_target()))
     digest.update(repr((spec.name, spec.template, spec.params)).encode())
     return digest.hexdigest()[:40]
-
-
-class DiskCache:
-    """Entries by key under one directory. All faults of the file system count as a miss, never as an error."""
-
-    def __init__(self, directory: Path, limit_bytes: int):
-        self.directory, self.limit_bytes = directory, limit_bytes
-        self._writes = 0
-
-    def _path(self, key: str) -> Path:
-        return self.directory / key[:2] / key[2:]
-
-    def get(self, key: str) -> bytes | None:
-        """The entry's bytes, or None. A damaged entry is removed."""
-        path = self._path(key)
-        try:
-            with open(path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if not _is_trusted(status):
-                    return None
-                data = file.read()
-        except OSError:
-            return None
-        age = time.time() - status.st_mtime
-        head = len(_MAGIC) + _CHECKSUM_BYTES
-        payload = data[head:]
-        if data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC) : head] != _checksum(key, payload):
-            _remove(path)
-            return None
-        if age > _TOUCH_SECONDS:
-            with contextlib.suppress(OSError):
-                os.utime(path)
-        return payload
-
-    def put(self, key: str, payload: bytes) -> bool:
-        """Store an entry; False where the file system does not let us."""
-        path = self._path(key)
-        temporary = None
-        try:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + _checksum(key, payload) + payload)
-            os.replace(temporary, path)
-        except OSError:
-            if temporary is not None:
-                _remove(Path(temporary))
-            return False
-        if self._writes % _WRITES_PER_SWEEP == 0:
-            self.sweep()
-        self._writes += 1
-        return True
-
-    def sweep(self) -> int:
-        """Remove the entries used least recently until the cache is within its limit; gives the bytes removed."""
-        entries = []
-        total = 0
-        now = time.time()
-        for path in self.directory.glob("??/*"):
-            try:
-                status = path.stat()
-            except OSError:
-                continue
-            if path.name.startswith(".new-"):
-                if now - status.st_mtime > _TOUCH_SECONDS:  # left by a process that was killed
-                    _remove(path)
-                continue
-            entries.append((status.st_mtime, status.st_size, path))
-            total += status.st_size
-        removed = 0
-        if total > self.limit_bytes:
-            # Below the limit by a margin, so that not every later write sweeps again.
-            goal = self.limit_bytes * 4 // 5
-            for _, size, path in sorted(entries, key=lambda entry: entry[0]):
-                if total - removed <= goal:
-                    break
-                _remove(path)
-                removed += size
-        return removed
-
-
-def _checksum(key: str, payload: bytes) -> bytes:
-    return hashlib.blake2b(payload, digest_size=_CHECKSUM_BYTES, key=key.encode()).digest()
-
-
-def _is_trusted(status: os.stat_result) -> bool:
-    """Whether only this user (or root) can have written a file: what it holds is executed."""
-    if not hasattr(os, "geteuid"):
-        return True
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def disk_cache() -> DiskCache | None:
-    """The cache that the environment asks for now; None where it is switched off."""
-    if os.environ.get("KGRAPH_CACHE", "1").lower() in ("0", "off", "no", "false"):
-        return None
-    directory = os.environ.get("KGRAPH_CACHE_DIR") or platformdirs.user_cache_dir("kgraph", appauthor=False)
-    try:
-        limit = int(os.environ.get("KGRAPH_CACHE_SIZE", _DEFAULT_LIMIT_MIB))
-    except ValueError:
-        limit = _DEFAULT_LIMIT_MIB
-    return _open(Path(directory) / "objects", limit << 20)
-
-
-@functools.cache
-def _open(directory: Path, limit_bytes: int) -> DiskCache:
-    return DiskCache(directory, limit_bytes)

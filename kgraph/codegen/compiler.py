@@ -7,11 +7,9 @@ children do. They only render and compile, and hand the bytes back through a pip
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import importlib
 import os
-import re
 import select
 import signal
 import struct
@@ -21,13 +19,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
 
-import llvmlite.binding as llvm
-
-from kgraph.codegen.cache import disk_cache, spec_key
+from kgraph.codegen.cache import spec_key
 from kgraph.codegen.cuda.target import CudaTarget
+from kgraph.codegen.disk_cache import disk_cache
 from kgraph.codegen.kernel import KernelSpec
-from kgraph.codegen.target import Target, host_target, initialize_llvm
+from kgraph.codegen.target import Target, host_target
 from kgraph.errors import CompileError
 from kgraph.runtime.threads import available_cpus
 
@@ -52,7 +50,6 @@ LONG_COMPILES = (
     "depthwise",
     "moments",
 )
-_VECTORS = re.compile(r"<\d+ x (?:float|double|half|bfloat|i\d+)>")
 
 
 @dataclass
@@ -118,48 +115,6 @@ def compile_specs(
     return out
 
 
-def compile_ir(text: str, *, name: str = "kernel", target: Target | None = None, vectorize: bool = True) -> bytes:
-    """Relocatable object code of LLVM IR text, optimised for `target`.
-
-    vectorize: whether LLVM's own loop vectoriser looks at scalar loops. Raises CompileError for IR that does not parse.
-    """
-    target = target or host_target()
-    initialize_llvm()
-    machine, whole_module, one_function = _pipeline(target, vectorize)
-    context = llvm.create_context()
-    try:
-        module = llvm.parse_assembly(text, context)
-        module.triple = target.triple
-        module.data_layout = target.data_layout
-        module.verify()
-    except RuntimeError as error:
-        raise CompileError(f"kernel {name}: LLVM refuses its IR: {error}") from error
-    functions = [f for f in module.functions if not f.is_declaration]
-    if len(functions) == 1 and _VECTORS.search(text):
-        one_function.getFunctionPassManager().run(functions[0], one_function)
-    else:
-        whole_module.getModulePassManager().run(module, whole_module)
-    return machine.emit_object(module)
-
-
-@functools.cache
-def _pipeline(target: Target, vectorize: bool):
-    """(target machine, passes over a module, passes over a function).
-
-    In a kernel that is one function and works on vectors there is nothing to inline and no loop for the vectoriser: the
-    passes that simplify a function take half the time of those for a module and leave code that is as fast.
-    """
-    machine = llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=2, reloc="pic", codemodel="small"
-    )
-    options = llvm.create_pipeline_tuning_options(speed_level=2)
-    options.loop_vectorization = vectorize
-    options.slp_vectorization = False
-    options.loop_interleaving = vectorize
-    simple = llvm.create_pipeline_tuning_options(speed_level=1)
-    return machine, llvm.create_pass_builder(machine, options), llvm.create_pass_builder(machine, simple)
-
-
 def render(spec: KernelSpec, target: AnyTarget) -> str:
     """The kernel's text, LLVM IR or source. Raises CompileError with the renderer's fault as its cause."""
     try:
@@ -173,29 +128,15 @@ def _compile_one(spec: KernelSpec, target: AnyTarget) -> bytes:
     start = time.perf_counter()
     text = render(spec, target)
     rendered = time.perf_counter()
-    payload = _compile_text(text, spec.name, target)
+    payload = _toolchain(target).compile_text(text, spec.name, target)
     _stats.seconds_rendering += rendered - start
     _stats.seconds_compiling += time.perf_counter() - rendered
     return payload
 
 
-def _compile_text(text: str, name: str, target: AnyTarget) -> bytes:
-    if isinstance(target, Target):
-        return compile_ir(text, name=name, target=target)
-    from kgraph.codegen.cuda.compiler import compile_text
-
-    return compile_text(text, name, target)
-
-
-def _prepare(target: AnyTarget) -> None:
-    """Make ready once what every process that compiles needs."""
-    if isinstance(target, Target):
-        initialize_llvm()
-        _pipeline(target, True)
-    else:
-        from kgraph.codegen.cuda.compiler import prepare
-
-        prepare(target)
+def _toolchain(target: AnyTarget) -> ModuleType:
+    """What has `compile_text` and `prepare` for a target; loaded only where a kernel has to be compiled."""
+    return importlib.import_module(f"kgraph.codegen.{'cpu' if isinstance(target, Target) else 'cuda'}.compiler")
 
 
 def _compile_all(missing: dict[str, KernelSpec], target: AnyTarget):
@@ -237,7 +178,7 @@ def _compile_forked(keys: list[str], missing: dict[str, KernelSpec], target: Any
             importlib.import_module(spec.module)
         except ImportError as error:
             raise CompileError(f"kernel {spec.name}: there is no renderer {spec.template}") from error
-    _prepare(target)
+    _toolchain(target).prepare(target)
     queue_read, queue_write = os.pipe()
     left = set(range(len(keys)))
     children: dict[int, _Child] = {}
@@ -298,6 +239,8 @@ class _Child:
 
 
 def _start_child(queue: int, specs: list[KernelSpec], target: AnyTarget) -> _Child | None:
+    import llvmlite.binding as llvm
+
     read, write = os.pipe()
     try:
         # llvmlite's lock is held across the fork: no other thread can be inside LLVM at that moment, and the child owns

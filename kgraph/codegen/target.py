@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import itertools
+import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import llvmlite
-import llvmlite.binding as llvm
 
+from kgraph.codegen.disk_cache import disk_cache
+from kgraph.codegen.sources import module_source
 from kgraph.errors import CompileError
 from kgraph.ir import np_dtype
 
@@ -21,6 +26,11 @@ _V2 = frozenset("cx16 popcnt sahf sse3 sse4.1 sse4.2 ssse3".split())
 _V3 = _V2 | frozenset("avx avx2 bmi bmi2 f16c fma lzcnt movbe".split())
 _V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
 _LEVELS = {"x86-64-v2": _V2, "x86-64-v3": _V3, "x86-64-v4": _V4}
+
+# What makes a `Target` of an answer.
+_MODULES = ("kgraph.codegen.target", "kgraph.codegen.cpu.compiler")
+# Lines of /proc/cpuinfo that differ between cores, or from boot to boot.
+_PASSING = ("processor", "core id", "apicid", "initial apicid", "physical id", "cpu mhz", "bogomips")
 
 # Used where the system does not tell: a small core of today.
 _DEFAULT_CACHES = {1: 32 << 10, 2: 1 << 20, 3: 8 << 20}
@@ -89,10 +99,23 @@ def _enabled(features: str) -> frozenset[str]:
 def host_target() -> Target:
     """The target of this process.
 
+    To load LLVM only to ask for this machine takes longer than anything else that a cached program needs, so the answer
+    is kept in the disk cache, under what the system says of the processor.
     Raises CompileError for an unknown `KGRAPH_CPU`, or one that this machine cannot run.
     """
-    initialize_llvm()
-    return make_target(os.environ.get("KGRAPH_CPU", "native"))
+    name = os.environ.get("KGRAPH_CPU", "native")
+    cache, processor = disk_cache(), _processor()
+    if cache is None or not processor:
+        return make_target(name)
+    facts = (name, processor, platform.machine(), llvmlite.__version__, cache_sizes(), *map(module_source, _MODULES))
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+    data = cache.get(key)
+    if data is not None:
+        with contextlib.suppress(ValueError, TypeError):  # an entry that this code has not written
+            return Target(**json.loads(data))
+    target = make_target(name)
+    cache.put(key, json.dumps(asdict(target)).encode())
+    return target
 
 
 def make_target(name: str, *, foreign: bool = False) -> Target:
@@ -101,11 +124,13 @@ def make_target(name: str, *, foreign: bool = False) -> Target:
     foreign: also a level whose code this machine cannot run; there is `aarch64` too then (Linux on 64-bit ARM, with
         what every such processor has, and the caches of a small core).
     """
+    from kgraph.codegen.cpu.compiler import host_features, layout_of
+
     if foreign and name == "aarch64":
         return _aarch64_target()
-    host = _host_features()
+    cpu, host = host_features()
     if name == "native":
-        cpu, enabled, features = llvm.get_host_cpu_name(), _enabled(host), host
+        enabled, features = _enabled(host), host
     elif name in _LEVELS:
         missing = _LEVELS[name] - _enabled(host)
         if missing and not foreign:
@@ -123,13 +148,12 @@ def make_target(name: str, *, foreign: bool = False) -> Target:
     else:
         vector_bytes, registers = 16, 32 if platform.machine().lower() in ("aarch64", "arm64") else 16
     caches = cache_sizes()
-    triple = llvm.get_process_triple()
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
+    triple, data_layout = layout_of(cpu, features)
     return Target(
         triple=triple,
         cpu=cpu,
         features=features,
-        data_layout=str(machine.target_data),
+        data_layout=data_layout,
         vector_bytes=vector_bytes,
         num_vector_registers=registers,
         l1_bytes=caches[1],
@@ -140,28 +164,22 @@ def make_target(name: str, *, foreign: bool = False) -> Target:
 
 @functools.cache
 def _aarch64_target() -> Target:
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    triple, features = "aarch64-unknown-linux-gnu", "+fp-armv8,+neon"
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu="generic", features=features)
+    from kgraph.codegen.cpu.compiler import layout_of
+
+    features = "+fp-armv8,+neon"
+    triple, data_layout = layout_of("generic", features, "aarch64-unknown-linux-gnu")
     caches = _DEFAULT_CACHES
-    return Target(triple, "generic", features, str(machine.target_data), 16, 32, caches[1], caches[2], caches[3])
+    return Target(triple, "generic", features, data_layout, 16, 32, caches[1], caches[2], caches[3])
 
 
-@functools.cache
-def initialize_llvm() -> None:
-    """Make LLVM ready to generate code for this machine."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    # Without it, LLVM ends the process on a kernel with inline assembly.
-    llvm.initialize_native_asmparser()
-
-
-def _host_features() -> str:
+def _processor(path: str = "/proc/cpuinfo") -> str:
+    """What the system says of the first core, without what changes with time; nothing where it does not."""
     try:
-        return llvm.get_host_cpu_features().flatten()
-    except RuntimeError:  # LLVM cannot tell on this system; the CPU's name alone decides then
+        with open(path) as file:
+            lines = list(itertools.takewhile(str.strip, file))
+    except OSError:
         return ""
+    return "".join(line for line in lines if not line.lower().startswith(_PASSING))
 
 
 def cache_sizes(root: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[int, int]:

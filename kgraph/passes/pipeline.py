@@ -58,6 +58,8 @@ INFERENCE: list[Pass] = [
 _PREPARE_WEIGHTS = (fold_batch_norm, layout)
 TRAINING: list[Pass] = [pass_ for pass_ in INFERENCE if pass_ not in _PREPARE_WEIGHTS]
 
+PIPELINES = {"inference": INFERENCE, "training": TRAINING}
+
 
 def for_bodies(passes: Sequence[Pass]) -> list[Pass]:
     """The passes for bodies of control flow: those of the graph around, under the same names and numbers.

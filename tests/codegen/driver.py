@@ -9,8 +9,9 @@ import itertools
 import numpy as np
 
 from kgraph.codegen import compiler
+from kgraph.codegen.cpu import compiler as cpu_compiler
 from kgraph.codegen.kernel import KernelCall, Temporary
-from kgraph.codegen.target import Target, initialize_llvm, make_target
+from kgraph.codegen.target import Target, make_target
 from kgraph.ir.dims import evaluate
 from kgraph.runtime.loader import Library
 
@@ -22,7 +23,6 @@ _LEVELS = {64: "x86-64-v4", 32: "x86-64-v3", 16: "x86-64-v2"}
 @functools.cache
 def host_target(vector_bytes: int | None = None) -> Target:
     """The machine's own target, or one of a narrower instruction set with vectors of `vector_bytes`."""
-    initialize_llvm()
     native = make_target("native")
     if vector_bytes in (None, native.vector_bytes):
         return native
@@ -33,7 +33,7 @@ class Compiled:
     """Machine code of one module; keeps it in memory."""
 
     def __init__(self, ir_text: str, target: Target):
-        self.library = Library({"kernel": compiler.compile_ir(ir_text, target=target)})
+        self.library = Library({"kernel": cpu_compiler.compile_ir(ir_text, target=target)})
         self.function = SIGNATURE(self.library.address("kernel"))
 
 

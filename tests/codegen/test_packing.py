@@ -97,7 +97,7 @@ def test_pieces_of_a_prologue(monkeypatch, number):
     graph.params, graph.inputs = graph.inputs, []
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
-    prepare = Preparation(graph, graph.params)
+    prepare = Preparation.of(graph, graph.params)
     assert len(prepare.specs()) == 2
     found = prepare(arrays)
     a, b, c, d, e = arrays

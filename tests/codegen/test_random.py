@@ -9,12 +9,13 @@ from kgraph import ops
 from kgraph.codegen import families
 from kgraph.codegen.cpu import loop
 from kgraph.codegen.target import host_target as target_of_programs
-from kgraph.compiler import compile_graph, optimise
+from kgraph.compiler import compile_graph
 from kgraph.frontend.tracer import trace
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node, type_of
 from kgraph.ops import philox
 from kgraph.ops.region_gradient import record_region
 from kgraph.passes.pipeline import TRAINING
+from kgraph.translation import optimise
 from tests.codegen.driver import host_target, run_node
 
 SEED = np.array([7, 0xFFFFFFF0], np.uint32)

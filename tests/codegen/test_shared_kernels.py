@@ -8,7 +8,7 @@ import pytest
 
 from kgraph import ops  # noqa: F401  (registers the primitives)
 from kgraph.codegen import families
-from kgraph.codegen.compiler import compile_ir
+from kgraph.codegen.cpu.compiler import compile_ir
 from kgraph.codegen.target import host_target
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.ir import PRIMITIVES, Dim, TensorType, Value, make_node

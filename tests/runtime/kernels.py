@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from kgraph.codegen.compiler import compile_ir
+from kgraph.codegen.cpu.compiler import compile_ir
 from kgraph.codegen.cpu.executor import executor_object
 from kgraph.ir import Dim
 from kgraph.runtime.plan import Buffer, NativeStep, Program

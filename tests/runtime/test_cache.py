@@ -7,8 +7,10 @@ import time
 import pytest
 
 from kgraph.codegen import cache as cache_module
-from kgraph.codegen import compiler
-from kgraph.codegen.cache import DiskCache, disk_cache, spec_key
+from kgraph.codegen import compiler, sources
+from kgraph.codegen.cache import spec_key
+from kgraph.codegen.cpu.compiler import compile_ir
+from kgraph.codegen.disk_cache import DiskCache, disk_cache
 from kgraph.codegen.kernel import KernelSpec
 from kgraph.codegen.target import host_target
 from kgraph.errors import CompileError
@@ -135,15 +137,15 @@ def test_sources_behind_a_template():
     assert executor == cache_module.source_digest("executor:other")
     assert executor != cache_module.source_digest("gemm:render")
     assert cache_module.source_digest("kgraph.codegen.cpu.gemm:render") == cache_module.source_digest("gemm:render")
-    _, imports = cache_module._source("kgraph.codegen.cpu.resize")
+    _, imports = sources.module_source("kgraph.codegen.cpu.resize")
     assert "kgraph.ops.resize" in imports  # its weights are tables in the kernels
-    _, imports = cache_module._source("kgraph.codegen.cpu.executor")
+    _, imports = sources.module_source("kgraph.codegen.cpu.executor")
     assert "kgraph.runtime.layout" in imports
-    _, imports = cache_module._source("kgraph.codegen.cpu.gemm")
+    _, imports = sources.module_source("kgraph.codegen.cpu.gemm")
     assert any(name.startswith("kgraph.codegen.cpu.") for name in imports)
     # Imports in all forms, and those within functions.
     text = "from kgraph.a import (\n    b,\n    c as d,\n)\n    import kgraph.e\nfrom kgraph.f import g, h  # x\n"
-    assert [m[0] or m[2] for m in cache_module._IMPORT.findall(text)] == ["kgraph.a", "kgraph.e", "kgraph.f"]
+    assert [m[0] or m[2] for m in sources._IMPORT.findall(text)] == ["kgraph.a", "kgraph.e", "kgraph.f"]
 
 
 def test_hits_and_misses_are_counted(tmp_path, monkeypatch):
@@ -163,7 +165,7 @@ def test_failing_renderer_names_the_kernel(tmp_path, monkeypatch):
     with pytest.raises(CompileError, match=r"kernel gemm_x: its renderer executor:nothing failed"):
         compiler.compile_spec(KernelSpec("gemm_x", "executor:nothing", ()))
     with pytest.raises(CompileError, match="refuses its IR"):
-        compiler.compile_ir("define void @kernel( {")
+        compile_ir("define void @kernel( {")
 
 
 # Kernels in a module of their own below kgraph.codegen.cpu, as the children of a parallel compilation import them.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kgraph.codegen.compiler import compile_ir
+from kgraph.codegen.cpu.compiler import compile_ir
 from kgraph.codegen.cpu.executor import executor_object
 from kgraph.errors import ArtifactError
 from kgraph.runtime import layout, threads

@@ -6,7 +6,7 @@ import platform
 import numpy as np
 import pytest
 
-from kgraph.codegen.compiler import compile_ir
+from kgraph.codegen.cpu.compiler import compile_ir
 from kgraph.errors import ArtifactError
 from kgraph.runtime.loader import Library, external_address
 from tests.runtime import kernels

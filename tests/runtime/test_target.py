@@ -5,7 +5,8 @@ import platform
 import pytest
 
 from kgraph.codegen import target as target_module
-from kgraph.codegen.compiler import compile_ir
+from kgraph.codegen.cpu import compiler
+from kgraph.codegen.cpu.compiler import compile_ir
 from kgraph.codegen.target import cache_sizes, host_target, make_target
 from kgraph.errors import CompileError
 from kgraph.runtime.loader import Library
@@ -50,7 +51,7 @@ def test_environment_chooses(monkeypatch):
 
 @X86
 def test_level_that_the_machine_lacks(monkeypatch):
-    monkeypatch.setattr(target_module, "_host_features", lambda: "+sse2,+avx")
+    monkeypatch.setattr(compiler, "host_features", lambda: ("old", "+sse2,+avx"))
     with pytest.raises(CompileError, match=r"this machine has no .*avx2"):
         make_target("x86-64-v3")
 
@@ -72,3 +73,30 @@ def test_inline_assembly_does_not_end_the_process():
         pytest.skip("no instruction to write")
     text = kernels.HEADER + '\n  call void asm sideeffect "nop", ""()\n  ret void\n}'
     assert compile_ir(text)
+
+
+def test_the_host_is_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("KGRAPH_CACHE_DIR", str(tmp_path))
+    host_target.cache_clear()
+    try:
+        first = host_target()
+        host_target.cache_clear()
+        monkeypatch.setattr(target_module, "make_target", None)
+        assert host_target() == first
+        host_target.cache_clear()
+        monkeypatch.setattr(target_module, "_processor", lambda: "another one")
+        with pytest.raises(TypeError):  # is asked for again
+            host_target()
+    finally:
+        host_target.cache_clear()
+
+
+def test_text_of_a_processor(tmp_path):
+    first = "processor\t: 0\nflags\t\t: fpu avx2\ncpu MHz\t\t: {}\n"
+    texts = []
+    for mhz in (2000, 3000):
+        path = tmp_path / str(mhz)
+        path.write_text(first.format(mhz) + "\nprocessor\t: 1\nflags\t\t: fpu\n")
+        texts.append(target_module._processor(str(path)))
+    assert texts[0] == texts[1] == "flags\t\t: fpu avx2\n"
+    assert target_module._processor(str(tmp_path / "missing")) == ""

@@ -9,8 +9,8 @@ from keras import layers, ops
 
 import kgraph
 from kgraph.codegen.target import host_target
-from kgraph.compiler import optimise
 from kgraph.frontend.capture import capture_function
+from kgraph.translation import optimise
 from tests.models.training_runs import assert_equal_weights
 
 ROWS = 256

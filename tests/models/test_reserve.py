@@ -1,0 +1,61 @@
+"""Memory that is asked for while a model is traced."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import kgraph
+from kgraph import compiled as compiled_module
+from kgraph.reserve import LEAST_BYTES, LINE, Reserve
+
+threads = pytest.mark.skipif(kgraph.get_num_threads() < 2, reason="one core")
+
+
+@threads
+@pytest.mark.parametrize("nbytes", [0, 1, LEAST_BYTES // 2 + 5, LEAST_BYTES + 12345, 3 * LEAST_BYTES])
+def test_the_block_is_no_larger_than_asked_for(nbytes):
+    block = Reserve(LEAST_BYTES + 12345).take(nbytes)
+    assert block.nbytes == min(nbytes, LEAST_BYTES + 12345)
+    assert block.nbytes == 0 or block.ctypes.data % LINE == 0
+    block.fill(7)
+    assert np.all(block == 7)
+
+
+def test_small_ones_and_single_threads_get_none():
+    assert Reserve(LEAST_BYTES - 1).take(LEAST_BYTES).nbytes == 0
+    before = kgraph.get_num_threads()
+    kgraph.set_num_threads(1)
+    try:
+        assert Reserve(LEAST_BYTES).take(LEAST_BYTES).nbytes == 0
+    finally:
+        kgraph.set_num_threads(before)
+
+
+def test_a_block_is_taken_once():
+    reserve = Reserve(LEAST_BYTES)
+    reserve.take(LEAST_BYTES)
+    assert reserve.take(LEAST_BYTES).nbytes == 0
+
+
+@threads
+def test_weights_lie_in_the_reserve_as_far_as_it_goes(monkeypatch):
+    blocks = []
+
+    class Recorded(Reserve):
+        def take(self, nbytes):
+            blocks.append(super().take(nbytes))
+            return blocks[-1]
+
+    monkeypatch.setattr(compiled_module, "Reserve", Recorded)
+    model = keras.Sequential([keras.Input((1500,)), keras.layers.Dense(1500), keras.layers.Dense(33)])
+    fast = kgraph.compile(model)
+    x = np.random.default_rng(0).standard_normal((3, 1500)).astype("float32")
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-5, atol=1e-5)
+    (block,) = blocks
+    assert block.nbytes >= 1500 * 1500 * 4
+    inside = [a for a in fast._variants[()].program.values if np.shares_memory(a, block)]
+    assert sum(a.nbytes for a in inside) >= 1500 * 1500 * 4
+    model.layers[0].set_weights([np.zeros((1500, 1500)), np.zeros(1500)])
+    np.testing.assert_allclose(fast(x), model(x), rtol=1e-5, atol=1e-5)
