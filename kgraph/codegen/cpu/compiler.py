@@ -72,7 +72,9 @@ def compile_ir(text: str, *, name: str = "kernel", target: Target | None = None,
     except RuntimeError as error:
         raise CompileError(f"kernel {name}: LLVM refuses its IR: {error}") from error
     functions = [f for f in module.functions if not f.is_declaration]
-    if len(functions) == 1 and _VECTORS.search(text):
+    if len(functions) > 1:
+        _passes_for_tiles().run(module, one_function)
+    elif _VECTORS.search(text):
         one_function.getFunctionPassManager().run(functions[0], one_function)
     else:
         whole_module.getModulePassManager().run(module, whole_module)
@@ -95,3 +97,19 @@ def _pipeline(target: Target, vectorize: bool):
     options.loop_interleaving = vectorize
     simple = llvm.create_pipeline_tuning_options(speed_level=1)
     return machine, llvm.create_pass_builder(machine, options), llvm.create_pass_builder(machine, simple)
+
+
+def _passes_for_tiles():
+    """The passes for what has functions of its own: kernels with tiles, the executor.
+
+    Their loops are written as they are to run, with sums in registers and addresses that count up. What is left for
+    LLVM is to simplify each expression once; the code generator moves what is constant out of loops.
+    """
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_always_inliner_pass()
+    passes.add_sroa_pass()
+    passes.add_instruction_combine_pass()
+    passes.add_simplify_cfg_pass()
+    passes.add_new_gvn_pass()
+    passes.add_dead_code_elimination_pass()
+    return passes
