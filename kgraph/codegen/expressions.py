@@ -46,6 +46,9 @@ EXPENSIVE = {
 TRANSPARENT = frozenset({"broadcast_to", "stop_gradient"})
 SUPPORTED = OPERATIONS | TRANSPARENT | {"constant", "full"}
 
+# The same bits with operands exchanged, so that one kernel serves both orders; extrema are not, for zeros.
+_EITHER_ORDER = ("add", "mul")
+
 
 def compute_dtype(dtype: str) -> str:
     """The dtype in which values of `dtype` live in registers."""
@@ -101,6 +104,8 @@ def encode_nodes(nodes: Iterable[Node], inputs: Sequence[Value], outputs: Sequen
             index[node.output] = append(constant(value, node.output.dtype))
         else:
             operands = tuple(index[v] for v in node.inputs)
+            if node.name in _EITHER_ORDER:
+                operands = tuple(sorted(operands))
             attrs = () if node.name in ("convert", "bitcast_convert") else tuple(sorted(node.attrs.items()))
             index[node.output] = append((node.name, operands, attrs, node.output.dtype))
     unknown = [v for v in outputs if v not in index]

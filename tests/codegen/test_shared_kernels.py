@@ -7,7 +7,7 @@ import gc
 import pytest
 
 from kgraph import ops  # noqa: F401  (registers the primitives)
-from kgraph.codegen import families
+from kgraph.codegen import expressions, families
 from kgraph.codegen.cpu.compiler import compile_ir
 from kgraph.codegen.target import host_target
 from kgraph.garbage import earlier_objects_set_aside
@@ -52,6 +52,14 @@ def test_operands_of_products_are_packed_by_one_kernel():
     packs = [specs("dot_general", (64, k), (k, n), **attrs)[0] for k, n in ((100, 64), (300, 256))]
     assert packs[0][0].endswith("render_pack")
     assert packs[0] == packs[1]
+
+
+@pytest.mark.parametrize(("name", "shared"), [("add", True), ("mul", True), ("sub", False), ("maximum", False)])
+def test_the_order_of_operands_is_no_part_of_a_kernel_where_it_does_not_matter(name, shared):
+    a, b = Value(TensorType((5,), "float32")), Value(TensorType((5,), "float32"))
+    first, second = (make_node(PRIMITIVES[name], inputs, {}) for inputs in ([a, b], [b, a]))
+    one, other = (expressions.encode_nodes([node], [a, b], node.outputs) for node in (first, second))
+    assert (one == other) == shared
 
 
 VECTOR_KERNEL = """
