@@ -106,6 +106,7 @@ def compile_graph(
         load(own, objects)
         make: Callable[..., Program] = functools.partial(Program, executor=objects[spec_key(EXECUTOR, target)])
         fields["foreign"] = target.machine != host_target().machine
+        fields["rows"], fields["part_bytes"] = lowered.rows, target.l3_bytes * 3 // 8  # the rest is for weights
     else:
         from kgraph.runtime.cuda.device import device_for
         from kgraph.runtime.cuda.program import CudaProgram

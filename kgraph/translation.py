@@ -14,6 +14,7 @@ from kgraph.codegen.lower import lower
 from kgraph.codegen.target import Target
 from kgraph.codegen.updates import arrange_updates
 from kgraph.ir import Graph, copy_graph
+from kgraph.passes.independent_rows import independent_rows
 from kgraph.passes.manager import Pass, PassContext, run_passes
 from kgraph.passes.pipeline import INFERENCE, PIPELINES, for_bodies
 from kgraph.passes.prologue import split_prologue
@@ -47,6 +48,7 @@ def translate(
     start = time.perf_counter()
     lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
     arrange_updates(lowered, donations, target)
+    lowered.rows, _ = independent_rows(graph)
     preparation = Preparation.of(split.prologue, graph.params)
     split.assign_names(graph)
     seconds["lowering"] = time.perf_counter() - start

@@ -29,6 +29,7 @@ class Lowered:
     params: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     step_nodes: list[Node] = field(default_factory=list)
+    rows: str = ""  # see `kgraph.runtime.plan.Program`
 
     def all_specs(self) -> dict[str, KernelSpec]:
         """The kernels of this program and of the bodies of its control flow."""

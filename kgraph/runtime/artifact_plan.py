@@ -92,6 +92,7 @@ def encode(
         "outputs": list(program.outputs),
         "params": [[b, tensor_name(v)] for b, v in zip(program.params, program.values, strict=True) if v is not None],
         "donations": [list(pair) for pair in program.donations],
+        "rows": [program.rows, program.part_bytes],
     }
 
 
@@ -177,6 +178,8 @@ class _Decoder:
         donations = [
             (_integer(i, 0, len(inputs) - 1), _integer(o, 0, len(outputs) - 1)) for i, o in _list(data["donations"])
         ]
+        rows, part_bytes = _list(data.get("rows", ["", 0]))
+        rows, part_bytes = _text(rows), _integer(part_bytes, 0, _MAX_BYTES)
         for kind, numbers in (("input", inputs), ("param", param_numbers)):
             own = [number for number, b in enumerate(buffers) if b.kind == kind]
             if sorted(numbers) != own:
@@ -195,6 +198,8 @@ class _Decoder:
             executor=objects["executor"] if native else b"",
             input_names=names,
             donations=donations,
+            rows=rows,
+            part_bytes=part_bytes,
         )
         for number, b in enumerate(param_numbers):
             if any(isinstance(s, dims.Dim) for s in buffers[b].shape):

@@ -150,11 +150,9 @@ class Binding:
             return self.run(arrays)
         if self.generation != threads.generation:
             return self.program.bind(self.sizes)(arrays, out)
-        arrays = self._dense_inputs(arrays)
-        results, finals = self._check_out(arrays, out)
-        context = self._context()
-        self._call(context, arrays, results)
-        self._free.append(context)
+        arrays = self.dense_inputs(arrays)
+        results, finals = self.check_out(arrays, out)
+        self.run_into(arrays, results)
         for final, result in zip(finals, results):
             if final is not None and final is not result:
                 np.copyto(final, result)
@@ -219,12 +217,16 @@ class Binding:
         if self.generation != threads.generation:
             return self.program.bind(self.sizes).run(arrays)
         self.used = True
-        arrays = self._dense_inputs(arrays)
+        arrays = self.dense_inputs(arrays)
         results = self._new_results(arrays)
+        self.run_into(arrays, results)
+        return tuple(results)
+
+    def run_into(self, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
+        """A call on dense arrays that writes into `results`, which nothing else reads or writes meanwhile."""
         context = self._context()
         self._call(context, arrays, results)
         self._free.append(context)
-        return tuple(results)
 
     def _new_results(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Arrays to run into: those of donated inputs, and fresh ones."""
@@ -295,7 +297,7 @@ class Binding:
         flat = owner.reshape(-1).view(np.uint8)
         return flat[place.offset : place.offset + nbytes].view(dtype).reshape(shape)
 
-    def _dense_inputs(self, arrays) -> list[np.ndarray]:
+    def dense_inputs(self, arrays) -> list[np.ndarray]:
         """The arrays as plain, contiguous, aligned ones. Raises InputError for a wrong number or dtype."""
         if len(arrays) != len(self.input_dtypes):
             raise InputError(f"{self.program.name} takes {len(self.input_dtypes)} arrays, {len(arrays)} were given")
@@ -309,7 +311,7 @@ class Binding:
             out.append(a)
         return out
 
-    def _check_out(self, arrays, out) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    def check_out(self, arrays, out) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         """Arrays to run into, and the caller's; they differ where the caller's cannot be written during the run."""
         name = self.program.name
         if len(out) != len(self._outputs):
@@ -339,7 +341,7 @@ class Binding:
         A run ahead of them brings memory and code into the caches. Every step is a native call of its own here: inside
         of one call thread 0 may find steps done that others ran while it waited for its core.
         """
-        arrays = self._dense_inputs(arrays)
+        arrays = self.dense_inputs(arrays)
         results = [np.empty(shape, dtype) for shape, dtype in self._outputs]
         context = Context(self, profile=True)
         context.set_params(self.program.values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from kgraph.errors import ArtifactError, InputError
 from kgraph.runtime import threads
 from kgraph.runtime.binding import Binding, StepTime
 from kgraph.runtime.loader import Library
+from kgraph.runtime.parts import PartedBinding, rows_at_once
 from kgraph.runtime.steps import Buffer, HostStep, NativeStep
 from kgraph.types import SHORT_NAMES, np_dtype
 
@@ -34,6 +36,8 @@ class Program:
     donations: pairs (input number, output number) of one type: the output may be written into the input's array, which
         the caller gives up. Each input and each output is in one pair at most.
     kernels: object bytes by key; executor: object bytes of the native executor.
+    rows: the symbol that counts rows which do not depend on each other, along the first axis of inputs and outputs, or
+        "". A call with so many that its temporaries exceed `part_bytes` is run in parts (`kgraph.runtime.parts`).
     foreign: made for another kind of machine; the objects are not loaded, and calls raise ArtifactError.
     values: the arrays in use as parameters.
     Raises ValueError for inconsistent steps and ArtifactError for objects that cannot be loaded.
@@ -52,11 +56,14 @@ class Program:
         input_names: Sequence[str] = (),
         donations: Sequence[tuple[int, int]] = (),
         foreign: bool = False,
+        rows: str = "",
+        part_bytes: int = 0,
     ):
         self.name, self.foreign = name, foreign
         self.buffers, self.steps = tuple(buffers), tuple(steps)
         self.inputs, self.outputs, self.params = tuple(inputs), tuple(outputs), tuple(params)
         self.donations = tuple(donations)
+        self.rows, self.part_bytes = rows, part_bytes
         self.kernels, self.executor_object = dict(kernels or {}), executor
         self.input_names = tuple(input_names) or tuple(
             self.buffers[b].name or f"input {i}" for i, b in enumerate(self.inputs)
@@ -79,7 +86,8 @@ class Program:
 
     def __reduce__(self):
         fields = (self.name, self.buffers, self.steps, self.inputs, self.outputs, self.params, self.kernels)
-        return Program, (*fields, self.executor_object, self.input_names, self.donations, self.foreign)
+        rest = self.executor_object, self.input_names, self.donations, self.foreign, self.rows, self.part_bytes
+        return Program, (*fields, *rest)
 
     def _load(self) -> None:
         """Make the kernels callable."""
@@ -91,7 +99,9 @@ class Program:
         self.functions = {key: self.library.address(key) for key in loaded}
 
     def _new_binding(self, sizes: dict[str, int]) -> Binding:
-        return Binding(self, sizes)
+        binding = Binding(self, sizes)
+        at_once = rows_at_once(self, binding) if self.rows else 0
+        return cast("Binding", PartedBinding(self, binding, at_once)) if at_once else binding
 
     def _validate(self) -> None:
         written = {i for i, b in enumerate(self.buffers) if b.kind != "temporary"}
@@ -262,6 +272,7 @@ class Program:
         native = sum(isinstance(s, NativeStep) for s in self.steps)
         return {
             "bindings": len(bindings),
+            "parts": max([len(b.parts) for b in bindings if isinstance(b, PartedBinding)], default=1),
             "contexts": sum(b.num_contexts() for b in bindings),
             "arena_bytes": sum(b.idle_bytes() for b in bindings),
             "scratch_bytes": sum(b.num_contexts() * b.threads * b.scratch_bytes for b in bindings),
