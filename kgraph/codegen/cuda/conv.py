@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kgraph.codegen.contractions import Parts, accumulate_dtype, has_products, take_apart
-from kgraph.codegen.cuda import depthwise, gemm, reduce
+from kgraph.codegen.cuda import conv_library, depthwise, gemm, reduce
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, is_dilated, phase_positions, phases
 from kgraph.codegen.cuda.conv_kernel import ConvPlan
 from kgraph.codegen.cuda.epilogue import Finish
+from kgraph.codegen.cuda.library import offer
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import index_type
 from kgraph.codegen.cuda.tiles import choose_tile
@@ -125,11 +126,13 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
         notes={"inplace": parts.inplace(2) if pieces == 1 else ()},
         launch=Launch(tile.block),
     )
-    if pieces == 1:
-        return [call]
-    leaves = [Leaf(v, v.dtype, (False, *spans_of(v.shape, x.type.rank))) for _, v in parts.extras]
-    whole = sum_of_pieces(partial, parts.result.dtype, parts.outputs, leaves, parts.expression)
-    return [call, *reduce.lower_parts(whole, target)]
+    calls = [call]
+    if pieces > 1:
+        leaves = [Leaf(v, v.dtype, (False, *spans_of(v.shape, x.type.rank))) for _, v in parts.extras]
+        whole = sum_of_pieces(partial, parts.result.dtype, parts.outputs, leaves, parts.expression)
+        calls += reduce.lower_parts(whole, target)
+    library = conv_library.convolution(parts, target)
+    return calls if library is None else offer(calls, library)
 
 
 def _pieces(blocks, depth, chunk: int, target) -> int:

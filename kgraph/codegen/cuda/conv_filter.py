@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kgraph.codegen.contractions import accumulate_dtype, has_products
-from kgraph.codegen.cuda import conv_filter_depthwise, reduce, scalar_ops
+from kgraph.codegen.cuda import conv_filter_depthwise, conv_library, reduce, scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, read_axes
+from kgraph.codegen.cuda.library import offer
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, index_type
 from kgraph.codegen.cuda.tiles import SMALL_TILE, Tile, TileProduct, choose_tile
@@ -63,7 +64,9 @@ def lower(node: Node, target) -> list[KernelCall]:
         notes={"algorithm": "depthwise" if depthwise else "implicit_product"},
         launch=Launch(block),
     )
-    return [sums] if single else [sums, *reduce.lower_parts(sum_of_pieces(partial, out.dtype, [out]), target)]
+    calls = [sums] if single else [sums, *reduce.lower_parts(sum_of_pieces(partial, out.dtype, [out]), target)]
+    library = None if depthwise else conv_library.filter_gradient(node, target)
+    return calls if library is None else offer(calls, library)
 
 
 def _pieces(positions, tiles: int, least: int, target) -> int:

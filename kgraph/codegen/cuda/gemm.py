@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kgraph.codegen import expressions
 from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_products, take_apart
-from kgraph.codegen.cuda import loop, reduce
+from kgraph.codegen.cuda import reduce
 from kgraph.codegen.cuda.epilogue import Finish
+from kgraph.codegen.cuda.library import SPANS, epilogue_after, held_output, offer
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
 from kgraph.codegen.expressions import compute_dtype
-from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, LibraryCall, Temporary
 from kgraph.codegen.reductions import Parts as Reduction
 from kgraph.codegen.regions import Leaf
 from kgraph.codegen.strided import SizeTable, collapse, collapse_streams, dense_strides
@@ -39,13 +39,6 @@ FEW = 32  # rows or columns up to which tiles are flat or tall
 WAVES = 2  # blocks per multiprocessor below which K is cut
 CHUNKS = 16  # chunks of a tile's depth that a piece of K has at least; 2 in the simulator
 LIBRARY_DTYPES = ("float16", "bfloat16", "float32", "float64")
-# How an extra of the epilogue extends over (batch, rows, columns).
-SPANS = {
-    "full": (True, True, True),
-    "row": (True, True, False),
-    "channel": (False, False, True),
-    "scalar": (False,) * 3,
-}
 
 
 def accepts(node: Node) -> str | None:
@@ -112,27 +105,23 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     p = product_of(parts)
     accumulate = accumulate_dtype(p.a.value.dtype, parts.result.dtype)
     tile = choose_tile(p, accumulate, target)
-    library = library_product(parts, p, target) if target.library else None
-    divisible = library is None and accumulate == compute_dtype(parts.result.dtype)
+    library = library_call(parts, p, target) if target.products else None
+    divisible = accumulate == compute_dtype(parts.result.dtype)
     pieces = _pieces(p, tile, target) if divisible else 1
     name = "gemm" + parts.name
     if pieces == 1:
         extras, finish = [v for _, v in parts.extras], Finish.params(parts, accumulate)
-        call = _call(name, parts, p, tile, 1, extras, parts.outputs, finish)
-        if library is not None:
-            call.product, call.then = library
-            if call.then is not None:
-                # The product is written to an output before the epilogue reads its operands.
-                call.notes["inplace"] = ()
-        return [call]
-    partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
-    untouched = (accumulate, accumulate, (), (accumulate,), None)
-    first = _call("gemm_partial", parts, p, tile, pieces, [], [partial], untouched)
-    return [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
+        calls = [_call(name, parts, p, tile, 1, extras, parts.outputs, finish)]
+    else:
+        partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
+        untouched = (accumulate, accumulate, (), (accumulate,), None)
+        first = _call("gemm_partial", parts, p, tile, pieces, [], [partial], untouched)
+        calls = [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
+    return calls if library is None else offer(calls, library)
 
 
-def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, KernelCall | None] | None:
-    """What a library may do for the node, and the epilogue that follows if the library does not know it.
+def library_call(parts: Parts, p: Product, target) -> LibraryCall | None:
+    """What a library may do for the node, with an epilogue behind it if the library does not know that.
 
     None where it does not know the dtypes, an operand is no matrix with a single stride along each side, or no output
     can hold the product until the epilogue has read it.
@@ -142,9 +131,8 @@ def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, K
         return None
     if len(p.batch) > 1 or any(len(axes) > 1 for m in (p.a, p.b) for axes in (m.rows, m.columns)):
         return None
-    first = 2 + len(parts.extras)
-    held = [n for n, value in enumerate(parts.outputs) if value.dtype == result]
-    if not held:
+    held = held_output(parts)
+    if held is None:
         return None
     strides = [[axes[0][1] if axes else 1 for axes in (m.rows, m.columns)] for m in (p.a, p.b)]
     batch = p.batch[0][1] if p.batch else (0, 0)
@@ -153,7 +141,7 @@ def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, K
     asked = LibraryProduct(
         Matrix(0, strides[0][0], strides[0][1], batch[0]),
         Matrix(1, strides[1][0], strides[1][1], batch[1]),
-        first + held[0],
+        2 + len(parts.extras),
         bias,
         added,
         (p.entries, p.rows, p.columns, p.depth),
@@ -161,19 +149,10 @@ def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, K
         result,
         target.tf32,
     )
-    if known is not None:
-        return asked, None
-    value = parts.outputs[held[0]]
-    leaves = [Leaf(value, result, (True,) * 3)] + [Leaf(v, v.dtype, SPANS[kind]) for kind, v in parts.extras]
-    (then,) = loop.lower_expression(
-        parts.expression or expressions.identity(result),
-        leaves,
-        (p.entries, p.rows, p.columns),
-        parts.outputs,
-        target,
-    )
-    then.notes["inplace"] = ()
-    return asked, then
+    operands = [p.a.value, p.b.value, *(v for _, v in parts.extras), held]
+    shape = (p.entries, p.rows, p.columns)
+    after = [] if known is not None else epilogue_after(parts, held, shape, target)
+    return LibraryCall(asked, operands, after=after)
 
 
 def _library_epilogue(parts: Parts) -> tuple[int | None, int | None] | None:

@@ -15,7 +15,8 @@ import numpy as np
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument, Device
 from kgraph.runtime.cuda.driver import Driver
-from kgraph.runtime.cuda.libraries import Products, open_products
+from kgraph.runtime.cuda.libraries import Library, is_installed, open_library
+from kgraph.runtime.steps import Product
 
 # The entry of every kernel's PTX.
 _ENTRY = b"kernel"
@@ -48,7 +49,7 @@ class Gpu(Device):
             found = f"{version.value // 1000}.{version.value % 1000 // 10}"
             raise DeviceError(f"the GPU's driver is one of CUDA {found}: kgraph needs a driver of CUDA 12 or later")
         self._driver_version = version.value if library is None else 0  # what stands in its place has no libraries
-        self._products: Products | str | None = None
+        self._libraries: dict[type, Library | str] = {}  # by kind of task
         handle = c_int()
         driver.call("cuDeviceGet", byref(handle), ordinal)
         self._handle = handle.value
@@ -216,12 +217,15 @@ class Gpu(Device):
         shape = (grid, 1, 1, block, 1, 1, shared_bytes)
         self.driver.call("cuLaunchKernel", function.handle, *shape, self.stream, pointers, None)
 
-    def products(self) -> Products | None:
+    def offers(self, kind: type) -> bool:
+        return self._driver_version > 0 and is_installed(kind) and not isinstance(self.library(Product), str)
+
+    def library(self, kind: type) -> Library | str:
         with self._memory_lock:
-            if self._products is None:
+            if kind not in self._libraries:
                 self._enter()
-                self._products = open_products(self, self._driver_version)
-        return None if isinstance(self._products, str) else self._products
+                self._libraries[kind] = open_library(kind, self, self._driver_version)
+        return self._libraries[kind]
 
     # -- graphs -------------------------------------------------------------------------------------------------------
     def begin_capture(self) -> None:
