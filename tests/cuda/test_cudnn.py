@@ -234,6 +234,27 @@ def test_workspace_grows_and_what_plans_have_stays(library):
     check(convolution((1, 6, 6, 2), (3, 3, 2, 2), "float16"))
     for _ in range(3):
         np.testing.assert_array_equal(first.program(arrays)[0], expected)
+    opened = device_for("cuda-simulator").library(Convolution)
+    assert opened.workspace(1) is opened.workspace(1 << 16)
+
+
+def test_nothing_lies_where_the_library_s_filters_do(library):
+    """They are there beside the image, which dies with the step, and what is computed."""
+    x, *weights = (Value(TensorType(s, "float16")) for s in ((1, 6, 6, 4), *[(3, 3, 4, 4)] * 3))
+    graph = Graph([x, *weights], name="chain")
+    attrs = convolution((1, 6, 6, 4), (3, 3, 4, 4), padding=1).attrs
+    for w in weights:
+        x = add(graph, "conv", x, w, **attrs)
+    graph.outputs = [x]
+    program = compile_graph(graph, target=TARGET).program
+    program([filled(v.shape, v.dtype) for v in graph.inputs])
+    (binding,) = program._bindings.values()
+    storage = binding.storage
+    for step in program.steps:
+        places = {b: storage.places[b] for b in step.touched}
+        taken = sorted((p.offset, p.offset + storage.nbytes[b]) for b, p in places.items() if p.space == "arena")
+        assert len(taken) >= 2
+        assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:]))
 
 
 def scaled(graph, result, bias, more):
@@ -246,6 +267,8 @@ def test_epilogues_follow_in_a_kernel(library, refused):
     library.engines = [] if refused else [Engine()]
     extras = [TensorType((4,), "float16"), TensorType((2, 5, 6, 4), "float16")]
     node = convolution((2, 5, 6, 3), (3, 3, 3, 4), "float16", extras, scaled, padding=1)
+    (call,) = families.lower(node, TARGET)
+    assert not call.notes["inplace"], "the epilogue reads its operands after the library has written"
     program = check(node, calls=3)
     assert program.stats()["library_calls"] == (0 if refused else 1)
 
