@@ -89,6 +89,7 @@ class FakeCublasLt:
         told = self.created[_number(preference)].attributes
         (alignment,) = {told[n] for n in (5, 6, 7, 8)}
         assert told[1] > 0
+        assert told[3] == 2, "sums of pieces that are rounded"
         assert wanted == 1
         if alignment in self.refused:
             return NOT_SUPPORTED

@@ -13,6 +13,7 @@ import kgraph
 from kgraph import errors
 from kgraph.codegen.cuda import gemm
 from kgraph.codegen.cuda.target import simulator_target
+from kgraph.codegen.kernel import Temporary
 from kgraph.compiler import compile_graph
 from kgraph.ir import PRIMITIVES, Graph, TensorType, Value
 from kgraph.report import explain
@@ -49,10 +50,11 @@ def compute(node, fake):
     arrays = [filled(v.shape, v.dtype, seed) for seed, v in enumerate(node.inputs)]
     results = [np.full(v.shape, 7).astype(v.type.np_dtype) for v in node.outputs]
     memory = dict(zip((*node.inputs, *node.outputs), (*arrays, *results), strict=True))
+    held = call.library.operands[-1]
+    memory.setdefault(held, np.empty(held.type.shape, held.type.np_dtype))
     fake.host = list(memory.values())
-    plan.run(
-        [memory[v].ctypes.data for v in call.library.operands]
-    )  # not all inputs are operands: an unused one is none
+    # Not all inputs are operands: an unused one is none.
+    plan.run([memory[v].ctypes.data for v in call.library.operands])
     if not call.library.after:
         verify(node, arrays, results, {})
     return call, results
@@ -111,6 +113,71 @@ def test_other_epilogues_follow_in_a_kernel(library, epilogue):
     assert not call.notes["inplace"]
     assert library.multiplied[0]["bias"] is None
     assert library.multiplied[0]["beta"] == 0
+
+
+HALVES = {"float16": 2, "bfloat16": 14}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("into", ["same", "preferred", "converted", "converted and added"])
+def test_half_floats_are_multiplied_as_such_and_summed_in_float32(library, dtype, into):
+    """A batch, transposed on both sides; results that are float32 in the end are never rounded."""
+    attrs = {"lhs_contract": (1,), "rhs_contract": (2,), "lhs_batch": (0,), "rhs_batch": (0,)}
+    extras, epilogue = [], None
+    if into == "preferred":
+        attrs["preferred_dtype"] = "float32"
+    elif into == "converted":
+        epilogue = lambda graph, result: [add(graph, "convert", result, dtype="float32")]
+    elif into == "converted and added":
+        extras = [TensorType((3, 7, 6), "float32")]
+        epilogue = lambda graph, result, more: [add(graph, "add", add(graph, "convert", result, dtype="float32"), more)]
+    call, _ = compute(product_node((3, 5, 7), (3, 6, 5), attrs, dtype, extras, epilogue), library)
+    (asked,) = library.multiplied
+    assert asked["operation"].arguments == (68, 0)
+    assert [asked["operation"].attributes.get(n, 0) for n in (3, 4)] == [1, 1]
+    kinds = [asked[n].arguments[0] for n in ("a_is", "b_is", "d_is")]
+    assert kinds == [HALVES[dtype]] * 2 + [HALVES[dtype] if into == "same" else 0]
+    assert [asked[n].attributes[5] for n in ("a_is", "b_is", "d_is")] == [3, 3, 3]
+    assert not call.library.after
+    assert asked["beta"] == ("added" in into)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_results_that_no_output_can_hold_have_room_of_their_own(library, dtype):
+    epilogue = lambda graph, result: [add(graph, "convert", result, dtype="float64")]
+    node = product_node((5, 4), (4, 6), dtype=dtype, epilogue=epilogue)
+    call, _ = compute(node, library)
+    assert isinstance(call.library.operands[-1], Temporary)
+    assert call.library.after
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_all_products_of_a_mixed_training_step_are_the_library_s(library, policy):
+    layers = keras.layers
+    kgraph.set_device("cuda-simulator")
+    try:
+        inputs = keras.Input((5, 4), dtype="float32")
+        hidden = layers.Dense(6, "gelu", dtype=policy)(inputs)
+        hidden = layers.EinsumDense("btc,cd->btd", (5, 3), bias_axes="d", dtype=policy)(hidden)
+        outputs = layers.Dense(2, dtype=policy)(layers.Flatten(dtype=policy)(hidden))
+        model = keras.Model(inputs, outputs)
+        model.compile("adam", loss="mse")
+        data = np.ones((4, 5, 4), "float32"), np.ones((4, 2), "float32")
+        step = kgraph.compile_step(model, data)
+        program = step._program().compiled.program
+        products = [s for s in program.steps if s.label.startswith("gemm")]
+        assert len(products) == 8
+        assert all(s.library is not None for s in products if not s.continues)
+        step(data)
+    finally:
+        kgraph.set_device("cpu")
+    half = HALVES[policy.removeprefix("mixed_")]
+    assert len(library.multiplied) == 8
+    for asked in library.multiplied:
+        assert asked["operation"].arguments == (68, 0)
+        assert (asked["a_is"].arguments[0], asked["b_is"].arguments[0]) == (half, half)
+    kinds = [asked["d_is"].arguments[0] for asked in library.multiplied]
+    assert kinds.count(0) >= 3, "the weights' gradients are float32"
 
 
 @pytest.mark.parametrize(

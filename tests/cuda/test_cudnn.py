@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from dataclasses import replace
 
 import keras
@@ -254,12 +255,30 @@ def test_nothing_lies_where_the_library_s_filters_do(library):
         places = {b: storage.places[b] for b in step.touched}
         taken = sorted((p.offset, p.offset + storage.nbytes[b]) for b, p in places.items() if p.space == "arena")
         assert len(taken) >= 2
-        assert all(end <= start for (_, end), (start, _) in zip(taken, taken[1:]))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
 
 
 def scaled(graph, result, bias, more):
     shifted = add(graph, "add", result, bias)
     return [add(graph, "relu", add(graph, "add", shifted, more)), shifted]
+
+
+def test_results_that_no_output_can_hold_have_room_of_their_own(library):
+    """As where batch normalisation follows in mixed precision: it takes float32."""
+    wide = lambda graph, result: [add(graph, "convert", result, dtype="float32")]
+    node = convolution((2, 5, 6, 3), (3, 3, 3, 4), "bfloat16", [], wide, padding=1)
+    (call,) = families.lower(node, TARGET)
+    assert call.library.operands[-1] not in node.outputs
+    program = compiled(node).program
+    arrays = [filled(v.shape, v.dtype, n) for n, v in enumerate(node.inputs)]
+    (result,) = program(arrays)
+    expected = (
+        node.attrs["body"]
+        .nodes[0]
+        .primitive.reference(*(a.astype(np.float64) for a in arrays), **node.attrs["body"].nodes[0].attrs)
+    )
+    np.testing.assert_allclose(result, expected, rtol=8e-3, atol=1e-2)
+    assert program.stats()["library_calls"] == 1
 
 
 @pytest.mark.parametrize("refused", [False, True])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from kgraph.codegen.contractions import Parts
 from kgraph.codegen.cuda.conv_geometry import is_dilated
 from kgraph.codegen.cuda.data_movement import lower_view
-from kgraph.codegen.cuda.library import epilogue_after, held_output
+from kgraph.codegen.cuda.library import HALVES, epilogue_after, held_output
 from kgraph.codegen.kernel import LibraryCall, Temporary
 from kgraph.codegen.strided import dense_strides
 from kgraph.ir import Dim, Node, TensorType
@@ -21,12 +21,11 @@ from kgraph.ir.dims import product
 from kgraph.ops.convolution import dilated_size
 from kgraph.runtime.steps import Convolution
 
-DTYPES = ("float16", "bfloat16")  # and float32 where that may be rounded
 MOST_AXES = 3
 
 
 def _takes(dtype: str, axes: int, target) -> bool:
-    return target.convolutions and (dtype in DTYPES or (dtype == "float32" and target.tf32)) and axes <= MOST_AXES
+    return target.convolutions and (dtype in HALVES or (dtype == "float32" and target.tf32)) and axes <= MOST_AXES
 
 
 def convolution(parts: Parts, target) -> LibraryCall | None:
@@ -35,7 +34,7 @@ def convolution(parts: Parts, target) -> LibraryCall | None:
     x, w = node.inputs
     attrs, window, filters, result = node.attrs, w.shape[:-2], w.shape[-1], parts.result
     held = held_output(parts)
-    if held is None or result.dtype != x.dtype or not _takes(x.dtype, len(window), target):
+    if result.dtype != x.dtype or not _takes(x.dtype, len(window), target):
         return None
     dilated = is_dilated(node)
     if dilated and any(isinstance(s, Dim) or s != 1 for s in attrs["strides"]):

@@ -123,20 +123,17 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
 def library_call(parts: Parts, p: Product, target) -> LibraryCall | None:
     """What a library may do for the node, with an epilogue behind it if the library does not know that.
 
-    None where it does not know the dtypes, an operand is no matrix with a single stride along each side, or no output
-    can hold the product until the epilogue has read it.
+    None where it does not know the dtypes, or an operand is no matrix with a single stride along each side.
     """
     dtype, result = p.a.value.dtype, parts.result.dtype
     if dtype not in LIBRARY_DTYPES or (result != dtype and (dtype == "float64" or result != "float32")):
         return None
     if len(p.batch) > 1 or any(len(axes) > 1 for m in (p.a, p.b) for axes in (m.rows, m.columns)):
         return None
-    held = held_output(parts)
-    if held is None:
-        return None
+    held = held_output(parts, wide=True)
     strides = [[axes[0][1] if axes else 1 for axes in (m.rows, m.columns)] for m in (p.a, p.b)]
     batch = p.batch[0][1] if p.batch else (0, 0)
-    known = _library_epilogue(parts)
+    known = _library_epilogue(parts, held.type.dtype)
     bias, added = known or (None, None)
     asked = LibraryProduct(
         Matrix(0, strides[0][0], strides[0][1], batch[0]),
@@ -146,7 +143,7 @@ def library_call(parts: Parts, p: Product, target) -> LibraryCall | None:
         added,
         (p.entries, p.rows, p.columns, p.depth),
         dtype,
-        result,
+        held.type.dtype,
         target.tf32,
     )
     operands = [p.a.value, p.b.value, *(v for _, v in parts.extras), held]
@@ -155,8 +152,8 @@ def library_call(parts: Parts, p: Product, target) -> LibraryCall | None:
     return LibraryCall(asked, operands, after=after)
 
 
-def _library_epilogue(parts: Parts) -> tuple[int | None, int | None] | None:
-    """The positions of a bias and of an added operand if the epilogue is no more than that.
+def _library_epilogue(parts: Parts, written: str) -> tuple[int | None, int | None] | None:
+    """The positions of a bias and of an added operand if the epilogue is no more than that, all of dtype `written`.
 
     Activations are not the library's: what its ReLU makes of NaN, and how exact its GELU is, is not documented.
     """
@@ -169,15 +166,16 @@ def _library_epilogue(parts: Parts) -> tuple[int | None, int | None] | None:
     found: dict[str, int] = {}
     current = 0
     for number, (op, operands, _, dtype) in enumerate(instructions):
-        if op != "add" or current not in operands or dtype != parts.result.dtype:
+        if op not in ("add", "convert") or current not in operands or dtype != written:
             return None
-        (other,) = [o for o in operands if o != current] or [current]
-        if not 1 <= other < first:
-            return None
-        kind, value = parts.extras[other - 1]
-        if kind not in ("channel", "full") or kind in found or value.dtype != parts.result.dtype:
-            return None
-        found[kind] = other + 1  # behind both factors
+        if op == "add":
+            (other,) = [o for o in operands if o != current] or [current]
+            if not 1 <= other < first:
+                return None
+            kind, value = parts.extras[other - 1]
+            if kind not in ("channel", "full") or kind in found or value.dtype != written:
+                return None
+            found[kind] = other + 1  # behind both factors
         current = first + number
     return found.get("channel"), found.get("full")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from kgraph.codegen import expressions
 from kgraph.codegen.contractions import Parts
 from kgraph.codegen.cuda import loop
-from kgraph.codegen.kernel import KernelCall, LibraryCall
+from kgraph.codegen.kernel import KernelCall, LibraryCall, Temporary
 from kgraph.codegen.regions import Leaf
 from kgraph.ir import Value
 
+HALVES = ("float16", "bfloat16")
 # How an extra of an epilogue extends over (batch, rows, columns) of a result.
 SPANS = {
     "full": (True, True, True),
@@ -30,21 +31,29 @@ def offer(calls: list[KernelCall], library: LibraryCall) -> list[KernelCall]:
     return calls
 
 
-def held_output(parts: Parts) -> Value | None:
-    """An output that can hold the contraction's result until the epilogue has read it."""
-    return next((value for value in parts.outputs if value.dtype == parts.result.dtype), None)
+def held_output(parts: Parts, wide: bool = False) -> Value | Temporary:
+    """What holds the contraction's result until the epilogue has read it: an output if that can.
+
+    wide: whether the library writes the sums of half floats as float32 too, which saves the rounding.
+    """
+    dtype = parts.result.dtype
+    for wanted in (dtype, "float32") if wide and dtype in HALVES else (dtype,):
+        for value in parts.outputs:
+            if value.dtype == wanted:
+                return value
+    return Temporary(parts.result)
 
 
-def epilogue_after(parts: Parts, held: Value, sizes: tuple, target) -> list[KernelCall]:
+def epilogue_after(parts: Parts, held: Value | Temporary, sizes: tuple, target) -> list[KernelCall]:
     """The calls that apply the epilogue to a result that lies in `held`; none where there is no epilogue.
 
     sizes: of the result, as (batch, rows, columns).
     """
     if parts.expression is None and tuple(parts.outputs) == (held,):
         return []
-    dtype = parts.result.dtype
-    leaves = [Leaf(held, dtype, SPANS["full"])] + [Leaf(v, v.dtype, SPANS[kind]) for kind, v in parts.extras]
-    expression = parts.expression or expressions.identity(dtype)
+    leaves = [Leaf(held, held.type.dtype, SPANS["full"])]
+    leaves += [Leaf(value, value.dtype, SPANS[kind]) for kind, value in parts.extras]
+    expression = parts.expression or expressions.identity(parts.result.dtype)
     calls = loop.lower_expression(expression, leaves, sizes, parts.outputs, target)
     for call in calls:
         call.notes["inplace"] = ()

@@ -65,7 +65,8 @@ _COMPUTE_32F, _COMPUTE_64F, _COMPUTE_TF32 = 68, 70, 77  # CUBLAS_COMPUTE_*
 _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER = 3, 4, 7, 8  # CUBLASLT_MATMUL_DESC_*
 _EPILOGUE_BIAS = 4
 _BATCH_COUNT, _BATCH_OFFSET = 5, 6  # CUBLASLT_MATRIX_LAYOUT_*
-_MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # CUBLASLT_MATMUL_PREF_*, for A, B, C, D
+_MOST_WORKSPACE, _REDUCTION, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # CUBLASLT_MATMUL_PREF_*, for A, B, C, D
+_SUM_WIDELY = 2  # CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: pieces of a sum are not rounded to half floats
 _WORKSPACE_BYTES = 32 << 20
 # Alignments of operands in bytes for which algorithms are asked, beside that of one element.
 _LEVELS = (256, 64, 16)
@@ -181,6 +182,7 @@ class Plan:
             self._set("MatmulDesc", self._operation, _BIAS_POINTER, c_void_p(alignment))
         preference = self._create("MatmulPreference")
         self._set("MatmulPreference", preference, _MOST_WORKSPACE, c_uint64(_WORKSPACE_BYTES))
+        self._set("MatmulPreference", preference, _REDUCTION, c_uint32(_SUM_WIDELY))
         for attribute in _ALIGNMENTS:
             self._set("MatmulPreference", preference, attribute, c_uint32(alignment))
         found, count = Heuristic(), c_int()
