@@ -15,6 +15,7 @@ from kgraph.codegen.cuda.conv_geometry import axis_sizes, is_dilated, phase_posi
 from kgraph.codegen.cuda.conv_kernel import ConvPlan
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.library import offer
+from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import index_type
 from kgraph.codegen.cuda.tiles import choose_tile
@@ -89,7 +90,8 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
     positions, batch = phase_positions(node), groups * phases(node)
     rows = x.shape[0] * positions
     columns = SYMBOLIC_FILTERS if isinstance(filters, Dim) else filters
-    tile = choose_tile(rows, columns, batch if isinstance(batch, int) else 1, accumulate, target)
+    tensor = instruction_for(x.dtype, accumulate, target)
+    tile = choose_tile(rows, columns, batch if isinstance(batch, int) else 1, accumulate, target, tensor)
     few = not isinstance(channels, Dim) and channels % tile.depth != 0 and channels < FLAT * tile.depth
     flat = few and not dilated
     blocks = batch * (ceil_div(rows, tile.rows) * ceil_div(filters, tile.columns))
@@ -108,6 +110,7 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
         flat=flat,
         split=pieces > 1,
         tile=tile,
+        tensor=tensor,
         indices=index_type([x.type.size, w.type.size, parts.result.size]),
         finish=Finish.params(parts, accumulate) if pieces == 1 else (accumulate, accumulate, (), (accumulate,), None),
     )

@@ -18,9 +18,11 @@ from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_produ
 from kgraph.codegen.cuda import reduce
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.library import SPANS, epilogue_after, held_output, offer
+from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
-from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
+from kgraph.codegen.cuda.tensor_cores import tile_product
+from kgraph.codegen.cuda.tiles import SIMULATED_TENSOR_TILE, Panel, Tile
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, LibraryCall, Temporary
 from kgraph.codegen.reductions import Parts as Reduction
@@ -104,18 +106,19 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     """The calls of a dot_general that was taken apart."""
     p = product_of(parts)
     accumulate = accumulate_dtype(p.a.value.dtype, parts.result.dtype)
-    tile = choose_tile(p, accumulate, target)
+    tensor = instruction_for(p.a.value.dtype, accumulate, target)
+    tile = choose_tile(p, accumulate, target, tensor)
     library = library_call(parts, p, target) if target.products else None
     divisible = accumulate == compute_dtype(parts.result.dtype)
     pieces = _pieces(p, tile, target) if divisible else 1
     name = "gemm" + parts.name
     if pieces == 1:
         extras, finish = [v for _, v in parts.extras], Finish.params(parts, accumulate)
-        calls = [_call(name, parts, p, tile, 1, extras, parts.outputs, finish)]
+        calls = [_call(name, parts, p, tile, tensor, 1, extras, parts.outputs, finish)]
     else:
         partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
         untouched = (accumulate, accumulate, (), (accumulate,), None)
-        first = _call("gemm_partial", parts, p, tile, pieces, [], [partial], untouched)
+        first = _call("gemm_partial", parts, p, tile, tensor, pieces, [], [partial], untouched)
         calls = [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
     return calls if library is None else offer(calls, library)
 
@@ -186,10 +189,12 @@ def _sum_of_pieces(parts: Parts, partial: Temporary) -> Reduction:
     return sum_of_pieces(partial, parts.result.dtype, parts.outputs, extras, parts.expression)
 
 
-def choose_tile(p: Product, accumulate: str, target) -> Tile:
-    """The tile for a product; sizes that are not known count as many."""
+def choose_tile(p: Product, accumulate: str, target, instruction: str = "") -> Tile:
+    """The tile for a product; sizes that are not known count as many.
+
+    instruction: of tensor cores, if they multiply."""
     if target.simulator:
-        return SIMULATED
+        return SIMULATED_TENSOR_TILE if instruction else SIMULATED
     if isinstance(p.rows, int) and p.rows <= FEW:
         return FLAT
     if isinstance(p.columns, int) and p.columns <= FEW:
@@ -219,6 +224,7 @@ def _call(
     parts: Parts,
     p: Product,
     tile: Tile,
+    tensor: str,
     pieces: int,
     extras: Sequence[Value],
     outputs: Sequence[Value | Temporary],
@@ -233,6 +239,7 @@ def _call(
     plan = Plan(
         name=name,
         tile=tile,
+        tensor=tensor,
         dtypes=(p.a.value.dtype, p.b.value.dtype),
         finish=finish,
         sizes=tuple(table.run_time(n) for n in (p.entries, p.rows, p.columns, p.depth, pieces, piece)),
@@ -259,13 +266,14 @@ def _call(
 class Plan(NamedTuple):
     """Params of `render`. Sizes are ("size", slot), strides that or 1.
 
-    dtypes: of A and B. finish: params of `Finish`. sizes: of the batch, M, N, K, the number of pieces, the length of a
-    piece. batch: (size, strides in A and B). a: axes (size, stride) of M and of K; b: of K and of N. indices: their
-    type. num_sizes: how many there are.
+    tensor: instruction of tensor cores, or "". dtypes: of A and B. finish: params of `Finish`. sizes: of the batch, M,
+    N, K, the number of pieces, the length of a piece. batch: (size, strides in A and B). a: axes (size, stride) of M
+    and of K; b: of K and of N. indices: their type. num_sizes: how many there are.
     """
 
     name: str
     tile: Tile
+    tensor: str
     dtypes: tuple
     finish: tuple
     sizes: tuple
@@ -306,7 +314,8 @@ class _Gemm:
         k, plan, tile = self.k, self.plan, self.plan.tile
         (a_rows, a_depth), (b_depth, b_columns) = plan.a, plan.b
         unit = lambda axes: bool(axes) and axes[-1][1] == 1
-        product = TileProduct(k, tile, self.finish.accumulate, unit(a_rows), unit(b_depth) and not unit(b_columns))
+        orders = unit(a_rows), unit(b_depth) and not unit(b_columns)
+        product = tile_product(k, tile, self.finish.accumulate, plan.tensor, *orders)
         row_tiles = k.let(k.ceil_div(self.rows, tile.rows), "row_tiles")
         column_tiles = k.let(k.ceil_div(self.columns, tile.columns), "column_tiles")
         total = k.let(k.product([self.pieces, self.entries, row_tiles, column_tiles]), "total")

@@ -194,9 +194,8 @@ def device_for(name: str) -> Device:
 def set_device(name: str, *, tf32: bool = False) -> None:
     """Compile for this device from now on, where no target is named: "cpu", "cuda", "cuda:N" or "cuda-simulator".
 
-    tf32: let NVIDIA's libraries round the operands of float32 matrix products and convolutions to TF32, which has 10
-    bits of mantissa in place of 23, for tensor cores; sums stay float32. It holds for whatever is compiled for GPUs
-    from now on.
+    tf32: let float32 matrix products and convolutions round their operands to TF32, which has 10 bits of mantissa in
+    place of 23, for tensor cores; sums stay float32. It holds for whatever is compiled for GPUs from now on.
 
     `fit`, `evaluate` and `predict` of Keras models run there too, if they have not been compiled yet. Weights and the
     optimizer's state stay on the device between steps, and are copied back when they are read.
