@@ -183,9 +183,10 @@ def device_for(name: str) -> Device:
 
                 _devices[name] = SimulatorDevice()
             elif name.startswith("cuda:") and name[5:].isdigit():
+                from kgraph.codegen.cache import disk_cache
                 from kgraph.runtime.cuda.gpu import Gpu
 
-                _devices[name] = Gpu(int(name[5:]))
+                _devices[name] = Gpu(int(name[5:]), cache=disk_cache())
             else:
                 raise ValueError(f"there is no device {name!r}: use 'cpu', 'cuda', 'cuda:N' or 'cuda-simulator'")
         return _devices[name]
