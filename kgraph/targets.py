@@ -7,6 +7,7 @@ from dataclasses import replace
 from kgraph.codegen.cuda.target import CudaTarget, make_target, simulator_target
 from kgraph.codegen.target import Target, host_target
 from kgraph.runtime.cuda.device import allows_tf32, device_for, get_device
+from kgraph.runtime.steps import Convolution, Product
 
 
 def resolve(name: str | None) -> Target | CudaTarget:
@@ -23,7 +24,7 @@ def resolve(name: str | None) -> Target | CudaTarget:
         target = simulator_target()
     else:
         target = make_target(device.capability, device.num_sms, device.ordinal)
-    return replace(target, library=device.products() is not None, tf32=allows_tf32())
+    return replace(target, products=device.offers(Product), convolutions=device.offers(Convolution), tf32=allows_tf32())
 
 
 def target_name(name: str | None) -> str:

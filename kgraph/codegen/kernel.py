@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kgraph.ir import Dim, TensorType, Value
-from kgraph.runtime.steps import Product
+from kgraph.runtime.steps import Convolution, Product
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,19 @@ class Launch:
 
 
 @dataclass
+class LibraryCall:
+    """What a device's library may do in place of a kernel call and of those that continue it.
+
+    operands: by whose positions `task` names them; the last one is written. before, after: the calls around it.
+    """
+
+    task: Product | Convolution
+    operands: Sequence[Value | Temporary]
+    before: Sequence[KernelCall] = ()
+    after: Sequence[KernelCall] = ()
+
+
+@dataclass
 class KernelCall:
     """One step of a plan: `kernel(buffers, sizes, begin, end, scratch)` over [0, extent), split between threads.
 
@@ -63,7 +76,8 @@ class KernelCall:
     scratch_bytes: memory per thread.
     flops, bytes: totals over the extent, for the thread decision, `explain` and the roofline.
     launch: for a GPU; the extent counts blocks then, and the kernel takes the operands and sizes one by one.
-    product, then: what a library may do instead, if the device has it, and the call that has to follow then.
+    library: what may be done instead, if the device has one. continues: whether the call goes on with what the one
+        before it began, and falls away with that.
     """
 
     spec: KernelSpec
@@ -76,5 +90,5 @@ class KernelCall:
     scratch_bytes: int | Dim = 0
     notes: dict[str, Any] = field(default_factory=dict)
     launch: Launch | None = None
-    product: Product | None = None
-    then: KernelCall | None = None
+    library: LibraryCall | None = None
+    continues: bool = False

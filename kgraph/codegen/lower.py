@@ -10,12 +10,12 @@ import numpy as np
 
 from kgraph.codegen import control, families
 from kgraph.codegen.cache import spec_key
-from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
+from kgraph.codegen.kernel import KernelCall, KernelSpec, LibraryCall, Temporary
 from kgraph.decisions import Decision
 from kgraph.ir import Dim, Graph, Node, Value, constant_value
 from kgraph.ops.host import HostFunction
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep, Program
-from kgraph.runtime.steps import LaunchStep
+from kgraph.runtime.steps import LaunchStep, LibraryStep
 
 
 @dataclass
@@ -117,22 +117,12 @@ class _Lowering:
         self.out.step_nodes.append(node)
 
     def _step(self, node: Node, call: KernelCall) -> NativeStep:
-        operands = []
-        first_output = len(call.operands) - call.outputs
-        for position, operand in enumerate(call.operands):
-            if operand not in self.ids:
-                if position >= first_output or isinstance(operand, Temporary):
-                    self._buffer("temporary", operand)
-                elif constant_value(operand) is not None:  # a table of the family's own
-                    self._node(operand.producer)
-                else:
-                    raise KeyError(f"{node}: kernel {call.spec.name} reads a value that nothing wrote: {operand}")
-            operands.append(self.ids[operand])
+        operands = self._operands(node, call, len(call.operands) - call.outputs)
         key = spec_key(call.spec, self.target)
         self.out.specs[key] = call.spec
         fields = {
             "kernel": key,
-            "operands": tuple(operands),
+            "operands": operands,
             "outputs": call.outputs,
             "extent": call.extent,
             "sizes": tuple(call.sizes),
@@ -146,8 +136,29 @@ class _Lowering:
         }
         if call.launch is None:
             return NativeStep(**fields)
-        then: Any = None if call.then is None else self._step(node, call.then)
-        return LaunchStep(**fields, **vars(call.launch), product=call.product, then=then)
+        library = None if call.library is None else self._library(node, call.library)
+        return LaunchStep(**fields, **vars(call.launch), library=library, continues=call.continues)
+
+    def _library(self, node: Node, call: LibraryCall) -> LibraryStep:
+        # In the order in which they would run, so that each finds what the one before it wrote.
+        before: list[Any] = [self._step(node, c) for c in call.before]
+        operands = self._operands(node, call, len(call.operands) - 1)
+        after: list[Any] = [self._step(node, c) for c in call.after]
+        return LibraryStep(call.task, operands, tuple(before), tuple(after))
+
+    def _operands(self, node: Node, call: KernelCall | LibraryCall, first_output: int) -> tuple[int, ...]:
+        """The buffers of a call's operands; those that it is the first to write are made."""
+        operands = []
+        for position, operand in enumerate(call.operands):
+            if operand not in self.ids:
+                if position >= first_output or isinstance(operand, Temporary):
+                    self._buffer("temporary", operand)
+                elif constant_value(operand) is not None:  # a table of the family's own
+                    self._node(operand.producer)
+                else:
+                    raise KeyError(f"{node}: a kernel reads a value that nothing wrote: {operand}")
+            operands.append(self.ids[operand])
+        return tuple(operands)
 
     def _unfused(self, node: Node) -> None:
         """A fused node without a kernel: its members run one by one."""

@@ -55,7 +55,7 @@ def arrange_updates(lowered: Lowered, donations: Sequence[tuple[int, int]], targ
     order.sort(key=lambda entry: entry[:2])
     lowered.step_nodes = [lowered.step_nodes[index] for _, index, _ in order]
     lowered.steps = [step for _, _, step in order]
-    used = {step.kernel for step in lowered.steps if isinstance(step, NativeStep)}
+    used = {key for step in lowered.steps if isinstance(step, NativeStep) for key in step.kernels}
     lowered.specs = {key: spec for key, spec in lowered.specs.items() if key in used}
 
 

@@ -121,8 +121,9 @@ class Program:
                 elif root(b) not in written:
                     step_name = f"step {index} ({step.label}) of {self.name}"
                     raise ValueError(f"{step_name} reads buffer {b} before it is written")
-            if isinstance(step, NativeStep) and step.kernel not in self.kernels:
-                raise ValueError(f"step {index} ({step.label}) of {self.name}: no kernel {step.kernel!r}")
+            for key in step.kernels if isinstance(step, NativeStep) else ():
+                if key not in self.kernels:
+                    raise ValueError(f"step {index} ({step.label}) of {self.name}: no kernel {key!r}")
         for b in self.outputs:
             if root(b) not in written:
                 raise ValueError(f"an output of {self.name}, buffer {b}, is never written")

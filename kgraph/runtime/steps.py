@@ -53,6 +53,16 @@ class NativeStep:
     layers: tuple[str, ...] = ()
     max_threads: int = 0
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Keys of all objects that may be called."""
+        return (self.kernel,)
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Ids of all buffers that have to be there during the step."""
+        return self.operands
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -85,17 +95,65 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A convolution of channels-last tensors, or a cotangent of one, which a library may compute in place of a kernel.
+
+    kind: "forward", or what the cotangent is one of, "image" or "filters": that operand is written, the others are
+    read. image, filters, result: positions of the operands. image_shape, result_shape: images, spatial sizes, channels.
+    filters_shape: filters, window, channels of a group: the filters come first, unlike in a graph.
+    strides, low, dilation: per spatial axis; low: padding before the image. What is behind it follows from the shapes.
+    """
+
+    kind: str
+    image: int
+    filters: int
+    result: int
+    image_shape: tuple
+    filters_shape: tuple
+    result_shape: tuple
+    strides: tuple
+    low: tuple
+    dilation: tuple
+    dtype: str
+
+
+@dataclass(frozen=True)
+class LibraryStep:
+    """What a library may do in place of a launch and of those that continue it.
+
+    operands: buffer ids, by whose positions `task` names them. before, after: the launches around it.
+    """
+
+    task: Product | Convolution
+    operands: tuple[int, ...]
+    before: tuple[LaunchStep, ...] = ()
+    after: tuple[LaunchStep, ...] = ()
+
+
+@dataclass(frozen=True)
 class LaunchStep(NativeStep):
     """A kernel launch on a GPU: the extent counts blocks, of which the grid may have fewer.
 
-    block: threads of a block. shared_bytes: shared memory beside what the kernel declares. product, then: what a
-    library may do instead, and the launch that has to follow then.
+    block: threads of a block. shared_bytes: shared memory beside what the kernel declares. library: what may be done
+    instead. continues: whether the launch goes on with what the one before it began, and falls away with that.
     """
 
     block: int = 1
     shared_bytes: int | Dim = 0
-    product: Product | None = None
-    then: LaunchStep | None = None
+    library: LibraryStep | None = None
+    continues: bool = False
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        around = () if self.library is None else (*self.library.before, *self.library.after)
+        return (self.kernel, *(key for step in around for key in step.kernels))
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        if self.library is None:
+            return self.operands
+        around = (*self.library.before, *self.library.after)
+        return (*self.operands, *self.library.operands, *(b for step in around for b in step.operands))
 
 
 @dataclass(frozen=True)
@@ -113,3 +171,8 @@ class HostStep:
     reason: str = ""
     label: str = ""
     layers: tuple[str, ...] = ()
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Ids of all buffers that have to be there during the step."""
+        return self.operands

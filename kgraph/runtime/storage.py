@@ -69,7 +69,7 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for index, step in enumerate(steps):
-        for b in step.operands:
+        for b in step.touched:
             root = roots[b]
             first.setdefault(root, index)
             last[root] = index

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
+from tests.cuda.fake_memory import do_or_keep, elements
+
 DTYPES = {0: np.float32, 1: np.float64, 2: np.float16, 14: ml_dtypes.bfloat16}
 NOT_SUPPORTED = 15
 
@@ -87,6 +89,7 @@ class FakeCublasLt:
         told = self.created[_number(preference)].attributes
         (alignment,) = {told[n] for n in (5, 6, 7, 8)}
         assert told[1] > 0
+        assert told[3] == 2, "sums of pieces that are rounded"
         assert wanted == 1
         if alignment in self.refused:
             return NOT_SUPPORTED
@@ -105,11 +108,7 @@ class FakeCublasLt:
         for address in (a, b, c, d):
             assert address % fields["alignment"] == 0
         self.multiplied.append(fields)
-        captured = getattr(self.device, "_captured", None)
-        if captured is not None:
-            captured.append(lambda: self._multiply(fields))
-        else:
-            self._multiply(fields)
+        do_or_keep(self.device, lambda: self._multiply(fields))
         return 0
 
     def _multiply(self, fields: dict) -> None:
@@ -141,10 +140,4 @@ class FakeCublasLt:
         return view.swapaxes(1, 2) if transposed else view
 
     def _elements(self, address: int, count: int, dtype: np.dtype) -> np.ndarray:
-        """Memory as elements. Raises DeviceError where it is not all allocated."""
-        size = count * dtype.itemsize
-        for array in self.host:
-            first = array.ctypes.data
-            if first <= address and address + size <= first + array.nbytes:
-                return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype)
-        return self.device._view(address, size).view(dtype)
+        return elements(address, count, dtype, self.host, self.device)

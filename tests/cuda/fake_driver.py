@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 ATTRIBUTES = {75: 9, 76: 0, 16: 132, 97: 232448}
+CUBIN = b"\x7fELF\0of "
 NAMES = {2: "CUDA_ERROR_OUT_OF_MEMORY", 100: "CUDA_ERROR_NO_DEVICE", 700: "CUDA_ERROR_ILLEGAL_ADDRESS"}
 
 
@@ -42,6 +43,7 @@ class FakeDriver:
         self.run: Callable[[Launched], None] = lambda launched: None
         self._functions: dict[int, int] = {}  # handle -> number of parameters
         self._graphs: dict[int, list] = {}
+        self._linked: dict[int, ctypes.Array] = {}
         self._capturing: list | None = None
         self._next = 1000
 
@@ -142,9 +144,29 @@ class FakeDriver:
         self._copy("cuMemcpyDtoDAsync_v2", target, source, nbytes)
 
     # -- kernels ------------------------------------------------------------------------------------------------------
-    def _cuModuleLoadDataEx(self, out, image, count, options, values):
+    def _cuLinkCreate_v2(self, count, options, values, out):
+        self.calls.append(("cuLinkCreate_v2",))
         out._obj.value = self._handle()
-        self._functions[out._obj.value] = self.parameters.get(image.value, 0)
+
+    def _cuLinkAddData_v2(self, state, kind, text, size, name, count, options, values):
+        assert (kind, count) == (1, 0)
+        assert text.raw[size - 1] == 0
+        self._linked[_number(state)] = ctypes.create_string_buffer(CUBIN + text.value)
+
+    def _cuLinkComplete(self, state, out, size):
+        code = self._linked[_number(state)]
+        out._obj.value, size._obj.value = ctypes.addressof(code), len(code)
+
+    def _cuLinkDestroy(self, state):
+        self.calls.append(("cuLinkDestroy",))
+        code = self._linked.pop(_number(state), None)
+        if code is not None:
+            ctypes.memset(code, 0xA5, len(code))  # it is the state's
+
+    def _cuModuleLoadDataEx(self, out, image, count, options, values):
+        self.calls.append(("cuModuleLoadDataEx", image.raw[:-1]))
+        out._obj.value = self._handle()
+        self._functions[out._obj.value] = self.parameters.get(image.raw.removeprefix(CUBIN).split(b"\0")[0], 0)
 
     def _cuModuleGetFunction(self, out, module, name):
         assert name == b"kernel"

@@ -9,6 +9,7 @@ typedef struct { float *x, *out; int64_t n; void *target, *source; size_t bytes;
 static work captured[64];
 static int num_captured = -1;
 static int last_grid, last_block, last_shared, log_size;
+static char *log_place;
 
 static void run(work *w) {
     for (int64_t i = 0; i < w->n; i++) w->out[i] = -w->x[i];
@@ -61,6 +62,27 @@ result cuEventDestroy_v2(void *event) { return event == 0; }
 result cuEventRecord(void *event, void *stream) { return event == 0 || stream == 0; }
 result cuEventSynchronize(void *event) { return event == 0; }
 result cuEventElapsedTime(float *time, void *start, void *end) { *time = 0.25f; return start == 0 || end == 0; }
+static char linked[4096];
+static size_t num_linked;
+result cuLinkCreate_v2(unsigned count, int *options, void **values, void **state) {
+    if (count != 2 || options[0] != 5 || options[1] != 6) return 1;
+    log_place = values[0], log_size = (int)(uintptr_t)values[1];
+    *state = some_handle();
+    return 0;
+}
+result cuLinkAddData_v2(void *state, int kind, void *data, size_t size, const char *name, unsigned count, int *options,
+                        void **values) {
+    if (!state || kind != 1 || count || options || values || !name[0]) return 1;
+    if (strstr(data, "broken")) { strncpy(log_place, "line 2: broken", log_size); return 218; }
+    num_linked = size + 2, linked[0] = 0x7f, linked[1] = 0;
+    memcpy(linked + 2, data, size);
+    return 0;
+}
+result cuLinkComplete(void *state, void **code, size_t *size) {
+    *code = linked, *size = num_linked;
+    return state == 0;
+}
+result cuLinkDestroy(void *state) { return state == 0; }
 result cuModuleLoadDataEx(void **module, const void *image, unsigned count, int *options, void **values) {
     if (count != 2 || options[0] != 5 || options[1] != 6) return 1;
     log_size = (int)(uintptr_t)values[1];

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kgraph import ops
+from kgraph.codegen.cache import DiskCache
 from kgraph.codegen.cuda.target import make_target
 from kgraph.codegen.lower import lower
 from kgraph.errors import DeviceError, DeviceMemoryError
@@ -19,10 +20,15 @@ from kgraph.runtime.cuda import driver as driver_module
 from kgraph.runtime.cuda.device_array import DeviceArray
 from kgraph.runtime.cuda.gpu import Gpu
 from kgraph.runtime.cuda.program import CudaProgram
-from tests.cuda.fake_driver import FakeDriver, Launched
+from tests.cuda.fake_driver import CUBIN, FakeDriver, Launched
 
 N = Dim.symbol("N")
 PTX = b"// ptx of "
+
+
+def loaded(fake: FakeDriver) -> list[bytes]:
+    """The images of all modules."""
+    return [call[1] for call in fake.calls if call[0] == "cuModuleLoadDataEx"]
 
 
 def program_of(fake: FakeDriver, graph: Graph, **fields) -> CudaProgram:
@@ -53,6 +59,35 @@ def negate(launched: Launched) -> None:
     """What the kernel of `neg` does: out[i] = -x[i]."""
     x, out, count = launched.arguments
     floats(out, count)[:] = -floats(x, count)
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+def test_what_the_driver_makes_of_kernels_is_kept(tmp_path):
+    """By the PTX, the device's architecture and the driver's version; without a cache the PTX itself is loaded."""
+    cache = DiskCache(tmp_path, 1 << 20)
+    first = FakeDriver()
+    Gpu(library=first, cache=cache).load({"a": b"ptx a", "b": b"ptx b"})
+    assert loaded(first) == [CUBIN + b"ptx a\0", CUBIN + b"ptx b\0"]
+    assert first.names().count("cuLinkCreate_v2") == first.names().count("cuLinkDestroy") == 2
+    for fake, links in ((FakeDriver(), 0), (FakeDriver(version=12090), 1)):
+        Gpu(library=fake, cache=cache).load({"another name": b"ptx a"})
+        assert loaded(fake) == [CUBIN + b"ptx a\0"]
+        assert fake.names().count("cuLinkCreate_v2") == links
+    plain = FakeDriver()
+    Gpu(library=plain).load({"a": b"ptx a"})
+    assert loaded(plain) == [b"ptx a"]
+
+
+@pytest.mark.parametrize("function", ["cuLinkCreate_v2", "cuLinkAddData_v2", "cuLinkComplete"])
+def test_kernels_that_the_driver_refuses_are_not_kept(tmp_path, function):
+    fake = FakeDriver()
+    fake.failures[function] = [218]
+    gpu = Gpu(library=fake, cache=DiskCache(tmp_path, 1 << 20))
+    with pytest.raises(DeviceError, match=f"kernel k: {function} failed"):
+        gpu.load({"k": b"ptx"})
+    assert not list(tmp_path.glob("??/*"))
+    gpu.load({"k": b"ptx"})
+    assert loaded(fake) == [CUBIN + b"ptx\0"]
 
 
 # -- the device -------------------------------------------------------------------------------------------------------

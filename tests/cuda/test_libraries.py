@@ -1,212 +1,82 @@
-"""What cuBLASLt is asked for, on an object in its place: layouts, epilogues, algorithms, errors, programs."""
+"""Where NVIDIA's libraries are looked for, and in which order they are opened."""
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import replace
-
-import keras
-import numpy as np
 import pytest
 
-import kgraph
-from kgraph import errors
-from kgraph.codegen.cuda import gemm
-from kgraph.codegen.cuda.target import simulator_target
-from kgraph.compiler import compile_graph
-from kgraph.ir import PRIMITIVES, Graph, TensorType, Value
-from kgraph.report import explain
 from kgraph.runtime.cuda import libraries
+from kgraph.runtime.cuda.cudnn import Convolutions
 from kgraph.runtime.cuda.device import device_for
-from kgraph.runtime.cuda.libraries import Plan, Products
-from kgraph.targets import resolve
-from tests.codegen.contractions import add, filled, verify
-from tests.cuda.fake_cublaslt import FakeCublasLt
-from tests.cuda.test_gemm import PLAIN, product_node
-
-TARGET = replace(simulator_target(), library=True)
+from kgraph.runtime.cuda.libraries import is_installed, open_library
+from kgraph.runtime.steps import Convolution, Product
+from tests.cuda.fake_cudnn import FakeCudnn
 
 
 @pytest.fixture
-def library():
-    device = device_for("cuda-simulator")
-    fake = FakeCublasLt(device)
-    device.library = Products(device, fake)
-    yield fake
-    device.library = None
+def there(monkeypatch):
+    """What can be opened, by the end of its name; gives the names that were asked for too."""
+    found: dict = {}
+    asked: list[str] = []
+
+    def load(name):
+        asked.append(name)
+        for end, library in found.items():
+            if name.endswith(end):
+                return library
+        raise OSError(f"no {name}")
+
+    monkeypatch.setattr(libraries, "CDLL", load)
+    monkeypatch.setattr(libraries.sys, "platform", "linux")
+    return found, asked
 
 
-def compute(node, fake):
-    """A node by the library alone, on host memory; gives (plan, results)."""
-    (call,) = gemm.lower(node, TARGET)
-    plan = device_for("cuda-simulator").library.plan(call.product, int)
-    assert isinstance(plan, Plan), plan
-    arrays = [filled(v.shape, v.dtype, seed) for seed, v in enumerate(node.inputs)]
-    results = [np.full(v.shape, 7).astype(v.type.np_dtype) for v in node.outputs]
-    memory = dict(zip((*node.inputs, *node.outputs), (*arrays, *results), strict=True))
-    fake.host = list(memory.values())
-    plan.run([memory[v].ctypes.data for v in call.operands])  # not all inputs are operands: an unused one is none
-    if call.then is None:
-        verify(node, arrays, results, {})
-    return call, results
+def cudnn(version):
+    """One that was made for a version of CUDA."""
+    library = FakeCudnn(device_for("cuda-simulator"))
+    library.cudnnGetCudartVersion = type("Function", (), {"__call__": lambda self: version})()
+    return library
 
 
-@pytest.mark.parametrize("lhs_contract", [0, 1])
-@pytest.mark.parametrize("rhs_contract", [0, 1])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_both_orders_of_both_operands(library, lhs_contract, rhs_contract, dtype):
-    attrs = {**PLAIN, "lhs_contract": (lhs_contract,), "rhs_contract": (rhs_contract,)}
-    compute(product_node(((5, 7), (7, 5))[lhs_contract], ((5, 6), (6, 5))[rhs_contract], attrs, dtype), library)
-    (asked,) = library.multiplied
-    # The library's first operand is our second one, and its rows are our columns.
-    assert asked["d_is"].arguments[1:] == (6, 7, 6)
-    transposed = [asked["operation"].attributes.get(n, 0) for n in (3, 4)]
-    assert transposed == [int(rhs_contract == 1), int(lhs_contract == 0)]
-
-
-@pytest.mark.parametrize("shapes", [((1, 7), (7, 5)), ((5, 1), (1, 6)), ((5, 7), (7, 1)), ((1, 1), (1, 1))])
-def test_axes_of_one_element(library, shapes):
-    compute(product_node(*shapes), library)
-
-
-def test_a_batch_is_strided(library):
-    attrs = {"lhs_contract": (2,), "rhs_contract": (2,), "lhs_batch": (1,), "rhs_batch": (0,)}
-    compute(product_node((4, 3, 5), (3, 6, 5), attrs), library)
-    (asked,) = library.multiplied
-    assert [asked[n].attributes[5] for n in ("a_is", "b_is", "d_is")] == [3, 3, 3]
-    assert [asked[n].attributes[6] for n in ("a_is", "b_is", "d_is")] == [30, 5, 24]
-
-
-def test_bias_and_residual_are_the_library_s(library):
-    extras = [TensorType((6,), "float32"), TensorType((5, 6), "float32")]
-    both = lambda graph, result, bias, more: [add(graph, "add", more, add(graph, "add", result, bias))]
-    call, _ = compute(product_node((5, 4), (4, 6), extras=extras, epilogue=both), library)
-    assert call.then is None
-    (asked,) = library.multiplied
-    assert asked["beta"] == 1
-    assert asked["c"] != asked["d"]
-    assert asked["bias"]
-
-
-@pytest.mark.parametrize(
-    "epilogue",
-    [
-        lambda graph, result, bias: [add(graph, "relu", add(graph, "add", result, bias))],
-        lambda graph, result, bias: [add(graph, "sub", result, bias)],
-        lambda graph, result, bias: [add(graph, "add", result, result)],
-        lambda graph, result, bias: [add(graph, "add", result, bias), result],
-    ],
-)
-def test_other_epilogues_follow_in_a_kernel(library, epilogue):
-    node = product_node((5, 4), (4, 6), extras=[TensorType((6,), "float32")], epilogue=epilogue)
-    call, _ = compute(node, library)
-    assert call.then is not None
-    assert not call.notes["inplace"]
-    assert library.multiplied[0]["bias"] is None
-    assert library.multiplied[0]["beta"] == 0
-
-
-@pytest.mark.parametrize(
-    ("lhs", "rhs", "attrs", "dtype"),
-    [
-        ((5, 4), (4, 6), PLAIN, "int32"),
-        ((2, 3, 2, 4), (4, 3, 3, 2), {**PLAIN, "lhs_contract": (3, 1), "rhs_contract": (0, 2)}, "float32"),
-    ],
-)
-def test_what_the_library_does_not_know_has_a_kernel_alone(lhs, rhs, attrs, dtype):
-    assert gemm.lower(product_node(lhs, rhs, attrs, dtype), TARGET)[0].product is None
-
-
-def test_sums_are_of_the_wide_dtypes(library):
-    compute(product_node((5, 4), (4, 6), dtype="float16"), library)
-    compute(product_node((5, 4), (4, 6), dtype="float64"), library)
-    assert [m["operation"].arguments for m in library.multiplied] == [(68, 0), (70, 1)]
-    (call,) = gemm.lower(product_node((5, 4), (4, 6)), replace(TARGET, tf32=True))
-    plan = device_for("cuda-simulator").library.plan(call.product, int)
-    assert library.created[plan._operation.value].arguments == (77, 0)
-
-
-def test_algorithms_follow_the_alignment(library):
-    (call,) = gemm.lower(product_node((5, 4), (4, 6)), TARGET)
-    plan = device_for("cuda-simulator").library.plan(call.product, int)
-    memory = np.zeros(4096, np.float32)
-    library.host = [memory]
-    start = memory.ctypes.data + -memory.ctypes.data % 256
-    for shift in (0, 64, 16, 4):
-        plan.run([start + shift, start + 1024, start + 2048])
-    assert [m["alignment"] for m in library.multiplied] == [256, 64, 16, 4]
-
-
-def test_descriptors_are_given_back(library):
-    (call,) = gemm.lower(product_node((5, 4), (4, 6)), TARGET)
-    plan = device_for("cuda-simulator").library.plan(call.product, int)
-    del plan
-    assert sorted(library.destroyed) == sorted(library.created)
-
-
-def test_refusals_and_failures(library):
-    products = device_for("cuda-simulator").library
-    (call,) = gemm.lower(product_node((5, 4), (4, 6)), TARGET)
-    library.refused = {4}
-    assert "no algorithm" in products.plan(call.product, int)
-    library.refused = set()
-    plan = products.plan(call.product, int)
-    library.failures["cublasLtMatmul"] = 13
-    with pytest.raises(errors.DeviceError, match="EXECUTION_FAILED"):
-        plan.run([4096, 8192, 16384])
-    library.failures = {"cublasLtCreate": 1}
-    with pytest.raises(errors.DeviceError, match="NOT_INITIALIZED"):
-        Products(device_for("cuda-simulator"), library)
-
-
-def test_without_the_library_the_reason_is_told(monkeypatch):
-    monkeypatch.setattr(libraries.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(f"no {name}")))
-    reason = libraries.open_products(device_for("cuda-simulator"), 12040)
-    assert "no libcublasLt.so.12" in reason
+@pytest.mark.parametrize(("kind", "name"), [(Product, "libcublasLt.so.12"), (Convolution, "libcudnn.so.9")])
+def test_without_a_library_the_reason_is_told(there, kind, name):
+    reason = open_library(kind, device_for("cuda-simulator"), 12040)
+    assert f"no {name}" in reason
     assert ".so.13" not in reason
 
 
-def test_the_structure_is_the_library_s():
-    assert ctypes.sizeof(libraries.Heuristic) == 96
-    assert libraries.Heuristic.state.offset == 72
-    assert len(libraries.SIGNATURES["cublasLtMatmul"]) == 16
+def test_the_packages_come_before_the_system(there, monkeypatch, tmp_path):
+    place = tmp_path / "cudnn" / "lib" / "libcudnn.so.9"
+    place.parent.mkdir(parents=True)
+    place.touch()
+    spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(libraries.ctypes.util, "find_library", lambda name: None)
+    assert is_installed(Convolution)
+    open_library(Convolution, device_for("cuda-simulator"), 12040)
+    assert there[1] == [str(place), "libcudnn.so.9"]
+    place.unlink()
+    assert not is_installed(Convolution)
 
 
-def dense_graph():
-    """relu(x w + b), then a product with a residual."""
-    types = [TensorType(s, "float32") for s in ((3, 4), (4, 4), (4,))]
-    x, w, bias = (Value(t, name=f"x{n}") for n, t in enumerate(types))
-    graph = Graph([x, w, bias], name="dense")
-    dot = lambda a: graph.add(PRIMITIVES["dot_general"], (a, w), **PLAIN)
-    hidden = add(graph, "relu", add(graph, "add", dot(x), bias))
-    graph.outputs = [add(graph, "add", dot(hidden), hidden)]
-    return graph
+def test_cudnn_is_used_with_the_cublaslt_of_its_version_of_cuda(there):
+    """It ends the process where it finds none."""
+    found, asked = there
+    found["libcudnn.so.9"] = cudnn(12090)
+    reason = open_library(Convolution, device_for("cuda-simulator"), 13000)
+    assert "no libcublasLt.so.12" in reason
+    found["libcublasLt.so.12"] = object()
+    assert isinstance(open_library(Convolution, device_for("cuda-simulator"), 13000), Convolutions)
+    assert asked[-1].endswith("libcublasLt.so.12")
 
 
-@pytest.mark.parametrize("refused", [set(), {4}])
-def test_programs_call_the_library_or_their_own_kernels(library, refused):
-    library.refused = refused
-    compiled = compile_graph(dense_graph(), target=TARGET)
-    arrays = [filled(v.shape, "float32", n) for n, v in enumerate(compiled.captured.inputs)]
-    hidden = np.maximum(arrays[0] @ arrays[1] + arrays[2], 0)
-    for _ in range(3):  # launched, captured, replayed
-        (result,) = compiled.program(arrays)
-        np.testing.assert_allclose(result, hidden @ arrays[1] + hidden, rtol=1e-5, atol=1e-5)
-    stats = compiled.program.stats()
-    assert stats["library_calls"] == (0 if refused else 2)
-    assert bool(library.multiplied) == (not refused)
-    told = [d for d in explain("dense", compiled).decisions if "cuBLASLt" in d.reason]
-    assert [d.subject for d in told] == [s.label for s in compiled.program.steps if refused and s.product]
-    assert len(told) == (2 if refused else 0)
+def test_a_driver_that_is_too_old_for_a_library_is_told(there):
+    there[0]["libcudnn.so.9"] = cudnn(13000)
+    assert "for CUDA 13" in open_library(Convolution, device_for("cuda-simulator"), 12040)
 
 
-@pytest.mark.parametrize("tf32", [False, True])
-def test_set_device_says_whether_products_round_to_tf32(library, tf32):
-    kgraph.set_device("cuda-simulator", tf32=tf32)
-    try:
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(6)])
-        kgraph.compile(model)(np.ones((5, 4), "float32"))
-    finally:
-        kgraph.set_device("cpu")
-    assert library.multiplied[-1]["operation"].arguments == ((77 if tf32 else 68), 0)
-    assert not resolve("cuda-simulator").tf32
+def test_libraries_are_left_alone_on_demand(there, monkeypatch):
+    monkeypatch.setenv("KGRAPH_CUDA_LIBRARIES", "0")
+    for kind in (Product, Convolution):
+        assert not is_installed(kind)
+        assert "KGRAPH_CUDA_LIBRARIES" in open_library(kind, device_for("cuda-simulator"), 13000)
+    assert not there[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kgraph.codegen.cache import DiskCache
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.driver import SIGNATURES
@@ -79,3 +80,13 @@ def test_errors_come_with_the_drivers_words(library):
         gpu.load({"k": b"broken"})
     with pytest.raises(DeviceError, match="no GPU of this number"):
         Gpu(3, library=library)
+
+
+def test_the_driver_s_code_is_kept(library, tmp_path):
+    gpu = Gpu(library=library, cache=DiskCache(tmp_path, 1 << 20))
+    assert gpu._compiled("neg", b"a kernel") == b"\x7f\0a kernel\0"
+    assert gpu.load({"neg": b"a kernel"})["neg"].handle
+    assert len(list(tmp_path.glob("??/*"))) == 1
+    with pytest.raises(DeviceError, match=r"(?s)kernel k: .*in the stub's words.*line 2: broken"):
+        gpu.load({"k": b"broken"})
+    assert len(list(tmp_path.glob("??/*"))) == 1

@@ -16,7 +16,7 @@ from kgraph.errors import CompileError
 ENTRY = "kernel"
 # The first version of PTX that knows an architecture (with what NVVM emits for it).
 _PTX_VERSIONS = (((12, 0), "8.7"), ((10, 0), "8.6"), ((9, 0), "7.8"), ((8, 9), "7.8"), ((8, 6), "7.1"), ((8, 0), "7.0"))
-_OLDEST_PTX = "6.4"
+_OLDEST_PTX = "6.5"  # the first with products on tensor cores of 7.5
 _MISSING = (
     "compiling for CUDA needs numba-cuda with NVVM: pip install 'kgraph[cuda]' (or 'kgraph[cuda12]' for a driver of "
     "CUDA 12)"

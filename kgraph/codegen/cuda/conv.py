@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kgraph.codegen.contractions import Parts, accumulate_dtype, has_products, take_apart
-from kgraph.codegen.cuda import depthwise, gemm, reduce
+from kgraph.codegen.cuda import conv_library, depthwise, gemm, reduce
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, is_dilated, phase_positions, phases
 from kgraph.codegen.cuda.conv_kernel import ConvPlan
 from kgraph.codegen.cuda.epilogue import Finish
+from kgraph.codegen.cuda.library import offer
+from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import index_type
 from kgraph.codegen.cuda.tiles import choose_tile
@@ -88,7 +90,8 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
     positions, batch = phase_positions(node), groups * phases(node)
     rows = x.shape[0] * positions
     columns = SYMBOLIC_FILTERS if isinstance(filters, Dim) else filters
-    tile = choose_tile(rows, columns, batch if isinstance(batch, int) else 1, accumulate, target)
+    tensor = instruction_for(x.dtype, accumulate, target)
+    tile = choose_tile(rows, columns, batch if isinstance(batch, int) else 1, accumulate, target, tensor)
     few = not isinstance(channels, Dim) and channels % tile.depth != 0 and channels < FLAT * tile.depth
     flat = few and not dilated
     blocks = batch * (ceil_div(rows, tile.rows) * ceil_div(filters, tile.columns))
@@ -107,6 +110,7 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
         flat=flat,
         split=pieces > 1,
         tile=tile,
+        tensor=tensor,
         indices=index_type([x.type.size, w.type.size, parts.result.size]),
         finish=Finish.params(parts, accumulate) if pieces == 1 else (accumulate, accumulate, (), (accumulate,), None),
     )
@@ -125,11 +129,13 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
         notes={"inplace": parts.inplace(2) if pieces == 1 else ()},
         launch=Launch(tile.block),
     )
-    if pieces == 1:
-        return [call]
-    leaves = [Leaf(v, v.dtype, (False, *spans_of(v.shape, x.type.rank))) for _, v in parts.extras]
-    whole = sum_of_pieces(partial, parts.result.dtype, parts.outputs, leaves, parts.expression)
-    return [call, *reduce.lower_parts(whole, target)]
+    calls = [call]
+    if pieces > 1:
+        leaves = [Leaf(v, v.dtype, (False, *spans_of(v.shape, x.type.rank))) for _, v in parts.extras]
+        whole = sum_of_pieces(partial, parts.result.dtype, parts.outputs, leaves, parts.expression)
+        calls += reduce.lower_parts(whole, target)
+    library = conv_library.convolution(parts, target)
+    return calls if library is None else offer(calls, library)
 
 
 def _pieces(blocks, depth, chunk: int, target) -> int:

@@ -11,11 +11,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kgraph.codegen.contractions import accumulate_dtype, has_products
-from kgraph.codegen.cuda import conv_filter_depthwise, reduce, scalar_ops
+from kgraph.codegen.cuda import conv_filter_depthwise, conv_library, reduce, scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, read_axes
+from kgraph.codegen.cuda.library import offer
+from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, index_type
-from kgraph.codegen.cuda.tiles import SMALL_TILE, Tile, TileProduct, choose_tile
+from kgraph.codegen.cuda.tensor_cores import tile_product
+from kgraph.codegen.cuda.tiles import SMALL_TILE, Tile, choose_tile
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.ir import Dim, Node, TensorType
@@ -63,7 +66,9 @@ def lower(node: Node, target) -> list[KernelCall]:
         notes={"algorithm": "depthwise" if depthwise else "implicit_product"},
         launch=Launch(block),
     )
-    return [sums] if single else [sums, *reduce.lower_parts(sum_of_pieces(partial, out.dtype, [out]), target)]
+    calls = [sums] if single else [sums, *reduce.lower_parts(sum_of_pieces(partial, out.dtype, [out]), target)]
+    library = None if depthwise else conv_library.filter_gradient(node, target)
+    return calls if library is None else offer(calls, library)
 
 
 def _pieces(positions, tiles: int, least: int, target) -> int:
@@ -75,7 +80,8 @@ def _pieces(positions, tiles: int, least: int, target) -> int:
 
 
 class FilterPlan(NamedTuple):
-    """Params of `render_filter`. rank: spatial axes. output: dtype of what is stored.
+    """Params of `render_filter`. rank: spatial axes. tensor: instruction of tensor cores, or "". output: dtype of what
+    is stored.
 
     Sizes of the kernel: images, channels and filters of a group, groups, the cotangent's spatial sizes, `axis_sizes`,
     the number of pieces, the positions of a piece.
@@ -86,6 +92,7 @@ class FilterPlan(NamedTuple):
     accumulate: str
     rank: int
     tile: Tile
+    tensor: str
     indices: str
     output: str = ""
 
@@ -99,11 +106,12 @@ class FilterPlan(NamedTuple):
         x, cotangent = node.inputs
         groups, window = node.attrs["feature_groups"], node.attrs["window"]
         rows, columns = product(window) * node.output.shape[-2], node.output.shape[-1] // groups
-        tile = choose_tile(rows, columns, target.num_sms, accumulate, target)
+        tensor = instruction_for(x.dtype, accumulate, target)
+        tile = choose_tile(rows, columns, target.num_sms, accumulate, target, tensor)
         if rows <= SMALL_TILE.rows and not target.simulator:
             tile = SMALL_TILE
         index = index_type([x.type.size, cotangent.type.size, node.output.type.size])
-        plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, index)
+        plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, tensor, index)
         return plan, groups * -(-rows // tile.rows) * -(-columns // tile.columns), tile.depth, tile.block
 
 
@@ -120,7 +128,7 @@ def render_filter(params: tuple, target) -> str:
     all_channels, all_filters = k.let(k.mul(channels, groups)), k.let(k.mul(filters, groups))
     positions = k.let(k.product([images, *outs]), "positions")
     rows = k.let(k.mul(k.product(windows), channels), "rows")
-    sums = TileProduct(k, tile, plan.accumulate, left_along_rows=True)
+    sums = tile_product(k, tile, plan.accumulate, plan.tensor, left_along_rows=True)
     # Of the next positions, one for each thread: the element of tap 0, and its places along the axes.
     offset, *kept = [k.shared(plan.indices, tile.block) for _ in range(len(axes) + 1)]
     row_tiles, column_tiles = k.let(k.ceil_div(rows, tile.rows)), k.let(k.ceil_div(filters, tile.columns))

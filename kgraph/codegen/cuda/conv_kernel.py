@@ -14,13 +14,15 @@ from typing import NamedTuple
 from kgraph.codegen.cuda.conv_geometry import Walk, inside, read_axes, walk
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource
-from kgraph.codegen.cuda.tiles import Tile, TileProduct
+from kgraph.codegen.cuda.tensor_cores import tile_product
+from kgraph.codegen.cuda.tiles import Tile
 
 
 class ConvPlan(NamedTuple):
     """Params of `render_conv`. rank: spatial axes. flat: see the module's docstring; not with `dilated` images.
 
-    split: whether the depth is cut in pieces, of which each leaves sums of its own; not with dilated images.
+    split: whether the depth is cut in pieces, of which each leaves sums of its own; not with dilated images. tensor:
+    instruction of tensor cores, or "".
     Sizes of the kernel: images, channels and filters of a group, groups, the result's spatial sizes, `axis_sizes`, and
     with `split` the number of pieces and the chunks of a piece.
     """
@@ -33,6 +35,7 @@ class ConvPlan(NamedTuple):
     flat: bool
     split: bool
     tile: Tile
+    tensor: str
     indices: str
     finish: tuple
 
@@ -55,7 +58,7 @@ class _Conv:
         self.pieces, self.piece = (k.size(), k.size()) if plan.split else ("", "")
         self.all_channels = k.let(k.mul(self.channels, self.groups), "channels")
         self.all_filters = k.let(k.mul(self.filters, self.groups), "filters")
-        self.product = TileProduct(k, tile, plan.accumulate)
+        self.product = tile_product(k, tile, plan.accumulate, plan.tensor)
         self.pixel = k.shared(k.index, tile.rows)
         self.offset = k.shared(k.index, tile.rows)
         self.places = [k.shared(k.index, tile.rows) for _ in self.axes]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kgraph.codegen.cuda import assemble, transpose
 from kgraph.codegen.cuda.source import KernelSource, index_type
-from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.codegen.strided import collapse, word
 from kgraph.codegen.views import MIRROR_MODES, VIEWS, starts_of
 from kgraph.ir import Dim, Node, Value
@@ -39,7 +39,7 @@ def lower(node: Node, target) -> list[KernelCall]:
 
 
 def lower_view(
-    name: str, source: Value, out: Value, base, axes, target, starts: Sequence[tuple] = ()
+    name: str, source: Value | Temporary, out: Value | Temporary, base, axes, target, starts: Sequence[tuple] = ()
 ) -> list[KernelCall]:
     """The call that copies `source[base + starts + view]` into the dense `out`."""
     axes = collapse(axes) or [(1, 1)]

@@ -12,6 +12,8 @@ import math
 import numpy as np
 from numba import config, cuda
 
+from kgraph.codegen.cuda import mma
+
 SIMULATED = bool(getattr(config, "ENABLE_CUDASIM", False))
 
 float32, float64 = np.float32, np.float64
@@ -75,6 +77,11 @@ def _libdevice_functions() -> dict:
 
 _FUNCTIONS = _simulated_functions() if SIMULATED else _libdevice_functions()
 globals().update(_FUNCTIONS)
+# Tensor cores: in the simulator lanes multiply in turns, by one function for all instructions.
+_MMA = mma.simulated_functions() if SIMULATED else mma.compiled_functions()
+put_half, to_tfloat32, multiply_lanes = (_MMA.get(n) for n in ("put_half", "to_tfloat32", "multiply_lanes"))
+mma_float16, mma_bfloat16 = _MMA.get("mma_float16"), _MMA.get("mma_bfloat16")
+mma_float16_short, mma_tfloat32 = _MMA.get("mma_float16_short"), _MMA.get("mma_tfloat32")
 # Those that the functions below call.
 float_as_int, int_as_float = _FUNCTIONS["float_as_int"], _FUNCTIONS["int_as_float"]
 half2float, float2half_rn = _FUNCTIONS["half2float"], _FUNCTIONS["float2half_rn"]

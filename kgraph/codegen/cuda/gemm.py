@@ -14,15 +14,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kgraph.codegen import expressions
 from kgraph.codegen.contractions import Axes, Parts, accumulate_dtype, has_products, take_apart
-from kgraph.codegen.cuda import loop, reduce
+from kgraph.codegen.cuda import reduce
 from kgraph.codegen.cuda.epilogue import Finish
+from kgraph.codegen.cuda.library import SPANS, epilogue_after, held_output, offer
+from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
-from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
+from kgraph.codegen.cuda.tensor_cores import tile_product
+from kgraph.codegen.cuda.tiles import SIMULATED_TENSOR_TILE, Panel, Tile
 from kgraph.codegen.expressions import compute_dtype
-from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
+from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, LibraryCall, Temporary
 from kgraph.codegen.reductions import Parts as Reduction
 from kgraph.codegen.regions import Leaf
 from kgraph.codegen.strided import SizeTable, collapse, collapse_streams, dense_strides
@@ -39,13 +41,6 @@ FEW = 32  # rows or columns up to which tiles are flat or tall
 WAVES = 2  # blocks per multiprocessor below which K is cut
 CHUNKS = 16  # chunks of a tile's depth that a piece of K has at least; 2 in the simulator
 LIBRARY_DTYPES = ("float16", "bfloat16", "float32", "float64")
-# How an extra of the epilogue extends over (batch, rows, columns).
-SPANS = {
-    "full": (True, True, True),
-    "row": (True, True, False),
-    "channel": (False, False, True),
-    "scalar": (False,) * 3,
-}
 
 
 def accepts(node: Node) -> str | None:
@@ -111,73 +106,57 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     """The calls of a dot_general that was taken apart."""
     p = product_of(parts)
     accumulate = accumulate_dtype(p.a.value.dtype, parts.result.dtype)
-    tile = choose_tile(p, accumulate, target)
-    library = library_product(parts, p, target) if target.library else None
-    divisible = library is None and accumulate == compute_dtype(parts.result.dtype)
+    tensor = instruction_for(p.a.value.dtype, accumulate, target)
+    tile = choose_tile(p, accumulate, target, tensor)
+    library = library_call(parts, p, target) if target.products else None
+    divisible = accumulate == compute_dtype(parts.result.dtype)
     pieces = _pieces(p, tile, target) if divisible else 1
     name = "gemm" + parts.name
     if pieces == 1:
         extras, finish = [v for _, v in parts.extras], Finish.params(parts, accumulate)
-        call = _call(name, parts, p, tile, 1, extras, parts.outputs, finish)
-        if library is not None:
-            call.product, call.then = library
-            if call.then is not None:
-                # The product is written to an output before the epilogue reads its operands.
-                call.notes["inplace"] = ()
-        return [call]
-    partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
-    untouched = (accumulate, accumulate, (), (accumulate,), None)
-    first = _call("gemm_partial", parts, p, tile, pieces, [], [partial], untouched)
-    return [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
+        calls = [_call(name, parts, p, tile, tensor, 1, extras, parts.outputs, finish)]
+    else:
+        partial = Temporary(TensorType((pieces, p.entries, p.rows, p.columns), accumulate))
+        untouched = (accumulate, accumulate, (), (accumulate,), None)
+        first = _call("gemm_partial", parts, p, tile, tensor, pieces, [], [partial], untouched)
+        calls = [first, *reduce.lower_parts(_sum_of_pieces(parts, partial), target)]
+    return calls if library is None else offer(calls, library)
 
 
-def library_product(parts: Parts, p: Product, target) -> tuple[LibraryProduct, KernelCall | None] | None:
-    """What a library may do for the node, and the epilogue that follows if the library does not know it.
+def library_call(parts: Parts, p: Product, target) -> LibraryCall | None:
+    """What a library may do for the node, with an epilogue behind it if the library does not know that.
 
-    None where it does not know the dtypes, an operand is no matrix with a single stride along each side, or no output
-    can hold the product until the epilogue has read it.
+    None where it does not know the dtypes, or an operand is no matrix with a single stride along each side.
     """
     dtype, result = p.a.value.dtype, parts.result.dtype
     if dtype not in LIBRARY_DTYPES or (result != dtype and (dtype == "float64" or result != "float32")):
         return None
     if len(p.batch) > 1 or any(len(axes) > 1 for m in (p.a, p.b) for axes in (m.rows, m.columns)):
         return None
-    first = 2 + len(parts.extras)
-    held = [n for n, value in enumerate(parts.outputs) if value.dtype == result]
-    if not held:
-        return None
+    held = held_output(parts, wide=True)
     strides = [[axes[0][1] if axes else 1 for axes in (m.rows, m.columns)] for m in (p.a, p.b)]
     batch = p.batch[0][1] if p.batch else (0, 0)
-    known = _library_epilogue(parts)
+    known = _library_epilogue(parts, held.type.dtype)
     bias, added = known or (None, None)
     asked = LibraryProduct(
         Matrix(0, strides[0][0], strides[0][1], batch[0]),
         Matrix(1, strides[1][0], strides[1][1], batch[1]),
-        first + held[0],
+        2 + len(parts.extras),
         bias,
         added,
         (p.entries, p.rows, p.columns, p.depth),
         dtype,
-        result,
+        held.type.dtype,
         target.tf32,
     )
-    if known is not None:
-        return asked, None
-    value = parts.outputs[held[0]]
-    leaves = [Leaf(value, result, (True,) * 3)] + [Leaf(v, v.dtype, SPANS[kind]) for kind, v in parts.extras]
-    (then,) = loop.lower_expression(
-        parts.expression or expressions.identity(result),
-        leaves,
-        (p.entries, p.rows, p.columns),
-        parts.outputs,
-        target,
-    )
-    then.notes["inplace"] = ()
-    return asked, then
+    operands = [p.a.value, p.b.value, *(v for _, v in parts.extras), held]
+    shape = (p.entries, p.rows, p.columns)
+    after = [] if known is not None else epilogue_after(parts, held, shape, target)
+    return LibraryCall(asked, operands, after=after)
 
 
-def _library_epilogue(parts: Parts) -> tuple[int | None, int | None] | None:
-    """The positions of a bias and of an added operand if the epilogue is no more than that.
+def _library_epilogue(parts: Parts, written: str) -> tuple[int | None, int | None] | None:
+    """The positions of a bias and of an added operand if the epilogue is no more than that, all of dtype `written`.
 
     Activations are not the library's: what its ReLU makes of NaN, and how exact its GELU is, is not documented.
     """
@@ -190,15 +169,16 @@ def _library_epilogue(parts: Parts) -> tuple[int | None, int | None] | None:
     found: dict[str, int] = {}
     current = 0
     for number, (op, operands, _, dtype) in enumerate(instructions):
-        if op != "add" or current not in operands or dtype != parts.result.dtype:
+        if op not in ("add", "convert") or current not in operands or dtype != written:
             return None
-        (other,) = [o for o in operands if o != current] or [current]
-        if not 1 <= other < first:
-            return None
-        kind, value = parts.extras[other - 1]
-        if kind not in ("channel", "full") or kind in found or value.dtype != parts.result.dtype:
-            return None
-        found[kind] = other + 1  # behind both factors
+        if op == "add":
+            (other,) = [o for o in operands if o != current] or [current]
+            if not 1 <= other < first:
+                return None
+            kind, value = parts.extras[other - 1]
+            if kind not in ("channel", "full") or kind in found or value.dtype != written:
+                return None
+            found[kind] = other + 1  # behind both factors
         current = first + number
     return found.get("channel"), found.get("full")
 
@@ -209,10 +189,12 @@ def _sum_of_pieces(parts: Parts, partial: Temporary) -> Reduction:
     return sum_of_pieces(partial, parts.result.dtype, parts.outputs, extras, parts.expression)
 
 
-def choose_tile(p: Product, accumulate: str, target) -> Tile:
-    """The tile for a product; sizes that are not known count as many."""
+def choose_tile(p: Product, accumulate: str, target, instruction: str = "") -> Tile:
+    """The tile for a product; sizes that are not known count as many.
+
+    instruction: of tensor cores, if they multiply."""
     if target.simulator:
-        return SIMULATED
+        return SIMULATED_TENSOR_TILE if instruction else SIMULATED
     if isinstance(p.rows, int) and p.rows <= FEW:
         return FLAT
     if isinstance(p.columns, int) and p.columns <= FEW:
@@ -242,6 +224,7 @@ def _call(
     parts: Parts,
     p: Product,
     tile: Tile,
+    tensor: str,
     pieces: int,
     extras: Sequence[Value],
     outputs: Sequence[Value | Temporary],
@@ -256,6 +239,7 @@ def _call(
     plan = Plan(
         name=name,
         tile=tile,
+        tensor=tensor,
         dtypes=(p.a.value.dtype, p.b.value.dtype),
         finish=finish,
         sizes=tuple(table.run_time(n) for n in (p.entries, p.rows, p.columns, p.depth, pieces, piece)),
@@ -282,13 +266,14 @@ def _call(
 class Plan(NamedTuple):
     """Params of `render`. Sizes are ("size", slot), strides that or 1.
 
-    dtypes: of A and B. finish: params of `Finish`. sizes: of the batch, M, N, K, the number of pieces, the length of a
-    piece. batch: (size, strides in A and B). a: axes (size, stride) of M and of K; b: of K and of N. indices: their
-    type. num_sizes: how many there are.
+    tensor: instruction of tensor cores, or "". dtypes: of A and B. finish: params of `Finish`. sizes: of the batch, M,
+    N, K, the number of pieces, the length of a piece. batch: (size, strides in A and B). a: axes (size, stride) of M
+    and of K; b: of K and of N. indices: their type. num_sizes: how many there are.
     """
 
     name: str
     tile: Tile
+    tensor: str
     dtypes: tuple
     finish: tuple
     sizes: tuple
@@ -329,7 +314,8 @@ class _Gemm:
         k, plan, tile = self.k, self.plan, self.plan.tile
         (a_rows, a_depth), (b_depth, b_columns) = plan.a, plan.b
         unit = lambda axes: bool(axes) and axes[-1][1] == 1
-        product = TileProduct(k, tile, self.finish.accumulate, unit(a_rows), unit(b_depth) and not unit(b_columns))
+        orders = unit(a_rows), unit(b_depth) and not unit(b_columns)
+        product = tile_product(k, tile, self.finish.accumulate, plan.tensor, *orders)
         row_tiles = k.let(k.ceil_div(self.rows, tile.rows), "row_tiles")
         column_tiles = k.let(k.ceil_div(self.columns, tile.columns), "column_tiles")
         total = k.let(k.product([self.pieces, self.entries, row_tiles, column_tiles]), "total")

@@ -22,7 +22,7 @@ class CudaTarget:
         a whole block would have too little to do: a warp. Both are powers of two. num_sms: multiprocessors.
     unroll: elements that a thread of a simple kernel reads before it computes, so that it waits for memory once.
     shared_bytes: shared memory that a kernel may declare. ordinal: number of the GPU, which no kernel depends on.
-    library: whether the device has a library for matrix products. tf32: whether that may round float32 to TF32.
+    products, convolutions: whether the device has a library for them. tf32: whether they may round float32 to TF32.
     """
 
     capability: tuple[int, int]
@@ -33,7 +33,8 @@ class CudaTarget:
     unroll: int = 4
     shared_bytes: int = _STATIC_SHARED_BYTES
     ordinal: int = field(default=0, repr=False)  # cache keys are made of the text
-    library: bool = field(default=False, repr=False)
+    products: bool = field(default=False, repr=False)
+    convolutions: bool = field(default=False, repr=False)
     tf32: bool = field(default=False, repr=False)
 
     @property
@@ -56,7 +57,8 @@ class CudaTarget:
     @property
     def sources(self) -> tuple[str, ...]:
         """Modules beside the templates that kernels' code depends on."""
-        return ("kgraph.types", "kgraph.codegen.cuda.compiler", "kgraph.codegen.cuda.device_functions")
+        names = ("compiler", "device_functions", "mma")
+        return ("kgraph.types", *(f"kgraph.codegen.cuda.{name}" for name in names))
 
     @property
     def machine(self) -> str:

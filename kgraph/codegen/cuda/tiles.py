@@ -44,15 +44,18 @@ class Tile(NamedTuple):
 
 
 SIMULATED_TILE = Tile(4, 4, 4, 2, 2)
+SIMULATED_TENSOR_TILE = Tile(16, 16, 16, 2, 4)  # one warp
 # From the widest on; all take 256 threads.
 TILES = (Tile(128, 128, 16, 8, 8), Tile(128, 64, 16, 8, 4), Tile(128, 32, 16, 4, 4), Tile(256, 16, 16, 4, 4))
 SMALL_TILE = Tile(64, 64, 16, 4, 4)
 
 
-def choose_tile(rows, columns: int, batch: int, dtype: str, target) -> Tile:
-    """The tile for `batch` products of `rows` (int | Dim; a Dim counts as many) x `columns` results of `dtype` sums."""
+def choose_tile(rows, columns: int, batch: int, dtype: str, target, instruction: str = "") -> Tile:
+    """The tile for `batch` products of `rows` (int | Dim; a Dim counts as many) x `columns` results of `dtype` sums.
+
+    instruction: of tensor cores, if they multiply."""
     if target.simulator:
-        return SIMULATED_TILE
+        return SIMULATED_TENSOR_TILE if instruction else SIMULATED_TILE
     if dtype in ("float64", "int64"):
         return TILES[2] if columns <= TILES[2].columns else SMALL_TILE
     waste = lambda tile: -(-columns // tile.columns) * tile.columns - columns
@@ -103,6 +106,8 @@ class Panel:
         k, dtype, name = self.k, self.fetched.dtype, self.k.fresh("x")
         k.line(f"{name} = {k.literal(0, dtype)}")
         with k.suite(f"if {' and '.join(conditions)}:"):
+            if dtype == "uint16":  # half floats as they lie in memory
+                operand = operand._replace(dtype=dtype)
             value = k.load(operand, index())
             k.line(f"{name} = {scalar_ops.convert(k, value, compute_dtype(operand.dtype), dtype)}")
         k.store(self.fetched, n, name)
@@ -116,20 +121,47 @@ class TileProduct:
     ):
         """left_along_rows, right_along_depth: neighbouring threads fetch along those axes, not along the other one."""
         self.k, self.tile, self.dtype = k, tile, dtype
+        self.thread = k.thread()
+        self._allocate(k, right_along_depth)
+        self.stage = k.shared(dtype, tile.block * tile.width)
+        self.sums = k.local(dtype, tile.height * tile.width)
+        # (row, depth) on the left, (depth, column) on the right.
+        fetched = self._panel_dtype
+        self.left_panel = Panel(k, tile.block, tile.rows, tile.depth, left_along_rows, fetched)
+        self.right_panel = Panel(k, tile.block, tile.depth, tile.columns, right_along_depth, fetched)
+
+    def _allocate(self, k: KernelSource, right_along_depth: bool) -> None:
+        """The panels in shared memory, the thread's place in the tile, and what it multiplies at a time."""
+        tile, dtype = self.tile, self.dtype
         # An element more than there are keeps threads that write along the depth in different banks.
         self.pitch = tile.rows + 1
         self.right_pitch = tile.columns + 1 if right_along_depth else tile.columns
         self.left = k.shared(dtype, tile.depth * self.pitch)
         self.right = k.shared(dtype, tile.depth * self.right_pitch)
-        self.stage = k.shared(dtype, tile.block * tile.width)
-        self.thread = k.thread()
         self.row = k.let(k.div(self.thread, tile.across), "row")
         self.column = k.let(k.mod(self.thread, tile.across), "column")
-        self.sums = k.local(dtype, tile.height * tile.width)
         self.xs, self.ys = k.local(dtype, tile.height), k.local(dtype, tile.width)
-        # (row, depth) on the left, (depth, column) on the right.
-        self.left_panel = Panel(k, tile.block, tile.rows, tile.depth, left_along_rows, dtype)
-        self.right_panel = Panel(k, tile.block, tile.depth, tile.columns, right_along_depth, dtype)
+
+    @property
+    def _panel_dtype(self) -> str:
+        """What the registers of a thread's part of a panel hold."""
+        return self.dtype
+
+    def _place_row(self, i: str) -> str:
+        """The row of the tile that is row i of the thread's results."""
+        return self.k.add(self.row, self.k.mul(i, self.tile.down))
+
+    def _place_column(self, j: str) -> str:
+        return self.k.add(self.column, self.k.mul(j, self.tile.across))
+
+    def _put_panels(self) -> None:
+        """Writes what the thread has fetched to shared memory."""
+        k = self.k
+        with self.left_panel.each() as (n, row, depth):
+            k.store(self.left, k.add(k.mul(depth, self.pitch), row), k.load(self.left_panel.fetched, n))
+        with self.right_panel.each() as (n, depth, column):
+            at = k.add(k.mul(depth, self.right_pitch), column)
+            k.store(self.right, at, k.load(self.right_panel.fetched, n))
 
     def run(self, chunks: str, fetch: Callable[[], None]) -> None:
         """Sums over `chunks` chunks. fetch: writes code that sets the panels' registers for the next chunk."""
@@ -139,11 +171,7 @@ class TileProduct:
         with k.range(0, k.add(chunks, 1), 1) as step:
             with k.suite(f"if {step} > {k.i(0)}:"):
                 k.synchronise()
-                with self.left_panel.each() as (n, row, depth):
-                    k.store(self.left, k.add(k.mul(depth, self.pitch), row), k.load(self.left_panel.fetched, n))
-                with self.right_panel.each() as (n, depth, column):
-                    at = k.add(k.mul(depth, self.right_pitch), column)
-                    k.store(self.right, at, k.load(self.right_panel.fetched, n))
+                self._put_panels()
                 k.synchronise()
             with k.suite(f"if {step} < {chunks}:"):
                 fetch()
@@ -173,7 +201,7 @@ class TileProduct:
                 with k.suite(f"if {i} == {k.i(number)}:"), k.range(0, k.i(tile.width), 1) as j:
                     value = k.load(self.sums, k.add(j, number * tile.width))
                     k.store(self.stage, k.add(self.thread, k.mul(j, tile.block)), value)
-            row = k.let(k.add(self.row, k.mul(i, tile.down)), "row")
+            row = k.let(self._place_row(i), "row")
             with k.range(0, k.i(tile.width), 1) as j:
-                column = k.let(k.add(self.column, k.mul(j, tile.across)), "column")
+                column = k.let(self._place_column(j), "column")
                 visit(row, column, k.load(self.stage, k.add(self.thread, k.mul(j, tile.block))))

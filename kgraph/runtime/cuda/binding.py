@@ -8,6 +8,7 @@ host: they are copied into memory of the binding's own.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ from kgraph.runtime.binding import StepTime
 from kgraph.runtime.cuda import control
 from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.device_array import Allocation, DeviceArray, from_foreign
-from kgraph.runtime.cuda.libraries import Plan
-from kgraph.runtime.cuda.staging import MOST_PINNED, HostInputs, aligned
+from kgraph.runtime.cuda.libraries import LibraryPlan
+from kgraph.runtime.cuda.staging import ALIGNMENT, MOST_PINNED, HostInputs, aligned
 from kgraph.runtime.steps import HostStep, LaunchStep
 from kgraph.runtime.storage import Place, place_buffers
 
@@ -54,9 +55,9 @@ class _Launch:
 
 @dataclass
 class _LibraryCall:
-    """A product by the device's library. buffers, step: as in `_Launch`."""
+    """Work of the device's library. buffers, step: as in `_Launch`."""
 
-    plan: Plan
+    plan: LibraryPlan
     buffers: list[tuple[Place, int, str]]
     step: int
 
@@ -70,6 +71,12 @@ class _Copy(NamedTuple):
     target: Place
     source: Place
     nbytes: int
+
+
+def _alignment(place: Place) -> int:
+    """Bytes to which a place is aligned in every call: inputs may be arrays of other libraries, anywhere."""
+    most = 1 if place.space == "input" else ALIGNMENT
+    return math.gcd(most, place.offset)
 
 
 @dataclass
@@ -92,7 +99,7 @@ class CudaBinding:
     """A program for concrete sizes, callable from any number of threads: calls take turns.
 
     used: set by every call, for the program to see which bindings are in use. input_dtypes: one per input.
-    refusals: why the device's library does not take a product, by the number of the step.
+    refusals: why the device's library does not take a step, by the number of the step.
     """
 
     def __init__(self, program: CudaProgram, sizes: dict[str, int]):
@@ -159,31 +166,49 @@ class CudaBinding:
         """The program's steps as segments, with the copies to outputs at the end."""
         program = self.program
         segments = [_Segment([])]
+        done = False  # whether a library did what the next step may continue
         for number, step in enumerate(program.steps):
             if isinstance(step, HostStep):
                 segments += [_Segment([], step, number), _Segment([])]
                 continue
             assert isinstance(step, LaunchStep)
-            if value(step.extent) > 0:
-                segments[-1].work += self._work(step, number, value)
+            if step.continues and done:
+                continue
+            work = self._library_work(step, number, value)
+            done = work is not None
+            segments[-1].work += self._launch(step, number, value) if work is None else work
         segments[-1].work += self._final_copies()
         return [s for s in segments if s.work or s.host is not None]
 
-    def _work(self, step: LaunchStep, number: int, value: Callable[[Any], int]) -> list[_Work | _Copy]:
-        """A step as a call of the device's library, where there is one that takes it, or as a launch."""
-        program, storage = self.program, self.storage
-        buffers = [(storage.places[b], storage.nbytes[b], program.buffers[b].dtype) for b in step.operands]
-        library = self.device.products() if step.product else None
-        if library is not None and step.product is not None:
-            plan = library.plan(step.product, value)
-            if isinstance(plan, Plan):
-                then = [] if step.then is None else self._work(step.then, number, value)
-                return [_LibraryCall(plan, buffers, number), *then]
+    def _library_work(self, step: LaunchStep, number: int, value: Callable[[Any], int]) -> list[_Work | _Copy] | None:
+        """A step as a call of the device's library, where there is one that takes it."""
+        call = step.library
+        if call is None or value(step.extent) <= 0:
+            return None
+        buffers = [self._buffer(b) for b in call.operands]
+        library = self.device.library(type(call.task))
+        alignments = [_alignment(place) for place, _, _ in buffers]
+        plan = library if isinstance(library, str) else library.plan(call.task, value, alignments)
+        if isinstance(plan, str):
             self.refusals[number] = plan
-        blocks = min(value(step.extent), self.device.most_blocks)
+            return None
+        around = [[w for s in steps for w in self._launch(s, number, value)] for steps in (call.before, call.after)]
+        return [*around[0], _LibraryCall(plan, buffers, number), *around[1]]
+
+    def _launch(self, step: LaunchStep, number: int, value: Callable[[Any], int]) -> list[_Work | _Copy]:
+        """A step as a launch; none where there is nothing to do."""
+        extent = value(step.extent)
+        if extent <= 0:
+            return []
+        buffers = [self._buffer(b) for b in step.operands]
+        blocks = min(extent, self.device.most_blocks)
         sizes = [value(s) for s in step.sizes]
-        function = program.functions[step.kernel]
+        function = self.program.functions[step.kernel]
         return [_Launch(function, blocks, step.block, value(step.shared_bytes), buffers, sizes, number)]
+
+    def _buffer(self, b: int) -> tuple[Place, int, str]:
+        """Place, bytes and dtype of a buffer."""
+        return self.storage.places[b], self.storage.nbytes[b], self.program.buffers[b].dtype
 
     def _final_copies(self) -> list[_Work | _Copy]:
         """What brings outputs to their places after the last step: views, inputs, and those with a donor that is read

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from kgraph.runtime.cuda.libraries import Products
+    from kgraph.runtime.cuda.libraries import Library
 
 
 class Argument(NamedTuple):
@@ -134,9 +134,13 @@ class Device(ABC):
     def replay(self, graph: Any) -> None:
         """Run what was kept."""
 
-    def products(self) -> Products | None:
-        """The library for matrix products, if the device has one."""
-        return None
+    def offers(self, kind: type) -> bool:
+        """Whether the device has a library for tasks of this kind (`Product` or `Convolution` of `runtime.steps`)."""
+        return False
+
+    def library(self, kind: type) -> Library | str:
+        """The library for tasks of this kind, opened when it is first asked for; a string says why there is none."""
+        return f"{self.name} has no library"
 
     # -- time ---------------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -179,9 +183,10 @@ def device_for(name: str) -> Device:
 
                 _devices[name] = SimulatorDevice()
             elif name.startswith("cuda:") and name[5:].isdigit():
+                from kgraph.codegen.cache import disk_cache
                 from kgraph.runtime.cuda.gpu import Gpu
 
-                _devices[name] = Gpu(int(name[5:]))
+                _devices[name] = Gpu(int(name[5:]), cache=disk_cache())
             else:
                 raise ValueError(f"there is no device {name!r}: use 'cpu', 'cuda', 'cuda:N' or 'cuda-simulator'")
         return _devices[name]
@@ -190,7 +195,7 @@ def device_for(name: str) -> Device:
 def set_device(name: str, *, tf32: bool = False) -> None:
     """Compile for this device from now on, where no target is named: "cpu", "cuda", "cuda:N" or "cuda-simulator".
 
-    tf32: let NVIDIA's library round the operands of float32 matrix products to TF32, which has 10 bits of mantissa in
+    tf32: let float32 matrix products and convolutions round their operands to TF32, which has 10 bits of mantissa in
     place of 23, for tensor cores; sums stay float32. It holds for whatever is compiled for GPUs from now on.
 
     `fit`, `evaluate` and `predict` of Keras models run there too, if they have not been compiled yet. Weights and the
@@ -209,5 +214,5 @@ def get_device() -> str:
 
 
 def allows_tf32() -> bool:
-    """Whether `set_device` was told that matrix products may round to TF32."""
+    """Whether `set_device` was told that products may round to TF32."""
     return _tf32

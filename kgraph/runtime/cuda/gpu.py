@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ctypes import byref, c_float, c_int, c_size_t, c_uint64, c_void_p
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument, Device
 from kgraph.runtime.cuda.driver import Driver
-from kgraph.runtime.cuda.libraries import Products, open_products
+from kgraph.runtime.cuda.libraries import Library, is_installed, open_library
+from kgraph.runtime.steps import Product
+
+if TYPE_CHECKING:
+    from kgraph.codegen.cache import DiskCache
 
 # The entry of every kernel's PTX.
 _ENTRY = b"kernel"
@@ -24,6 +30,7 @@ _MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NON_BLOCKING_STREAM, _RELAXED_CAPTURE, _NO_TIMING = 1, 2, 2
 _JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE = 5, 6
 _LOG_BYTES = 8192
+_PTX = 1  # CU_JIT_INPUT_PTX
 _SHARED_WITHOUT_ASKING = 48 << 10
 _OLDEST_DRIVER = 12000
 _GRAIN = 512  # bytes to which allocations are rounded up
@@ -34,11 +41,13 @@ class Gpu(Device):
     """GPU number `ordinal` of the process, its primary context, a stream for work and one for copies ahead of it.
 
     Memory that is released is kept for later allocations of the same size: since all work goes to one stream, in order,
-    it can be given out at once. library: what stands in place of libcuda, for tests.
+    it can be given out at once. library: what stands in place of libcuda, for tests. cache: keeps what the driver makes
+    of kernels' PTX, which takes it longer than all else that a process begins with.
     """
 
-    def __init__(self, ordinal: int = 0, library: Any = None):
+    def __init__(self, ordinal: int = 0, library: Any = None, cache: DiskCache | None = None):
         super().__init__()
+        self._cache = cache
         self.driver = driver = Driver(library)
         self._process = os.getpid()
         driver.call("cuInit", 0)
@@ -47,8 +56,9 @@ class Gpu(Device):
         if version.value < _OLDEST_DRIVER:
             found = f"{version.value // 1000}.{version.value % 1000 // 10}"
             raise DeviceError(f"the GPU's driver is one of CUDA {found}: kgraph needs a driver of CUDA 12 or later")
-        self._driver_version = version.value if library is None else 0  # what stands in its place has no libraries
-        self._products: Products | str | None = None
+        self.driver_version = version.value
+        self._has_libraries = library is None  # what stands in the driver's place has none
+        self._libraries: dict[type, Library | str] = {}  # by kind of task
         handle = c_int()
         driver.call("cuDeviceGet", byref(handle), ordinal)
         self._handle = handle.value
@@ -198,7 +208,33 @@ class Gpu(Device):
 
     # -- kernels ------------------------------------------------------------------------------------------------------
     def load(self, kernels: Mapping[str, bytes]) -> dict[str, Any]:
-        return {key: Kernel(self, key, ptx) for key, ptx in kernels.items()}
+        return {key: Kernel(self, key, self._compiled(key, ptx)) for key, ptx in kernels.items()}
+
+    def _compiled(self, key: str, ptx: bytes) -> bytes:
+        """The machine code of a kernel if there is a cache, which has it from then on; else the PTX itself."""
+        if self._cache is None:
+            return ptx
+        of = repr((self.driver_version, self.capability)).encode()
+        name = hashlib.sha256(b"cubin" + of + ptx).hexdigest()[:40]
+        found = self._cache.get(name)
+        if found is None:
+            found = self._link(key, ptx)
+            self._cache.put(name, found)
+        return found
+
+    def _link(self, key: str, ptx: bytes) -> bytes:
+        """What the driver makes of PTX. Raises DeviceError with its log."""
+        self._enter()
+        log, state, code, size = Log(), c_void_p(), c_void_p(), c_size_t()
+        text = ctypes.create_string_buffer(ptx)
+        with log.told(key):
+            self.driver.call("cuLinkCreate_v2", *log.options, byref(state))
+            try:
+                self.driver.call("cuLinkAddData_v2", state, _PTX, text, len(text), key.encode(), 0, None, None)
+                self.driver.call("cuLinkComplete", state, byref(code), byref(size))
+                return ctypes.string_at(code, size.value)
+            finally:
+                self.driver.call("cuLinkDestroy", state)
 
     def launch(
         self, function: Any, grid: int, block: int, shared_bytes: int, buffers: Sequence[Argument], sizes: Sequence[int]
@@ -216,12 +252,15 @@ class Gpu(Device):
         shape = (grid, 1, 1, block, 1, 1, shared_bytes)
         self.driver.call("cuLaunchKernel", function.handle, *shape, self.stream, pointers, None)
 
-    def products(self) -> Products | None:
+    def offers(self, kind: type) -> bool:
+        return self._has_libraries and is_installed(kind) and not isinstance(self.library(Product), str)
+
+    def library(self, kind: type) -> Library | str:
         with self._memory_lock:
-            if self._products is None:
+            if kind not in self._libraries:
                 self._enter()
-                self._products = open_products(self, self._driver_version)
-        return None if isinstance(self._products, str) else self._products
+                self._libraries[kind] = open_library(kind, self, self.driver_version)
+        return self._libraries[kind]
 
     # -- graphs -------------------------------------------------------------------------------------------------------
     def begin_capture(self) -> None:
@@ -307,22 +346,34 @@ class _Module(_Handle):
     destroy = "cuModuleUnload"
 
 
-class Kernel:
-    """A function of a module. shared_bytes: dynamic shared memory that launches may ask for without more ado."""
+class Log:
+    """What the driver's compiler says. options: for the driver's functions: their number, names and values."""
 
-    def __init__(self, device: Gpu, key: str, ptx: bytes):
-        device._enter()
-        log = ctypes.create_string_buffer(_LOG_BYTES)
-        options = (c_int * 2)(_JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE)
-        values = (c_void_p * 2)(ctypes.addressof(log), _LOG_BYTES)
-        module = c_void_p()
-        text = ctypes.create_string_buffer(ptx)
+    def __init__(self):
+        self._text = ctypes.create_string_buffer(_LOG_BYTES)
+        names = (c_int * 2)(_JIT_ERROR_LOG, _JIT_ERROR_LOG_SIZE)
+        self.options = 2, names, (c_void_p * 2)(ctypes.addressof(self._text), _LOG_BYTES)
+
+    @contextlib.contextmanager
+    def told(self, key: str) -> Iterator[None]:
+        """Errors inside of it name the kernel, and end with the log."""
         try:
-            device.driver.call("cuModuleLoadDataEx", byref(module), text, 2, options, values)
+            yield
         except DeviceMemoryError:
             raise
         except DeviceError as error:
-            raise DeviceError(f"kernel {key}: {error}\n{log.value.decode(errors='replace')}") from error
+            raise DeviceError(f"kernel {key}: {error}\n{self._text.value.decode(errors='replace')}") from error
+
+
+class Kernel:
+    """A function of a module. shared_bytes: dynamic shared memory that launches may ask for without more ado."""
+
+    def __init__(self, device: Gpu, key: str, image: bytes):
+        device._enter()
+        log, module = Log(), c_void_p()
+        text = ctypes.create_string_buffer(image)  # with a zero behind, which ends PTX
+        with log.told(key):
+            device.driver.call("cuModuleLoadDataEx", byref(module), text, *log.options)
         self._module = _Module(device, module)
         self.handle = c_void_p()
         device.driver.call("cuModuleGetFunction", byref(self.handle), module, _ENTRY)

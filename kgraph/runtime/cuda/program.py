@@ -11,6 +11,7 @@ from kgraph.decisions import Decision
 from kgraph.runtime.cuda.binding import CudaBinding
 from kgraph.runtime.cuda.device import Device
 from kgraph.runtime.cuda.device_array import Allocation
+from kgraph.runtime.cuda.libraries import NAMES
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import LaunchStep
 
@@ -45,10 +46,17 @@ class CudaProgram(Program):
         return self._bind(tuple([tuple(a.shape) for a in arrays]))(arrays, out)
 
     def decisions(self) -> list[Decision]:
-        """The products that the device's library does not take, at any of the sizes bound."""
+        """The steps that the device's libraries do not take, at any of the sizes bound."""
         bindings: list[Any] = list(self._bindings.values())
         found = dict.fromkeys(item for binding in bindings for item in binding.refusals.items())
-        return [Decision(self.steps[n].label, "kgraph's kernel, not cuBLASLt", reason) for n, reason in found]
+        return [Decision(self.steps[n].label, f"kgraph's kernel, not {self._library(n)}", why) for n, why in found]
+
+    def _library(self, number: int) -> str:
+        """The library that might do a step."""
+        step = self.steps[number]
+        assert isinstance(step, LaunchStep)
+        assert step.library is not None
+        return NAMES[type(step.library.task)]
 
     def stats(self) -> dict[str, int]:
         """Counts and bytes of what this program holds."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument, Device
-from kgraph.runtime.cuda.libraries import Products
+from kgraph.runtime.cuda.libraries import Library
 
 _ALIGNMENT = 256
 
@@ -41,7 +41,7 @@ class SimulatorDevice(Device):
                 "Numba's CUDA simulator is off: set NUMBA_ENABLE_CUDASIM=1 before the process first imports numba.cuda"
             )
         super().__init__()
-        self.library: Products | None = None  # what tests put there
+        self.libraries: dict[type, Library] = {}  # by kind of task: what tests put there
         self._captured: list | None = None
         self._limit, self._used = limit, 0
         self._memory: dict[int, np.ndarray] = {}
@@ -65,6 +65,8 @@ class SimulatorDevice(Device):
         self._used -= self._memory.pop(address).nbytes
 
     def _view(self, address: int, nbytes: int) -> np.ndarray:
+        if nbytes == 0:  # wherever it is
+            return np.empty(0, np.uint8)
         for start, memory in self._memory.items():
             if start <= address and address + nbytes <= start + memory.nbytes:
                 return memory[address - start : address - start + nbytes]
@@ -115,8 +117,11 @@ class SimulatorDevice(Device):
         with self._running, np.errstate(all="ignore"):  # integers wrap, floats overflow
             run(grid, block, shared_bytes, [*pointers, *map(np.int64, sizes)])
 
-    def products(self) -> Products | None:
-        return self.library
+    def offers(self, kind: type) -> bool:
+        return kind in self.libraries
+
+    def library(self, kind: type) -> Library | str:
+        return self.libraries.get(kind) or super().library(kind)
 
     def begin_capture(self) -> None:
         self._captured = []

@@ -1,0 +1,123 @@
+"""Tiles of matrix products on tensor cores: warps multiply panels in shared memory, see `mma` and `tiles`.
+
+A warp has `height / 2` x `width / 2` of the instruction's results of 16 x 8, and a thread as many results as without
+tensor cores. Both panels lie with the depth innermost, as words that go into registers as they are.
+"""
+
+from __future__ import annotations
+
+from kgraph.codegen.cuda.mma import COLUMNS, INSTRUCTIONS, LANES, ROWS
+from kgraph.codegen.cuda.source import KernelSource, Operand
+from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
+
+GAP = 4  # words between rows of a panel: eight lanes side by side then read from all 32 banks
+
+
+class TensorProduct(TileProduct):
+    """The sums of one tile, in registers of warps. name: of the instruction's function."""
+
+    def __init__(self, k: KernelSource, tile: Tile, name: str, left_along_rows: bool, right_along_depth: bool):
+        self.name, self.instruction = name, INSTRUCTIONS[name]
+        self.warp_rows, self.warp_columns = tile.height // 2 * ROWS, tile.width // 2 * COLUMNS
+        if tile.depth % self.instruction.depth or tile.rows % self.warp_rows or tile.columns % self.warp_columns:
+            raise ValueError(f"{tile} is not made of products of {self.instruction.ptx}")
+        super().__init__(k, tile, "float32", left_along_rows, right_along_depth)
+
+    def _allocate(self, k: KernelSource, right_along_depth: bool) -> None:
+        tile, instruction = self.tile, self.instruction
+        self.pitch = tile.depth // instruction.packed + GAP
+        self.left = k.shared("uint32", tile.rows * self.pitch)
+        self.right = k.shared("uint32", tile.columns * self.pitch)
+        lane, warp = k.let(k.mod(self.thread, LANES), "lane"), k.let(k.div(self.thread, LANES), "warp")
+        side = tile.columns // self.warp_columns  # warps next to each other
+        group, member = k.let(k.div(lane, 4), "group"), k.let(k.mod(lane, 4), "member")
+        self.row = k.let(k.add(k.mul(k.div(warp, side), self.warp_rows), group), "row")
+        first = k.let(k.mul(k.mod(warp, side), self.warp_columns), "first")
+        self.column = k.let(k.add(first, k.mul(member, 2)), "column")
+        self._from_left = k.let(k.add(k.mul(self.row, self.pitch), member), "left")
+        self._from_right = k.let(k.add(k.mul(k.add(first, group), self.pitch), member), "right")
+        self._a = k.local("uint32", tile.height // 2 * len(instruction.a))
+        self._b = k.local("uint32", tile.width // 2 * len(instruction.b))
+        words = len(instruction.a) + len(instruction.b)
+        self._lanes = k.shared("uint32", tile.block * words) if k.target.simulator else None
+
+    @property
+    def _panel_dtype(self) -> str:
+        """Half floats stay what they are."""
+        return "uint16" if self.instruction.packed == 2 else "float32"
+
+    def _place_row(self, i: str) -> str:
+        return self.k.add(self.row, self.k.mul(i, ROWS // 2))
+
+    def _place_column(self, j: str) -> str:
+        k = self.k
+        return k.add(self.column, k.add(k.mul(k.div(j, 2), COLUMNS), k.mod(j, 2)))
+
+    def _put(self, n: str, panel: Panel, words: Operand, line: str, depth: str) -> None:
+        """Writes the thread's operand number n to its place in shared memory."""
+        k, value = self.k, self.k.load(panel.fetched, n)
+        place = k.add(k.mul(line, self.pitch * self.instruction.packed), depth)
+        if self.instruction.packed == 2:
+            k.line(f"put_half({words.name}, {place}, {value})")
+        else:
+            k.store(words, place, f"to_tfloat32({value})")
+
+    def _put_panels(self) -> None:
+        with self.left_panel.each() as (n, row, depth):
+            self._put(n, self.left_panel, self.left, row, depth)
+        with self.right_panel.each() as (n, depth, column):
+            self._put(n, self.right_panel, self.right, column, depth)
+
+    def _products(self) -> None:
+        k, tile, instruction = self.k, self.tile, self.instruction
+        across = instruction.depth // instruction.packed  # words of a row that one instruction multiplies
+        offset = lambda depth: depth // instruction.packed
+        with k.range(0, k.i(tile.depth // instruction.depth), 1) as step:
+            left = k.let(k.add(self._from_left, k.mul(step, across)))
+            right = k.let(k.add(self._from_right, k.mul(step, across)))
+            with k.range(0, k.i(tile.height // 2), 1) as i:
+                line = k.let(k.add(left, k.mul(i, ROWS * self.pitch)))
+                for n, (row, depth) in enumerate(instruction.a):
+                    word = k.load(self.left, k.add(line, row * self.pitch + offset(depth)))
+                    k.store(self._a, k.add(k.mul(i, len(instruction.a)), n), word)
+            with k.range(0, k.i(tile.width // 2), 1) as j:
+                line = k.let(k.add(right, k.mul(j, COLUMNS * self.pitch)))
+                for n, depth in enumerate(instruction.b):
+                    word = k.load(self.right, k.add(line, offset(depth)))
+                    k.store(self._b, k.add(k.mul(j, len(instruction.b)), n), word)
+            with k.range(0, k.i(tile.height // 2), 1) as i, k.range(0, k.i(tile.width // 2), 1) as j:
+                self._multiply(i, j)
+
+    def _multiply(self, i: str, j: str) -> None:
+        """The warp's product number (i, j)."""
+        k, tile = self.k, self.tile
+        a = [k.load(self._a, k.add(k.mul(i, len(self.instruction.a)), n)) for n in range(len(self.instruction.a))]
+        b = [k.load(self._b, k.add(k.mul(j, len(self.instruction.b)), n)) for n in range(len(self.instruction.b))]
+        first = k.let(k.add(k.mul(i, 2 * tile.width), k.mul(j, 2)))
+        places = [k.let(k.add(first, n)) for n in (0, 1, tile.width, tile.width + 1)]
+        sums = ", ".join(k.load(self.sums, place) for place in places)
+        results = [k.fresh("sum") for _ in places]
+        if self._lanes is None:
+            k.line(f"{', '.join(results)} = {self.name}(({', '.join(a)}), ({', '.join(b)},), ({sums}))")
+        else:
+            for n, value in enumerate((*a, *b)):
+                k.store(self._lanes, k.add(k.mul(self.thread, len(a) + len(b)), n), value)
+            k.synchronise()
+            k.line(f"{', '.join(results)} = multiply_lanes({self.name!r}, {self._lanes.name}, {self.thread}, ({sums}))")
+            k.synchronise()
+        for place, result in zip(places, results, strict=True):
+            k.store(self.sums, place, result)
+
+
+def tile_product(
+    k: KernelSource,
+    tile: Tile,
+    dtype: str,
+    instruction: str = "",
+    left_along_rows: bool = False,
+    right_along_depth: bool = False,
+) -> TileProduct:
+    """The product of a tile with sums of `dtype`, on tensor cores where an instruction is named."""
+    if instruction:
+        return TensorProduct(k, tile, instruction, left_along_rows, right_along_depth)
+    return TileProduct(k, tile, dtype, left_along_rows, right_along_depth)
