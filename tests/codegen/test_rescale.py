@@ -79,6 +79,22 @@ def test_unit_norm_with_a_factor_for_each_column(length):
     check(normalise, normal(7, length), normal(length), parts=2)
 
 
+def two_statistics(x, rows):
+    total = ops.reduce_sum(ops.mul(x, x), axes=(1,), keepdims=True)
+    one, other = ops.rsqrt(total), ops.add(total, np.float32(1))
+    return [ops.add(ops.mul(ops.mul(x, one), rows), other), other]
+
+
+def test_several_statistics_of_which_one_is_stored():
+    check(two_statistics, normal(7, 30), normal(7, 1), parts=2)
+
+
+def test_a_statistic_does_not_overwrite_an_operand():
+    types = [TensorType((7, n), "float32") for n in (30, 1)]
+    (call,) = rescale.lower(node_of(two_statistics, *types), host_target())
+    assert call.notes["inplace"] == ((2, 0),)
+
+
 def test_a_row_may_be_overwritten():
     node = node_of(normalise, TensorType((7, 30), "float32"), TensorType((30,), "float32"))
     (call,) = rescale.lower(node, host_target())

@@ -39,7 +39,7 @@ def test_a_product_of_scales_is_no_rescaled_row():
     graph = traced(function, [f32(N, 40), f32(40)])
     after, _ = fused(graph)
     (region,) = [n for n in after.nodes if n.name == "fusion" and n.attrs["kind"] == "rescale"]
-    assert names(region.attrs["body"]).count("mul") == 1
+    assert names(region.attrs["body"])[-2:] == ["mul", "relu"]
     check_same(graph, after)
 
 
