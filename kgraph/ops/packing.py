@@ -5,14 +5,15 @@ panels of `panel` columns, and each panel is stored row by row, so that a kernel
 panel of output columns reads memory in order. The last panel is only as wide as its columns need, rounded up to
 `vector` columns with zeros.
 
-    layout = ("panels", shape, batch_axes, k_axes, n_axes, groups, steps, offset, panel, vector, dtype)
+    layout = ("panels", shape, batch_axes, k_axes, n_axes, groups, steps, offset, halves, panel, vector, dtype)
 
 shape: of the weight (static). batch_axes, k_axes, n_axes: its axes in the order in which they form batch, K and N.
 groups: N is cut into so many equal parts, each a matrix of its own (batch becomes batch * groups), as in grouped
 convolution. dtype: of the packed array; the weight is converted to it. steps: so many rows are stored together, the
 elements of a column side by side, for instructions that sum several products at once; K is filled up with zeros to a
 multiple of them. offset: where the kernel adds it to all that the weight is multiplied with, each panel of an int8
-weight begins with -offset times the sums of its columns, as the bytes of int32 numbers; else 0.
+weight begins with -offset times the sums of its columns, as the bytes of int32 numbers; else 0. halves: in panels of
+two vectors, elements of one and the other alternate, so that they are lower and upper halves of wider elements.
 Result: [batch * groups, length of a column * padded N].
 
 Winograd convolutions (`kgraph.ops.winograd`) read transformed filters, a matrix [channels, filters] per point:
@@ -49,10 +50,11 @@ def panels_layout(
     dtype: str,
     steps: int = 1,
     offset: int = 0,
+    halves: bool = False,
 ) -> Layout:
     """The layout tuple of the panel layout, see the module's docstring."""
     axes = (tuple(int(a) for a in group) for group in (batch_axes, k_axes, n_axes))
-    how = (int(groups), int(steps), int(offset), int(panel), int(vector), dtype)
+    how = (int(groups), int(steps), int(offset), bool(halves), int(panel), int(vector), dtype)
     return ("panels", tuple(int(s) for s in shape), *axes, *how)
 
 
@@ -101,7 +103,7 @@ def _reference(w, *, layout):
     out = np.zeros((batch, column_length(layout) * padded_columns(layout)), kind)
     if layout[0] == "winograd":
         for panel, first, last in _panels(out, layout):
-            panel[..., : last - first, 0] = winograd.transformed_filters(w[..., first:last], layout[2])
+            panel[:, :, : last - first, 0] = winograd.transformed_filters(w[..., first:last], layout[2])
         return out
     _, _, batch_axes, k_axes, n_axes, groups, *_ = layout
     matrices = w.transpose(*batch_axes, *k_axes, *n_axes).reshape(batch // groups, depth, groups, columns)
@@ -115,11 +117,19 @@ def _reference(w, *, layout):
             sums[:, : last - first] = -offset * columns.sum(axis=1, dtype=np.int32)
             start = _panel_range(layout, first).start
             out[:, start : start + sums.shape[1] * _HEAD] = sums.view(np.int8)
-        panel = panel[:, :, : last - first]
-        panel[:, :whole] = columns[:, : whole * steps].reshape(batch, whole, steps, last - first).swapaxes(2, 3)
+        place = _places(layout, panel, last - first)
+        panel[:, :whole, place] = columns[:, : whole * steps].reshape(batch, whole, steps, last - first).swapaxes(2, 3)
         if depth % steps:
-            panel[:, whole, :, : depth % steps] = columns[:, whole * steps :].swapaxes(1, 2)
+            panel[:, whole, place, : depth % steps] = columns[:, whole * steps :].swapaxes(1, 2)
     return out
+
+
+def _places(layout: Layout, panel: np.ndarray, count: int):
+    """What indexes the first `count` columns of a panel's view."""
+    vector = layout[-2]
+    if layout[0] == "winograd" or not layout[8] or panel.shape[2] != 2 * vector:
+        return slice(0, count)
+    return np.arange(2 * vector).reshape(vector, 2).T.reshape(-1)[:count]
 
 
 def _panel_range(layout: Layout, first: int) -> range:
@@ -147,7 +157,7 @@ def unpack_reference(packed: np.ndarray, layout: Layout) -> np.ndarray:
     batch, depth, columns = matrix_sizes(layout)
     matrices = np.empty((batch, depth, columns), packed.dtype)
     for panel, first, last in _panels(packed, layout):
-        rows = panel[:, :, : last - first].swapaxes(2, 3)
+        rows = panel[:, :, _places(layout, panel, last - first)].swapaxes(2, 3)
         matrices[:, :, first:last] = rows.reshape(batch, rows.shape[1] * rows.shape[2], last - first)[:, :depth]
     if layout[0] == "winograd":
         return winograd.original_filters(matrices, layout[2]).astype(packed.dtype)

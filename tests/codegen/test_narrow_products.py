@@ -93,6 +93,7 @@ def way(request, monkeypatch):
     parts=st.integers(1, 3),
 )
 @example(m=1, k=4097, n=33, kind="lowest", packed=True, dynamic=False, parts=2)
+@example(m=1, k=2051, n=170, kind="any", packed=True, dynamic=True, parts=3)
 @example(m=20, k=2051, n=50, kind="extremes", packed=True, dynamic=True, parts=3)
 def test_sums_are_exact(m, k, n, kind, packed, dynamic, parts):
     int8_product(m, k, n, kind, packed=packed, dynamic=dynamic, parts=parts)
@@ -161,10 +162,12 @@ def bfloat16_product(m, k, n, **options):
     return check(gemm, DOT_GENERAL, [TensorType(a.shape, "bfloat16") for a in arrays], arrays, attrs, **options)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 40), (13, 37, 21), (7, 2051, 50), (3, 1, 1)])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_bfloat16(monkeypatch, m, k, n, pairs):
-    if pairs:
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 40), (13, 37, 21), (7, 2051, 50), (1, 2051, 170), (3, 1, 1)])
+@pytest.mark.parametrize("way", ["halves", "pairs"])
+def test_bfloat16(monkeypatch, m, k, n, way):
+    if way == "halves":
+        assert host_target().has("avx512bf16") or gemm.packed_product("bfloat16", "float32", host_target()).name == way
+    else:
         monkeypatch.setattr(gemm, "packed_product", lambda dtype, result, target: BFLOAT16_PAIRS)
         monkeypatch.setattr(Product, "add", written_out)
     bfloat16_product(m, k, n, packed=True)
@@ -183,6 +186,7 @@ def test_bfloat16(monkeypatch, m, k, n, pairs):
         ("aarch64", (), "int8", "mla"),
         ("aarch64", ("dotprod",), "int8", "sdot"),
         ("x86-64-v4", ("avx512bf16",), "bfloat16", "vdpbf16ps"),
+        ("x86-64-v3", (), "bfloat16", "vpslld"),
     ],
 )
 @pytest.mark.parametrize("rows", [1, 28])

@@ -38,6 +38,7 @@ BLOCK_ROWS = 112  # of A in a unit, about, at most: every block reads all of B
 GROUP_COLUMNS = 256  # of a unit whose block of A is copied chunk by chunk
 UNITS = 48  # of work, at least, so that many threads balance
 COPIED_ROWS, COPIED_UNITS = 132, 8  # the same where blocks of A are transposed and every unit reads much of B again
+FEWEST_GROUPS = 4  # of panels that a single row is multiplied with at once, so that threads have something to share
 ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
 
 
@@ -69,9 +70,8 @@ def layout_for(shape: tuple, batch: tuple, contract: tuple, free: tuple, product
     """The layout of a weight of `shape` whose axes form batch, K and N, for kernels that multiply by `product`."""
     lanes = target.vector_bytes // itemsize(product.accumulate)
     panel = register_tile(target)[1] * lanes
-    return panels_layout(
-        shape, batch, contract, free, 1, panel, lanes, product.b, steps=product.steps, offset=product.offset
-    )
+    how = product.b, product.steps, product.offset, product.name == "halves"
+    return panels_layout(shape, batch, contract, free, 1, panel, lanes, *how)
 
 
 @dataclass
@@ -155,6 +155,8 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     chunk = _chunk(depth)
     block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, itemsize(way.a))
     row_tiles = _row_tiles(rows, block, tile, copy)
+    beside = _panels_beside(rows, columns, depth, vectors * lanes)
+    group = max(group, beside)
     table = SizeTable()
     epilogue = parts.epilogue(accumulate, table(columns), 2)
     entry: Callable = lambda count: count
@@ -179,6 +181,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
         lanes=lanes,
         row_tiles=(row_tiles.sizes, entry(row_tiles.first) if row_tiles.first else 0),
         vectors=vectors,
+        beside=beside,
         epilogue=tuple(epilogue),
     )
     narrow = "" if way.b == accumulate else f"_{way.b}"
@@ -289,6 +292,14 @@ def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, size) -> tu
         block -= tile
     count = max(-(-rows // block), 1)
     return max(-(-rows // (count * tile)) * tile, tile), group
+
+
+def _panels_beside(rows, columns, depth, width: int) -> int:
+    """Panels that a single row is multiplied with at once: up to 8 sums in flight hide the latency of multiply-add."""
+    single = math.gcd(*(coefficient for _, coefficient in rows.terms)) == 1 if isinstance(rows, Dim) else rows == 1
+    if not single or isinstance(columns, Dim) or isinstance(depth, Dim):
+        return 1
+    return next((n for n in (4, 2) if columns // width >= n * FEWEST_GROUPS), 1)
 
 
 def _even_block(rows: Dim, most: int, tile: int) -> int:

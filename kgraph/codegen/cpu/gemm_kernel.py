@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileRange, TileSet
 from kgraph.codegen.cpu.pack import batch_offset, copy_run
@@ -20,7 +20,8 @@ class GemmPlan(NamedTuple):
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
     row by row, "columns" (A is contiguous along M) into panels of as many rows as the largest tile has, step by step.
     block: rows of a unit. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
-    vector of sums. row_tiles: the members of a `TileRange`. vectors: of a full panel.
+    vector of sums. row_tiles: the members of a `TileRange`. vectors: of a full panel. beside: panels that a single row
+    is multiplied with at once, since the sums of one would wait for each other; 1 where there are more rows.
 
     Where M is symbolic and A is read in place, the block and the number of first tiles are sizes of run time: products
     that are equal but for these share a kernel.
@@ -44,6 +45,7 @@ class GemmPlan(NamedTuple):
     lanes: int
     row_tiles: tuple
     vectors: int
+    beside: int
     epilogue: tuple
 
     @property
@@ -85,8 +87,21 @@ class GemmPlan(NamedTuple):
     @property
     def sums_bytes(self) -> int:
         """Scratch of a thread for the sums of a unit."""
-        count = self.group * cast(int, self.block) if self.chunked else max(self.row_tiles[0], default=0)
+        count = self.group * cast(int, self.block) if self.chunked else max((*self.row_tiles[0], self.beside))
         return count * self.vectors * self.lanes * itemsize(self.way.accumulate)
+
+
+class _Place(NamedTuple):
+    """Where a unit stands: its rows of A, its B, its first output pixel; the steps of k that are summed, the number of
+    the first one, and whether they are the first, the last ones."""
+
+    a: Pointer
+    bp: Pointer
+    pixel: Int | int
+    start: Int | int
+    steps: Int | int
+    first: object
+    last: object
 
 
 def render(params: tuple, target) -> str:
@@ -127,6 +142,8 @@ class _Gemm:
             pixel_row_pitch=0,
             pixel_col_pitch=1,
             partial=plan.chunked,
+            panel=plan.vectors if plan.beside > 1 and plan.b_step is None else 0,
+            panel_step=self.panels.width * self.product.column_length(plan.depth) if plan.beside > 1 else 0,
         )
         self.tiles = TileSet(b, code, Epilogue(*plan.epilogue))
         self.a = b.operand(0, plan.a_dtype)
@@ -205,28 +222,52 @@ class _Gemm:
     def _columns(self, a, bp, group, rows, pixel, start, steps, first, last) -> None:
         """All panels of a unit, for one chunk of k that begins at `start`."""
         b, plan, panels = self.b, self.plan, self.panels
+        at = _Place(a, bp, pixel, start, steps, first, last)
         begin = group * plan.group
         end = b.min(begin + plan.group, panels.count())
         whole = panels.columns // panels.width
         if not isinstance(whole, int) or whole:
-            with b.loop(begin, b.min(end, whole)) as panel:
-                self._panel(a, bp, panel, begin, panels.vectors, False, rows, pixel, start, steps, first, last)
+            several = self._single_row if plan.beside > 1 else self._whole_panels
+            several(begin, b.min(end, whole), rows, at)
         if isinstance(whole, int) and panels.columns % panels.width == 0:
             return
         with b.if_then(b.int(end) > whole):
             # Where panels are not narrowed, the last one may be any part of a panel.
             masked = not (isinstance(panels.columns, int) and panels.columns % plan.lanes == 0)
             vectors = panels.tail_vectors
-            self._panel(a, bp, whole, begin, vectors, masked, rows, pixel, start, steps, first, last)
+            self._panel(at, whole, begin, vectors, masked, rows)
 
-    def _panel(self, a, bp, panel, begin, vectors, masked, rows, pixel, start, steps, first, last) -> None:
+    def _whole_panels(self, begin, end, rows, at: _Place, first=None) -> None:
+        """The panels from `first` on; `begin` is the unit's first one."""
+        with self.b.loop(begin if first is None else first, end) as panel:
+            self._panel(at, panel, begin, self.panels.vectors, False, rows)
+
+    def _single_row(self, begin, end, rows, at: _Place) -> None:
+        """Panels `beside` each other where there is one row, else one by one."""
+        b, beside = self.b, self.plan.beside
+        if not isinstance(rows, int):
+            with b.if_else(rows.equals(1)) as (then, otherwise):
+                with then:
+                    self._single_row(begin, end, 1, at)
+                with otherwise:
+                    self._whole_panels(begin, end, rows, at)
+            return
+        several = b.int(begin) + (b.int(end) - begin) // beside * beside
+        with b.loop(begin, several, beside) as panel:
+            self._panel(at, panel, begin, beside * self.panels.vectors, False, 1)
+        self._whole_panels(begin, end, 1, at, first=several)
+
+    def _panel(self, place: _Place, panel, begin, vectors, masked, rows) -> None:
+        """The tiles of a panel, or of several where there is one row."""
         b, plan, panels = self.b, self.plan, self.panels
+        a, bp, pixel, start, steps, first, last = place
         column = panel * panels.width
         if plan.b_step is not None:
             bp = bp + (column + start * resolve(b, plan.b_step))
         else:
             head = self.product.head
-            bp = bp + (column * self.product.column_length(self.depth) + (start + head) * (vectors * plan.lanes))
+            width = min(vectors, panels.vectors) * plan.lanes
+            bp = bp + (column * self.product.column_length(self.depth) + (start + head) * width)
         remaining = panels.columns - column
         turns = b.ceil_div(steps, self.product.steps)
 
@@ -241,7 +282,10 @@ class _Gemm:
             shape = Tile(1, size, vectors, masked)
             self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, turns, first, last)
 
-        self.row_tiles.walk(b, rows, tile)
+        if vectors > panels.vectors:
+            tile(0, 1)
+        else:
+            self.row_tiles.walk(b, rows, tile)
 
     def _copied_row(self, row):
         """Where a row of the copied block begins."""

@@ -46,6 +46,7 @@ class TileCode(NamedTuple):
     partial: whether k is cut into blocks, so that sums are kept in `sums` between them.
     ahead: rows of B from the current one to one that is requested meanwhile, where B comes from beyond the second-level
     cache; 0 for none.
+    panel, panel_step: vectors of a packed panel, elements from one to the next, where tiles may span several; else 0.
     """
 
     product: Product
@@ -60,6 +61,8 @@ class TileCode(NamedTuple):
     pixel_col_pitch: int | tuple
     partial: bool
     ahead: int = 0
+    panel: int = 0
+    panel_step: int = 0
 
     @property
     def dtype(self) -> str:
@@ -114,7 +117,7 @@ class TileSet:
             pixel, column, remaining, run = (Int(b, x) for x in integers)
             a, bp = Pointer(b, a, code.product.a, "a"), Pointer(b, bp, code.product.b, "b")
             sums = Pointer(b, sums, code.dtype, "sums")
-            acc = code.product.first_sums(b, bp, tile.vectors, code.lanes) * (tile.rows * tile.cols)
+            acc = self._first_sums(bp, tile.vectors) * (tile.rows * tile.cols)
             if code.partial:
                 acc = self._sums_so_far(sums, first, acc)
             acc = self._multiply(tile, a, bp, sizes, run, remaining, acc)
@@ -128,6 +131,16 @@ class TileSet:
             else:
                 self._finish(tile, function, acc, sums, pixel, column, remaining)
         return function
+
+    def _panels(self, vectors: int) -> list[tuple[int, int]]:
+        """(distance in elements from the first one, vectors) of each panel of B that a tile spans."""
+        code = self.code
+        width = code.panel or vectors
+        return [(code.panel_step * p, min(width, vectors - p * width)) for p in range(-(-vectors // width))]
+
+    def _first_sums(self, bp: Pointer, vectors: int) -> list[ir.Value]:
+        product, lanes = self.code.product, self.code.lanes
+        return [v for at, count in self._panels(vectors) for v in product.first_sums(self.b, bp + at, count, lanes)]
 
     def _sums_so_far(self, sums: Pointer, first, initial: list) -> list:
         """`initial` in the first block of k, else what the one before it left."""
@@ -148,7 +161,8 @@ class TileSet:
         """The loops over k: the sums `acc` (pixels in order, vectors of a pixel together) with all products added."""
         b, code, product = self.b, self.code, self.code.product
         lanes, vectors = code.lanes, tile.vectors
-        b_step = vectors * lanes * product.steps
+        panels = self._panels(vectors)
+        b_step = panels[0][1] * lanes * product.steps
         masks: list = [None] * vectors
         if code.b_step is not None:
             b_step = entry_value(b, sizes, code.b_step)
@@ -156,7 +170,8 @@ class TileSet:
         displacements = [i * code.row_pitch + j * code.col_pitch for i in range(tile.rows) for j in range(tile.cols)]
 
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
-            columns = [product.columns(b, b_at, j, lanes, masks[j]) for j in range(vectors)]
+            places = [(b_at + at, j, count) for at, count in panels for j in range(count)]
+            columns = [product.columns(b, *place, lanes, mask) for place, mask in zip(places, masks)]
             if code.ahead:
                 for line in range(0, vectors * lanes, 64 // itemsize(product.b)):
                     b.prefetch(b_at, code.ahead * b_step + line)

@@ -6,6 +6,7 @@ every column; of A, which is copied to scratch in the form that the instruction 
 | name | operands | a step | needs |
 |---|---|---|---|
 | plain | the sums' dtype; B may be narrower and is widened when it is loaded | 1 | |
+| halves | A float32; B bfloat16, the upper half of a float32: two vectors are one load and two operations | 1 | |
 | pairs | int8; A as int16, B widened to int16 | 2, `vpmaddwd` | x86 |
 | offset_quads | int8; A with 128 added as uint8 | 4, `vpdpbusd` | AVX512-VNNI or AVX-VNNI |
 | quads | int8 | 4, `vpdpbssd`, `sdot` | AVX-VNNI-INT8, AVX10.2, dot products of ARM |
@@ -66,9 +67,14 @@ class Product(NamedTuple):
             return b.ir.xor(value, b.constant_of(value.type, OFFSET))
         return widen(b, value, dtype, self.a)
 
-    def columns(self, b: KernelBuilder, at: Pointer, number: int, lanes: int, mask) -> ir.Value:
-        """Vector `number` of one step of a panel."""
+    def columns(self, b: KernelBuilder, at: Pointer, number: int, count: int, lanes: int, mask) -> ir.Value:
+        """Vector `number` of one step of a panel of `count` vectors."""
         width = lanes * self.steps
+        if self.name == "halves" and count == 2:
+            both = b.load(at.cast("int32"), 0, lanes)
+            shifted = b.ir.shl(both, b.constant_of(both.type, 16))
+            value = b.ir.and_(both, b.constant_of(both.type, 0xFFFF0000)) if number else shifted
+            return b.ir.bitcast(value, b.type("float32", lanes))
         if self.steps == 1:
             return widen(b, b.load(at, number * lanes, lanes, mask), self.b, self.accumulate)
         value = b.load(at, number * width, width, mask, raw=True)
@@ -134,5 +140,5 @@ def packed_product(dtype: str, result: str, target) -> Product:
     if dtype == "bfloat16" and accumulate == "float32":
         if target.has("avx512bf16") and target.vector_bytes == 64:
             return Product("bfloat16_pairs", accumulate, "bfloat16", "bfloat16", 2)
-        return Product("plain", accumulate, accumulate, "bfloat16")
+        return Product("halves", accumulate, accumulate, "bfloat16")
     return plain(accumulate)
