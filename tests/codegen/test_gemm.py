@@ -60,6 +60,8 @@ def test_any_size(m, k, n, packed, dynamic, parts):
         (300, 64, 10),
         (130, 33, 1),
         (1, 2100, 170),
+        (1, 2100, 570),
+        (1, 40, 570),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])

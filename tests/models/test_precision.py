@@ -75,6 +75,19 @@ def test_a_convolution_is_that_of_rounded_operands():
     np.testing.assert_allclose(result, kgraph.compile(model)(rounded(image)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_normalised_layer_is_scaled_after_rounding():
+    import keras
+
+    stack = [keras.layers.Dense(40, use_bias=False), keras.layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((70,)), *stack])
+    models.fill_weights(model)
+    x = RNG.standard_normal((5, 70)).astype("float32")
+    kernel = model.get_weights()[0]
+    result = kgraph.compile(model, precision="bf16")(x)
+    model.set_weights([rounded(kernel), *model.get_weights()[1:]])
+    np.testing.assert_allclose(result, kgraph.compile(model)(rounded(x)), rtol=1e-5, atol=1e-5)
+
+
 def test_weights_take_two_bytes_each():
     model, _ = built("mlp")
     packed = [p.type for p in kgraph.compile(model, precision="bf16").graph.params if len(p.type.shape) == 2]
