@@ -15,7 +15,8 @@ REDUCTIONS = ("reduce_max", "reduce_min", "reduce_sum")
 def grow_rescaling(contraction: Contraction, reduction: Node) -> tuple[list[Node], list[int]]:
     """`s = f(reduce(g(x))); y = h(x, s)`: nodes around `reduction`, and how many of the first ones make a region.
 
-    Rows are the last axes of x, of known length. s may be read outside, and one value of the shape of x.
+    Rows are the last axes of x, of known length. s may be read outside, and one value of the shape of x, unless what
+    reads that is elementwise: then a kernel of its own may hold more than this one.
     """
     nothing: tuple[list[Node], list[int]] = [reduction], []
     if reduction.name not in REDUCTIONS or not reduction.attrs["keepdims"] or not _reduces_rows(reduction):
@@ -45,7 +46,7 @@ def grow_rescaling(contraction: Contraction, reduction: Node) -> tuple[list[Node
         nodes.append(user)
         full.add(user.output)
         live = [v for v in contraction.live_outputs(nodes) if v.shape == shape]
-        if len(live) == 1:
+        if len(live) == 1 and not any(is_elementwise(u) for u in contraction.users.get(live[0], ()) if u not in nodes):
             counts.append(len(nodes))
         pending += contraction.users.get(user.output, ())
     return nodes, counts

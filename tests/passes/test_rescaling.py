@@ -54,6 +54,17 @@ def test_what_is_reduced_of_two_operands_is_left_to_reductions():
     check_same(graph, after)
 
 
+def test_rows_that_several_elementwise_nodes_read_are_left_to_loops():
+    def function(x, y):
+        scaled = ops.mul(x, scale_of(x))
+        return ops.relu(scaled), ops.dot_general(ops.add(scaled, y), y, lhs_contract=(1,), rhs_contract=(1,))
+
+    graph = traced(function, [f32(N, 40), f32(1, 40)])
+    after, _ = fused(graph)
+    assert "rescale" not in kinds(after)
+    check_same(graph, after)
+
+
 def test_whole_arrays_and_columns_are_left_to_reductions():
     for axes in ((0,), (0, 1)):
         graph = traced(lambda x: ops.mul(x, ops.reduce_max(x, axes=axes, keepdims=True)), [f32(64, 40)])  # noqa: B023
