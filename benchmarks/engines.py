@@ -44,6 +44,10 @@ ENGINES = {
     # The same program on one thread, for the scaling, and the saved model in a process without Keras and compiler.
     "kgraph-one-thread": Engine(None, "kgraph", variables=(("KGRAPH_NUM_THREADS", "1"),)),
     "kgraph-saved": Engine(None, "kgraph"),
+    # Less precise forms, for `benchmarks.precision`.
+    "kgraph-bf16": Engine(None, "kgraph"),
+    "kgraph-int8": Engine(None, "kgraph"),
+    "onnxruntime-int8": Engine("peers", "jax", ("onnxruntime",)),
     "jax": Engine("peers", "jax", ("jax",)),
     "onnxruntime": Engine("peers", "jax", ("onnxruntime",)),
     "openvino": Engine("peers", "jax", ("openvino",)),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import models
 
 
-def load_kgraph(case: dict, folder: Path):
+def load_kgraph(case: dict, folder: Path, precision: str = "float32", quantised: str = ""):
     start = time.perf_counter()
     import kgraph
 
@@ -30,8 +30,10 @@ def load_kgraph(case: dict, folder: Path):
     compile_model = kgraph.compile  # loads the compiler
     import_seconds = time.perf_counter() - second + first - start
     model = models.build(case["model"])
+    if quantised:
+        model.quantize(quantised)
     start = time.perf_counter()
-    compiled = compile_model(model)
+    compiled = compile_model(model, precision=precision)
     x = models.example_inputs(case["model"], case["batch"])
     compiled(x)
     seconds = time.perf_counter() - start
@@ -98,15 +100,20 @@ def load_jax(case: dict, folder: Path):
     return call, time.perf_counter() - start, {}
 
 
-def load_onnxruntime(case: dict, folder: Path):
+def load_onnxruntime(case: dict, folder: Path, quantised: bool = False):
     import onnxruntime
 
+    path = folder / f"{case['model']}.onnx"
+    if quantised:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        path, source = folder / f"{case['model']}-int8.onnx", path
+        if not path.exists():
+            quantize_dynamic(str(source), str(path), weight_type=QuantType.QInt8)
     start = time.perf_counter()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    session = onnxruntime.InferenceSession(
-        str(folder / f"{case['model']}.onnx"), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     call = lambda x: session.run(None, {name: x})[0]
     call(models.example_inputs(case["model"], case["batch"]))
@@ -132,12 +139,15 @@ LOADERS = {
     "kgraph": load_kgraph,
     "kgraph-one-thread": load_kgraph,
     "kgraph-saved": load_saved,
+    "kgraph-bf16": functools.partial(load_kgraph, precision="bf16"),
+    "kgraph-int8": functools.partial(load_kgraph, quantised="int8"),
     "tensorflow": load_tensorflow,
     "tensorflow-xla": functools.partial(load_tensorflow, jit=True),
     "torch": load_torch,
     "torch-compile": functools.partial(load_torch, jit=True),
     "jax": load_jax,
     "onnxruntime": load_onnxruntime,
+    "onnxruntime-int8": functools.partial(load_onnxruntime, quantised=True),
     "openvino": load_openvino,
 }
 

@@ -9,12 +9,19 @@ from typing import Any
 from kgraph.config import Options
 from kgraph.errors import UnsupportedError
 from kgraph.frontend.install import foreign_backend
+from kgraph.precision import check_precision
 
 TARGETS = ("cpu", "cuda", "cuda:N", "cuda-simulator")
 
 
 def compile(
-    model, *, target: str | None = None, freeze: bool = False, example: Any = None, progress: bool | None = None
+    model,
+    *,
+    target: str | None = None,
+    freeze: bool = False,
+    example: Any = None,
+    progress: bool | None = None,
+    precision: str = "float32",
 ):
     """Compile a Keras model's inference to native kernels.
 
@@ -26,13 +33,18 @@ def compile(
         freeze: bake the weights in as they are now.
         example: inputs of one call, for models that do not state their input shapes.
         progress: show a progress bar for compiles over a second; by default only on a terminal.
+        precision: "float32", or "bf16": float32 operands of products and convolutions are rounded to bfloat16 and their
+            products summed in float32; everything else stays float32, attention and recurrent cells included.
+            `precision_report` of the compiled model tells the error.
 
     Gives a `CompiledModel`: call it like the model, with NumPy arrays. Where Keras runs on another backend in this
     process, a helper process compiles the model, and the result is a `kgraph.foreign.ForeignModel`.
     Raises UnsupportedError naming each operation without support and its layer, CaptureError where the model cannot
-    be captured, TypeError for what is no model, DeviceError where the target is "cuda" and no GPU can be used.
+    be captured, TypeError for what is no model, DeviceError where the target is "cuda" and no GPU can be used,
+    ValueError for an unknown target or precision.
     """
     _check_target(target)
+    check_precision(precision)
     import keras
 
     if not isinstance(model, keras.Layer):
@@ -49,11 +61,11 @@ def compile(
             raise UnsupportedError(
                 f"with Keras on {backend}, kgraph.compile has the target 'cpu' alone, got {target!r}"
             )
-        return ForeignModel(model, backend, freeze=freeze, example=example)
+        return ForeignModel(model, backend, freeze=freeze, example=example, precision=precision)
     from kgraph.compiled import CompiledModel
     from kgraph.frontend.capture import capture
 
-    options = Options(target=target, freeze=freeze, progress=progress)
+    options = Options(target=target, freeze=freeze, progress=progress, precision=precision)
     functional = getattr(model, "_functional", None) or model
     return CompiledModel(
         functools.partial(_capture_model, capture, model, example),

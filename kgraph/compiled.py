@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
@@ -20,6 +21,8 @@ from kgraph.frontend.capture import Captured, SpecialisationError, capture_funct
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.tracer import is_tracing
 from kgraph.garbage import earlier_objects_set_aside
+from kgraph.passes.round_operands import round_operands
+from kgraph.precision import PrecisionReport, measure
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.reserve import Reserve
@@ -111,6 +114,8 @@ class CompiledModel(Model):
         self._specialised_because: str | None = None
         self._compiles = 0
         self._compile_seconds = 0.0
+        self._rounded: Counter = Counter()  # nodes whose operands are rounded, by primitive
+        self._precision_report: PrecisionReport | None = None
         try:
             self._variants[()] = variant = self._compile({})
             self._inputs = variant.captured.inputs
@@ -132,6 +137,8 @@ class CompiledModel(Model):
                     # Arrays of variables never change, so that keeping them keeps the weights of this moment.
                     self._baked = {id(v): v._value for v in self._variables()}
             with CompileProgress(self.name, self._options.progress) as progress:
+                if self._options.precision == "bf16":
+                    captured.graph, self._rounded = round_operands(captured.graph)
                 compiled = compile_graph(captured.graph, progress, target=self._target)
         variant = Variant(captured, compiled, self._baked)
         variant.refresh_weights(reserve)
@@ -233,21 +240,51 @@ class CompiledModel(Model):
 
     def explain(self) -> Explanation:
         """Per kernel and per Keras layer: what was fused, what was not and why, flops, bytes, host steps."""
-        return explain(self.name, self._some_variant().compiled, self._specialised_because)
+        variant = self._some_variant()
+        explanation = explain(self.name, variant.compiled, self._specialised_because)
+        if self._options.precision != "float32":
+            products, convolutions = self._rounded["dot_general"], self._rounded["conv"]
+            counted = f"operands of {products} products and {convolutions} convolutions are rounded to bfloat16"
+            explanation.precision = f"{self._options.precision}: {counted}"
+        return explanation
 
     def profile(self, *args, repeats: int = 10, **kwargs) -> Profile:
         """Time per kernel and per Keras layer of calls with these inputs (medians over `repeats`)."""
         variant, arrays = self._bind(args, kwargs)
         return profile_of(self.name, kernel_rows(variant.compiled), variant.program, arrays, repeats)
 
+    def precision_report(self, *args, **kwargs) -> PrecisionReport:
+        """Errors of the outputs for these inputs against the same graph computed in float64, by NumPy: see there.
+
+        Takes as long as NumPy does. `stats()["precision"]` holds the figures of the last report.
+        """
+        variant, arrays = self._bind(args, kwargs)
+        results = variant.run(arrays, None)
+        names = [name or f"output {number}" for number, name in enumerate(variant.outputs.names)]
+        graph = variant.captured.graph
+        self._precision_report = measure(self._options.precision, graph, arrays, variant.weights(), results, names)
+        return self._precision_report
+
+    def _precision(self) -> dict:
+        """What is rounded, and the error that was measured last."""
+        report = self._precision_report
+        return {
+            "name": self._options.precision,
+            "rounded_products": self._rounded["dot_general"],
+            "rounded_convolutions": self._rounded["conv"],
+            "rms_error": None if report is None else report.rms,
+            "largest_error": None if report is None else report.largest,
+        }
+
     def stats(self) -> dict:
-        """Counts: compiles, bound sizes, kernels, cache hits, host steps, arena bytes, compile seconds."""
+        """Counts: compiles, bound sizes, kernels, cache hits, host steps, arena bytes, compile seconds; precision."""
         variants = list(self._variants.values())
         out: dict = {
             "compiles": self._compiles,
             "compile_seconds": self._compile_seconds,
             "specialised": self._specialised_because,
             "variants": len(variants),
+            "precision": self._precision(),
         }
         from kgraph.codegen.compiler import stats as kernel_stats
 

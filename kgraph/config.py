@@ -11,9 +11,11 @@ class Options:
 
     target: "cpu", "cuda", "cuda:N" or "cuda-simulator"; None for what `kgraph.set_device` was given.
     freeze: bake the weights in as they are now; later changes of the model's weights are not seen.
+    precision: "float32", or "bf16": operands of products and convolutions are rounded to bfloat16.
     progress: show progress of a compile that takes longer than a second; None shows it on a terminal only.
     """
 
     target: str | None = None
     freeze: bool = False
     progress: bool | None = None
+    precision: str = "float32"

@@ -29,14 +29,14 @@ class ForeignModel:
     `freeze=True`: where they have changed, the model is compiled again.
     """
 
-    def __init__(self, model, backend: str, *, freeze: bool, example: Any):
+    def __init__(self, model, backend: str, *, freeze: bool, example: Any, precision: str = "float32"):
         self.name, self.backend = model.name, backend
-        self._model, self._frozen, self._example = model, freeze, example
+        self._model, self._frozen, self._example, self._precision = model, freeze, example, precision
         self._compile()
 
     def _compile(self) -> None:
         self._seen = None if self._frozen else _weights(self._model)
-        self._loaded = _compile_in_helper(self._model, self._example)
+        self._loaded = _compile_in_helper(self._model, self._example, self._precision)
 
     def _current(self):
         if self._seen is not None:
@@ -74,18 +74,19 @@ def _to_numpy(x):
     return ops.convert_to_numpy(x)
 
 
-def _compile_in_helper(model, example):
+def _compile_in_helper(model, example, precision: str):
     """The loaded artifact. Raises CaptureError with the helper's own words where it fails."""
     with tempfile.TemporaryDirectory(prefix="kgraph-") as folder:
         path = Path(folder)
         model.save(path / "model.keras")
-        request = {"modules": _modules(model), "main": _main_file(model), "path": [p for p in sys.path if p]}
+        paths = [p for p in sys.path if p]
+        request = {"modules": _modules(model), "main": _main_file(model), "path": paths, "precision": precision}
         if example is not None:
             np.savez(path / "example.npz", *_example_leaves(example))
         (path / "request.json").write_text(json.dumps(request))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("KERAS_")}
         environment["KERAS_BACKEND"] = "kgraph"
-        environment["PYTHONPATH"] = os.pathsep.join(request["path"])
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         done = subprocess.run(
             [sys.executable, "-m", "kgraph.foreign_compile", str(path)], capture_output=True, text=True, env=environment
         )

@@ -28,7 +28,8 @@ def main(folder: Path) -> None:
     if (folder / "example.npz").exists():
         arrays = list(np.load(folder / "example.npz").values())
         example = arrays[0] if len(arrays) == 1 else arrays
-    compiled = kgraph.compile(model, example=example, freeze=True, progress=False)
+    precision = request["precision"]
+    compiled = kgraph.compile(model, example=example, freeze=True, progress=False, precision=precision)
     if example is not None:
         compiled(example)
     compiled.save(folder / "model.kgraph", levels=["native"], rebuildable=False, self_test=False)

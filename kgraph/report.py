@@ -76,6 +76,7 @@ class Explanation:
     kernels: list[KernelRow]
     decisions: list[Decision]
     specialised: str | None = None
+    precision: str | None = None
 
     @property
     def host_steps(self) -> list[KernelRow]:
@@ -107,6 +108,8 @@ class Explanation:
         text = _table(title, ("#", "kernel", "fused", "result", "flops", "bytes", "layers"), rows)
         for row in self.host_steps:
             text += f"host step {row.label} ({' '.join(row.layers)}): {row.reason}\n"
+        if self.precision:
+            text += f"precision {self.precision}\n"
         if self.specialised:
             text += f"specialised on concrete sizes: {self.specialised}\n"
         refusals: dict[tuple[str, str, str], int] = {}

@@ -46,7 +46,7 @@ LONG_COMPILES = (
     "winograd_kernel",
     "conv_kernel",
     "conv_filter_kernel",
-    "gemm",
+    "gemm_kernel",
     "depthwise",
     "moments",
 )

@@ -44,6 +44,7 @@ BY_PRIMITIVE = {
 BY_KIND = {
     "loop": "loop",
     "reduce": "reduce",
+    "rescale": "rescale",
     "dot": "gemm",
     "conv": "conv",
     "depthwise": "conv",

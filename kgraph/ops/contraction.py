@@ -112,6 +112,11 @@ def _samples():
             {**plain, "preferred_dtype": "int32"},
             "int8 into int32",
         ),
+        Sample(
+            (np.full((2, 133), -128, np.int8), rng.choice(np.array([-128, 127], np.int8), (133, 19))),
+            {**plain, "preferred_dtype": "int32"},
+            "int8 of extreme values",
+        ),
     ]
 
 

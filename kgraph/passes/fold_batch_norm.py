@@ -41,6 +41,8 @@ def fold_batch_norm(graph: Graph, context: PassContext | None = None) -> Graph:
         if x.node is None or not is_single(x):
             return None
         inner = x.node
+        if inner.name in ("conv", "dot_general") and inner.inputs[1].dtype != scale.dtype:
+            return None  # weights of less precision than their products
         rewriter.provenance |= inner.provenance
         if inner.name == "add":
             for y, bias in (inner.inputs, inner.inputs[::-1]):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from kgraph.decisions import Decision
 from kgraph.ir import Graph, Node, Value, constant_value
 from kgraph.passes.manager import PassContext
-from kgraph.passes.patterns import is_elementwise, is_positional
+from kgraph.passes.patterns import CHEAP, is_elementwise, is_outer_operation, is_positional
 from kgraph.passes.regions import Contraction, Region, fused_node, is_inline_constant, replace_regions
+from kgraph.passes.rescaling import grow_rescaling
 
 ANCHOR_KINDS = {
     "dot_general": "dot",
@@ -32,10 +33,6 @@ LARGEST_REGION = 64  # nodes; beyond it registers spill and compile time grows w
 MOST_LOOP_OUTPUTS = 4
 MOST_PRODUCT_OUTPUTS = 2
 
-CHEAP = frozenset(
-    "abs add bitwise_and convert eq ge gt le logical_and logical_not logical_or lt maximum minimum mul ne neg relu "
-    "relu6 select sub".split()
-)
 FEWEST_ELEMENTS = 4096  # below, a value stays in the nearest cache
 LONGEST_EPILOGUE = 6
 
@@ -120,6 +117,8 @@ def fuse(graph: Graph, context: PassContext) -> Graph:
         nodes = [node]
         if kind in WITH_PROLOGUE:
             _grow_backward(contraction, nodes, node)
+        if kind == "reduce" and settle("rescale", *grow_rescaling(contraction, node), node):
+            continue
         if kind == "reduce":
             joint = _with_siblings(contraction, nodes, node, siblings[reduction_of(node)])
             if len(joint) > len(nodes):
@@ -190,6 +189,7 @@ def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, c
                 continue
             if not contraction.can_absorb(user, current):
                 continue
+            current += _outer_operations(contraction, user, current)
             current.append(user)
             values.append(user.output)
             if len(contraction.live_outputs(current)) <= len(anchors) or _ends_well(contraction, current, anchor):
@@ -197,6 +197,21 @@ def _grow_forward(contraction: Contraction, current: list[Node], anchor: Node, c
     if len(checkpoints) == 1:
         _explain_no_epilogue(contraction, anchor, context)
     return checkpoints
+
+
+def _outer_operations(contraction: Contraction, user: Node, current: list[Node]) -> list[Node]:
+    """Producers of the user's operands that `is_outer_operation` holds for, and that nobody else reads."""
+    out: list[Node] = []
+    for value in user.inputs:
+        node = value.node
+        if node is None or node in current or node in out or not is_outer_operation(node):
+            continue
+        if not _joins(contraction, node, user.output.shape) or value in contraction.outputs:
+            continue
+        alone = set(contraction.users[value]) == {user}
+        if alone and contraction.can_absorb(node, [*current, user]):
+            out.append(node)
+    return out
 
 
 def _ends_well(contraction: Contraction, current: list[Node], anchor: Node) -> bool:

@@ -23,6 +23,25 @@ def is_elementwise(node) -> bool:
     return "elementwise" in node.primitive.traits
 
 
+# Elementwise operations of an instruction or two.
+CHEAP = frozenset(
+    "abs add bitwise_and convert eq ge gt le logical_and logical_not logical_or lt maximum minimum mul ne neg relu "
+    "relu6 select sub".split()
+)
+
+
+def is_outer_operation(node) -> bool:
+    """Whether a cheap elementwise node combines smaller operands, such as a scale for each row and one for each column:
+    where its result is read, it takes less to compute it than to read it."""
+    return (
+        node.name in CHEAP
+        and is_elementwise(node)
+        and len(node.outputs) == 1
+        and len(node.inputs) > 1
+        and all(v.shape != node.output.shape for v in node.inputs)
+    )
+
+
 def is_positional(node) -> bool:
     """Whether each element of a node's result is a function of its position, given operands of other shapes."""
     return node.primitive.name == "random_words"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kgraph.ir import Graph, Node, Rewriter, Value
 from kgraph.ir.dims import product
 from kgraph.passes.manager import PassContext
-from kgraph.passes.patterns import is_elementwise, made_by, primitive, state_only_values
+from kgraph.passes.patterns import is_elementwise, is_outer_operation, made_by, primitive, state_only_values
 
 
 def _before_reshape(value: Value, source: tuple, shape: tuple, state_only, rewriter: Rewriter) -> Value | None:
@@ -15,6 +15,11 @@ def _before_reshape(value: Value, source: tuple, shape: tuple, state_only, rewri
     if value.shape == shape:
         if made_by(value, "reshape") and value.producer.inputs[0].shape == source:
             return value.producer.inputs[0]
+        node = value.node
+        if node is not None and is_outer_operation(node):
+            operands = [_before_reshape(v, source, shape, state_only, rewriter) for v in node.inputs]
+            if not any(o is None for o in operands):
+                return rewriter.target.add(node.primitive, operands, node.provenance, **node.attrs)
         return rewriter.emit(primitive("reshape"), value, shape=source)
     if value in state_only:
         # A weight along the last axes of `shape` which together are the last axis of `source`.
@@ -24,6 +29,11 @@ def _before_reshape(value: Value, source: tuple, shape: tuple, state_only, rewri
         count = len(trailing)
         if trailing and trailing == shape[len(shape) - count :] and product(trailing) == source[-1]:
             return rewriter.emit(primitive("reshape"), value, shape=(source[-1],))
+    lead = len(source) - 1
+    if source[:lead] == shape[:lead] and product(shape[lead:]) == source[-1]:
+        padded = (1,) * (len(shape) - len(value.shape)) + value.shape
+        if all(s == 1 for s in padded[lead:]) or padded[lead:] == shape[lead:]:
+            return rewriter.emit(primitive("reshape"), value, shape=(*padded[:lead], product(padded[lead:])))
     return None
 
 

@@ -65,8 +65,17 @@ def transformer():
     return models.transformer(blocks=2, width=32, heads=4, feed_forward=64, tokens=16, vocabulary=50)
 
 
+def quantised():
+    layers = keras.layers
+    inputs = keras.Input((13,))
+    model = keras.Model(inputs, layers.Dense(9)(layers.Dense(37, activation="relu")(inputs)), name="quantised")
+    model.quantize("int8", filters=lambda layer: not isinstance(layer, layers.InputLayer))
+    return model
+
+
 RNG = np.random.default_rng(0)
 CASES = {
+    "quantised": (quantised, lambda n: [RNG.random((n, 13)).astype("float32")]),
     "convnet": (convnet, lambda n: [RNG.random((n, 20, 20, 3)).astype("float32")]),
     "recurrent": (recurrent, lambda n: [RNG.random((n, 3 + n % 5, 6)).astype("float32")]),
     "transformer": (transformer, lambda n: [RNG.integers(0, 50, (n, 16)).astype("int32")]),

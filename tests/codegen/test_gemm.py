@@ -51,7 +51,18 @@ def test_any_size(m, k, n, packed, dynamic, parts):
 
 @pytest.mark.parametrize(
     ("m", "k", "n"),
-    [(31, 3000, 40), (20, 512, 48), (17, 2048, 33), (5, 5000, 96), (1, 700, 100), (300, 64, 10), (130, 33, 1)],
+    [
+        (31, 3000, 40),
+        (20, 512, 48),
+        (17, 2048, 33),
+        (5, 5000, 96),
+        (1, 700, 100),
+        (300, 64, 10),
+        (130, 33, 1),
+        (1, 2100, 170),
+        (1, 2100, 570),
+        (1, 40, 570),
+    ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_sizes_with_blocks_and_copies(m, k, n, packed):

@@ -24,6 +24,7 @@ from kgraph.codegen.cpu.conv_kernel import ConvPlan, Section, copy_bytes, sums_b
 from kgraph.codegen.cpu.epilogue import Parts, take_apart
 from kgraph.codegen.cpu.microkernel import TileRange, register_tile
 from kgraph.codegen.cpu.pack import accumulate_dtype, has_products
+from kgraph.codegen.cpu.products import packed_product
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, Value
@@ -87,9 +88,12 @@ def packing_for(node: Node, target) -> tuple | None:
     if algorithm not in ("product", "implicit_product"):
         return None
     x, w = parts.node.inputs
+    axes = tuple(range(w.type.rank))
+    if algorithm == "product":
+        way = packed_product(x.dtype, parts.result.dtype, target)
+        return ((position, gemm.layout_for(w.shape, (), axes[:-1], axes[-1:], way, target)),)
     accumulate = accumulate_dtype(x.dtype, parts.result.dtype)
     lanes = target.vector_bytes // itemsize(accumulate)
-    axes = tuple(range(w.type.rank))
     groups = parts.node.attrs["feature_groups"]
     panel = register_tile(target)[1] * lanes
     layout = panels_layout(w.shape, (), axes[:-1], axes[-1:], groups, panel, lanes, accumulate)

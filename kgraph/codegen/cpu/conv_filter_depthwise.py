@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
 from kgraph.codegen.cpu.conv_filter_kernel import narrow, total_call
-from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
+from kgraph.codegen.cpu.products import multiply_add
 from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType

@@ -15,8 +15,9 @@ from llvmlite import ir
 from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.conv_geometry import AxisPhase, axis_phases
 from kgraph.codegen.cpu.epilogue import subfunction, vector_masks
-from kgraph.codegen.cpu.microkernel import Panels, TileRange, carried_loop, multiply_add
+from kgraph.codegen.cpu.microkernel import Panels, TileRange, carried_loop
 from kgraph.codegen.cpu.pack import copy_run, widen
+from kgraph.codegen.cpu.products import multiply_add
 from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Value

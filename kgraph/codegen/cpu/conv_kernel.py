@@ -9,6 +9,7 @@ from kgraph.codegen.cpu.conv_geometry import AxisPhase
 from kgraph.codegen.cpu.epilogue import Epilogue
 from kgraph.codegen.cpu.microkernel import KLoop, Panels, Tile, TileCode, TileRange, TileSet
 from kgraph.codegen.cpu.pack import copy_run
+from kgraph.codegen.cpu.products import plain
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.ir.dims import product
 
@@ -126,7 +127,7 @@ class _Conv:
         _, high, wide = section.phases
         wide_rows = max(plan.row_tiles[index], default=1) > 1
         code = TileCode(
-            dtype=plan.accumulate,
+            product=plain(plan.accumulate),
             lanes=plan.lanes,
             row_pitch=high.copy_step * section.row_pitch,
             col_pitch=wide.copy_step * plan.pixel_pitch,

@@ -187,6 +187,10 @@ class DataValues:
         type = values[0].type
         return self.ir.call(self._intrinsic(name, type, [v.type for v in values], (type,)), list(values))
 
+    def instruction(self, name: str, type: ir.Type, *values: ir.Value) -> ir.Value:
+        """An intrinsic that stands for one machine's instruction, whose name tells its types."""
+        return self.ir.call(self._intrinsic(name, type, [v.type for v in values], ()), list(values))
+
     def convert_intrinsic(self, name: str, value: ir.Value, type: ir.Type) -> ir.Value:
         """An intrinsic from one type to another, such as llvm.fptosi.sat."""
         return self.ir.call(self._intrinsic(name, type, [value.type], (type, value.type)), [value])

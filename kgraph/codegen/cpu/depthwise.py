@@ -18,8 +18,8 @@ from typing import NamedTuple
 from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
 from kgraph.codegen.cpu.conv_geometry import axis_phases
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, Parts
-from kgraph.codegen.cpu.microkernel import multiply_add
 from kgraph.codegen.cpu.pack import accumulate_dtype, widen
+from kgraph.codegen.cpu.products import multiply_add
 from kgraph.codegen.cpu.strided import SizeTable, resolve, resolve_all
 from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.ir import Dim, Node

@@ -17,14 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
 
 from kgraph.codegen.contractions import Axes
-from kgraph.codegen.cpu.builder import KernelBuilder, itemsize
-from kgraph.codegen.cpu.epilogue import Epilogue, Parts, take_apart
-from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileRange, TileSet, register_tile
-from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, batch_offset, copy_run, has_products, widen
-from kgraph.codegen.cpu.strided import SizeTable, collapse, dense_strides, resolve, resolve_all
+from kgraph.codegen.cpu.builder import itemsize
+from kgraph.codegen.cpu.epilogue import Parts, take_apart
+from kgraph.codegen.cpu.gemm_kernel import GemmPlan
+from kgraph.codegen.cpu.microkernel import TileRange, register_tile
+from kgraph.codegen.cpu.pack import PackPlan, accumulate_dtype, has_products
+from kgraph.codegen.cpu.products import Product, packed_product, plain
+from kgraph.codegen.cpu.strided import SizeTable, collapse, dense_strides
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import PRIMITIVES, Dim, Node, TensorType, Value, make_node
 from kgraph.ir.dims import ceil_div, product
@@ -37,6 +38,7 @@ BLOCK_ROWS = 112  # of A in a unit, about, at most: every block reads all of B
 GROUP_COLUMNS = 256  # of a unit whose block of A is copied chunk by chunk
 UNITS = 48  # of work, at least, so that many threads balance
 COPIED_ROWS, COPIED_UNITS = 132, 8  # the same where blocks of A are transposed and every unit reads much of B again
+FEWEST_GROUPS = 4  # of panels that a single row is multiplied with at once, so that threads have something to share
 ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
 
 
@@ -58,12 +60,18 @@ def packing_for(node: Node, target) -> tuple | None:
     lhs, rhs = parts.node.inputs
     if not rhs.type.is_static or 0 in rhs.shape:
         return None
-    accumulate = accumulate_dtype(lhs.dtype, parts.result.dtype)
     axes = Axes(parts.node)
-    lanes = target.vector_bytes // itemsize(accumulate)
-    panel = register_tile(target)[1] * lanes
-    layout = panels_layout(rhs.shape, axes.rhs_batch, axes.rhs_contract, axes.rhs_free, 1, panel, lanes, accumulate)
+    product = packed_product(lhs.dtype, parts.result.dtype, target)
+    layout = layout_for(rhs.shape, axes.rhs_batch, axes.rhs_contract, axes.rhs_free, product, target)
     return ((node.inputs.index(parts.operands[1]), layout),)
+
+
+def layout_for(shape: tuple, batch: tuple, contract: tuple, free: tuple, product: Product, target) -> tuple:
+    """The layout of a weight of `shape` whose axes form batch, K and N, for kernels that multiply by `product`."""
+    lanes = target.vector_bytes // itemsize(product.accumulate)
+    panel = register_tile(target)[1] * lanes
+    how = product.b, product.steps, product.offset, product.name == "halves"
+    return panels_layout(shape, batch, contract, free, 1, panel, lanes, *how)
 
 
 @dataclass
@@ -102,76 +110,6 @@ def _transposed(value: Value, batch: tuple, outer: tuple, inner: tuple, target) 
     return calls, view
 
 
-class GemmPlan(NamedTuple):
-    """Params of `render_gemm`. Sizes and strides are `int` or ("size", slot); strides in elements.
-
-    accumulate, a_dtype: dtypes of the sums and of A in memory. batch: batch sizes, with a_batch and b_batch strides
-    (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
-    b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
-    row by row, "columns" (A is contiguous along M) into panels of as many rows as the largest tile has, step by step.
-    block: rows of a unit. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
-    vector of sums. row_tiles: the members of a `TileRange`. vectors: of a full panel.
-
-    Where M is symbolic and A is read in place, the block and the number of first tiles are sizes of run time: products
-    that are equal but for these share a kernel.
-    """
-
-    accumulate: str
-    a_dtype: str
-    batch: tuple
-    a_batch: tuple
-    b_batch: tuple
-    rows: int | tuple
-    columns: int | tuple
-    depth: int | tuple
-    a_row: int | tuple
-    a_step: int | tuple
-    b_step: int | tuple | None
-    copy: str
-    block: int | tuple
-    chunk: int
-    group: int
-    lanes: int
-    row_tiles: tuple
-    vectors: int
-    epilogue: tuple
-
-    @property
-    def chunked(self) -> bool:
-        """Whether k is cut into blocks, with the sums resting in scratch in between."""
-        return not isinstance(self.depth, int) or self.depth > self.chunk
-
-    @property
-    def panel_rows(self) -> int:
-        """Rows of a panel of the copied block: those of the largest tile, which reads them one step after another."""
-        return max(self.row_tiles[0], default=1)
-
-    @property
-    def copy_pitch(self) -> int:
-        """Distance of rows, or of panels, of the copied block: an odd number of cache lines, so that they spread.
-
-        Behind a panel there is room for a vector, since its last step is written with whole ones.
-        """
-        line = 64 // itemsize(self.accumulate)
-        inner = self.chunk if self.copy == "rows" else self.chunk * self.panel_rows + line
-        return (-(-inner // line) | 1) * line
-
-    @property
-    def copy_bytes(self) -> int:
-        """Scratch of a thread for the copied block of A; 0 where A is read in place."""
-        if not self.copy:
-            return 0
-        block = cast(int, self.block)
-        count = block if self.copy == "rows" else -(-block // self.panel_rows)
-        return count * self.copy_pitch * itemsize(self.accumulate)
-
-    @property
-    def sums_bytes(self) -> int:
-        """Scratch of a thread for the sums of a unit."""
-        count = self.group * cast(int, self.block) if self.chunked else max(self.row_tiles[0], default=0)
-        return count * self.vectors * self.lanes * itemsize(self.accumulate)
-
-
 def lower(node: Node, target) -> list[KernelCall]:
     """The calls that compute the node: perhaps a transposition, perhaps packing of B, the product."""
     parts = take_apart(node, "dot_general")
@@ -198,6 +136,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
     accumulate = accumulate_dtype(a.value.dtype, parts.result.dtype)
     lanes = target.vector_bytes // itemsize(accumulate)
     tile, vectors = register_tile(target)
+    way = plain(accumulate)
     calls: list[KernelCall] = []
     in_place = None
     b_value: Value | Temporary
@@ -210,19 +149,21 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
             calls.append(pack_call(b, batch, depth, columns, accumulate, lanes, vectors))
             b_value = calls[-1].operands[1]
     else:
-        b_value = b
+        b_value, way = b, packed_product(a.value.dtype, parts.result.dtype, target)
 
-    copy = _copy_mode(a, rows, columns, depth, accumulate, tile)
+    copy = _copy_mode(a, rows, columns, depth, way, tile)
     chunk = _chunk(depth)
-    block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, accumulate)
+    block, group = _blocking(batch, rows, columns, depth, chunk, copy, tile, vectors * lanes, itemsize(way.a))
     row_tiles = _row_tiles(rows, block, tile, copy)
+    beside = _panels_beside(rows, columns, depth, vectors * lanes)
+    group = max(group, beside)
     table = SizeTable()
     epilogue = parts.epilogue(accumulate, table(columns), 2)
     entry: Callable = lambda count: count
     if isinstance(rows, Dim) and not copy and not isinstance(depth, Dim) and depth <= chunk:
         entry = table.run_time
     plan = GemmPlan(
-        accumulate=accumulate,
+        product=tuple(way),
         a_dtype=a.value.dtype,
         batch=table.all(batch),
         a_batch=table.all(a.batch),
@@ -240,14 +181,16 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
         lanes=lanes,
         row_tiles=(row_tiles.sizes, entry(row_tiles.first) if row_tiles.first else 0),
         vectors=vectors,
+        beside=beside,
         epilogue=tuple(epilogue),
     )
+    narrow = "" if way.b == accumulate else f"_{way.b}"
     entries = product(batch)
     panels = ceil_div(columns, vectors * lanes)
     flops = 2 * entries * rows * columns * depth
     calls.append(
         KernelCall(
-            spec=KernelSpec("gemm" + parts.name, "kgraph.codegen.cpu.gemm:render_gemm", tuple(plan)),
+            spec=KernelSpec(f"gemm{narrow}{parts.name}", "kgraph.codegen.cpu.gemm_kernel:render", tuple(plan)),
             operands=[a.value, b_value, *(v for _, v in parts.extras), *parts.outputs],
             outputs=len(parts.outputs),
             sizes=list(table.values),
@@ -309,23 +252,24 @@ def _chunk(depth) -> int:
     return -(-depth // (16 * count)) * 16
 
 
-def _copy_mode(a: MatrixView, rows, columns, depth, accumulate: str, tile: int) -> str:
+def _copy_mode(a: MatrixView, rows, columns, depth, way: Product, tile: int) -> str:
     """Whether blocks of A are copied before they are multiplied, and in which direction."""
     contiguous = not isinstance(a.inner, Dim) and (a.inner == 1 or depth == 1)
+    if way.steps > 1:
+        return "rows"
     if not contiguous and not isinstance(a.outer, Dim) and a.outer == 1:
         return "columns"
-    if not contiguous or a.value.dtype != accumulate or isinstance(a.outer, Dim):
+    if not contiguous or a.value.dtype != way.a or isinstance(a.outer, Dim):
         return "rows"
     few = not isinstance(rows, Dim) and rows <= 4
     narrow = not isinstance(columns, Dim) and columns <= 32
     # Rows a multiple of 2 KiB apart fall into the same few sets of the first-level cache, of 8 lines or more each.
-    crowded = tile > 8 and a.outer * itemsize(accumulate) % 2048 == 0
+    crowded = tile > 8 and a.outer * itemsize(way.a) % 2048 == 0
     return "rows" if not few and not narrow and crowded else ""
 
 
-def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate) -> tuple[int, int]:
-    """(rows, panels) of one unit of work."""
-    size = itemsize(accumulate)
+def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, size) -> tuple[int, int]:
+    """(rows, panels) of one unit of work. size: bytes of an element of A as tiles read it."""
     chunked = isinstance(depth, Dim) or depth > chunk
     resident = chunk if chunked and (copy or isinstance(depth, Dim)) else depth
     most = max(BLOCK_BYTES // (resident * size), 1) if resident else tile
@@ -350,6 +294,14 @@ def _blocking(batch, rows, columns, depth, chunk, copy, tile, width, accumulate)
     return max(-(-rows // (count * tile)) * tile, tile), group
 
 
+def _panels_beside(rows, columns, depth, width: int) -> int:
+    """Panels that a single row is multiplied with at once: up to 8 sums in flight hide the latency of multiply-add."""
+    single = math.gcd(*(coefficient for _, coefficient in rows.terms)) == 1 if isinstance(rows, Dim) else rows == 1
+    if not single or isinstance(columns, Dim) or isinstance(depth, Dim):
+        return 1
+    return next((n for n in (4, 2) if columns // width >= n * FEWEST_GROUPS), 1)
+
+
 def _even_block(rows: Dim, most: int, tile: int) -> int:
     """Rows of a unit where M is symbolic: if all M are multiples of some number, a block that divides it, so that the
     rows beyond whole tiles are known. Of those the one with the fewest rows beyond whole tiles, then the largest."""
@@ -366,160 +318,3 @@ def _row_tiles(rows, block: int, tile: int, copy: str) -> TileRange:
         return divide(rows, tile) if 0 < rows <= block else TileRange.static(rows, tile)
     exact = all(coefficient % block == 0 for _, coefficient in rows.terms)
     return divide(block, tile) if exact else TileRange.dynamic(tile)
-
-
-def render_gemm(params: tuple, target) -> str:
-    """Kernel (A, B, extras..., outputs...); see `GemmPlan`."""
-    plan = GemmPlan(*params)
-    b = KernelBuilder("gemm", target)
-    _Gemm(b, plan).emit()
-    return b.ir_text()
-
-
-class _Gemm:
-    """Emits the loops of a product around its tiles."""
-
-    def __init__(self, b: KernelBuilder, plan: GemmPlan):
-        self.b, self.plan = b, plan
-        self.rows, self.columns, self.depth = (resolve(b, s) for s in (plan.rows, plan.columns, plan.depth))
-        self.batch = resolve_all(b, plan.batch)
-        self.panels = Panels(self.columns, plan.vectors * plan.lanes, plan.lanes)
-        self.block = resolve(b, plan.block)
-        sizes, first = plan.row_tiles
-        self.row_tiles = TileRange(sizes, resolve(b, first))
-        if plan.copy == "rows":
-            col_pitch, a_step = plan.copy_pitch, 1
-        elif plan.copy == "columns":
-            col_pitch, a_step = 1, plan.panel_rows
-        else:
-            # What is read in place has static strides, see `_copy_mode`.
-            col_pitch, a_step = cast(int, plan.a_row), cast(int, plan.a_step)
-        code = TileCode(
-            dtype=plan.accumulate,
-            lanes=plan.lanes,
-            row_pitch=0,
-            col_pitch=col_pitch,
-            a_step=a_step,
-            loops=(),
-            run=None if plan.chunked else cast(int, plan.depth),
-            b_step=plan.b_step,
-            pixel_row_pitch=0,
-            pixel_col_pitch=1,
-            partial=plan.chunked,
-        )
-        self.tiles = TileSet(b, code, Epilogue(*plan.epilogue))
-        self.a = b.operand(0, plan.a_dtype)
-        self.bp = b.operand(1, plan.accumulate)
-        self.block_of_a = b.scratch(plan.accumulate)
-        self.sums = b.scratch(plan.accumulate, plan.copy_bytes)
-
-    def emit(self) -> None:
-        b, plan = self.b, self.plan
-        groups = b.ceil_div(self.panels.count(), plan.group)
-        blocks = b.ceil_div(self.rows, self.block)
-        copied = b.variable(b.i64(-1))
-        with b.loop(b.begin, b.end) as unit:
-            group, place = unit % groups, unit // groups
-            entry, first_row = place // blocks, (place % blocks) * self.block
-            a = self.a + batch_offset(b, entry, self.batch, resolve_all(b, plan.a_batch))
-            a = a + first_row * resolve(b, plan.a_row)
-            if plan.b_step is not None:
-                bp = self.bp + batch_offset(b, entry, self.batch, resolve_all(b, plan.b_batch))
-            else:
-                bp = self.bp + entry * (self.depth * self.panels.packed_columns())
-            rows = b.min(self.block, self.rows - first_row)
-            pixel = entry * self.rows + first_row
-            if plan.chunked:
-                self._chunks(a, bp, group, rows, pixel)
-            else:
-                if plan.copy:
-                    with b.if_then(b.ir.icmp_signed("!=", b.i64(place), copied.get())):
-                        self._copy(a, rows, self.depth)
-                        copied.set(b.i64(place))
-                self._columns(a, bp, group, rows, pixel, 0, self.depth, 1, 1)
-
-    def _chunks(self, a, bp, group, rows, pixel) -> None:
-        """A unit whose sums over k are made chunk by chunk."""
-        b, plan = self.b, self.plan
-        chunks = b.max(b.ceil_div(self.depth, plan.chunk), 1)
-        with b.loop(0, chunks) as c:
-            start = c * plan.chunk
-            steps = b.min(plan.chunk, self.depth - start)
-            if plan.copy:
-                self._copy(a + start * resolve(b, plan.a_step), rows, steps)
-            first, last = c.equals(0), c.equals(chunks - 1)
-            self._columns(a, bp, group, rows, pixel, start, steps, first, last)
-
-    def _copy(self, a, rows, steps) -> None:
-        """Brings a block of A into scratch."""
-        b, plan = self.b, self.plan
-        a_row, a_step = resolve(b, plan.a_row), resolve(b, plan.a_step)
-        if plan.copy == "rows":
-            with b.loop(0, rows) as i:
-                copy_run(b, self.block_of_a + i * plan.copy_pitch, a + i * a_row, steps, a_step)
-            return
-        whole = rows // plan.panel_rows
-        rest = rows - whole * plan.panel_rows
-        with b.loop(0, steps) as k:
-            with b.loop(0, whole) as panel:
-                self._copy_step(a + k * a_step, panel, k, plan.panel_rows)
-            with b.if_then(b.int(rest) > 0):
-                self._copy_step(a + k * a_step, whole, k, rest)
-
-    def _copy_step(self, a, panel, k, rows) -> None:
-        """One step of k of one panel of the block: `rows` contiguous elements of A, in whole vectors of scratch."""
-        b, plan = self.b, self.plan
-        to = self.block_of_a + (panel * plan.copy_pitch + k * plan.panel_rows)
-        for at in range(0, plan.panel_rows, plan.lanes):
-            whole = isinstance(rows, int) and rows - at >= plan.lanes
-            if isinstance(rows, int) and rows <= at:
-                break
-            mask = None if whole else b.tail_mask(b.max(rows - at, 0), plan.lanes)
-            value = b.load(a, panel * plan.panel_rows + at, plan.lanes, mask)
-            b.store(to, at, widen(b, value, plan.a_dtype, plan.accumulate))
-
-    def _columns(self, a, bp, group, rows, pixel, start, steps, first, last) -> None:
-        """All panels of a unit, for one chunk of k that begins at `start`."""
-        b, plan, panels = self.b, self.plan, self.panels
-        begin = group * plan.group
-        end = b.min(begin + plan.group, panels.count())
-        whole = panels.columns // panels.width
-        if not isinstance(whole, int) or whole:
-            with b.loop(begin, b.min(end, whole)) as panel:
-                self._panel(a, bp, panel, begin, panels.vectors, False, rows, pixel, start, steps, first, last)
-        if isinstance(whole, int) and panels.columns % panels.width == 0:
-            return
-        with b.if_then(b.int(end) > whole):
-            # Where panels are not narrowed, the last one may be any part of a panel.
-            masked = not (isinstance(panels.columns, int) and panels.columns % plan.lanes == 0)
-            vectors = panels.tail_vectors
-            self._panel(a, bp, whole, begin, vectors, masked, rows, pixel, start, steps, first, last)
-
-    def _panel(self, a, bp, panel, begin, vectors, masked, rows, pixel, start, steps, first, last) -> None:
-        b, plan, panels = self.b, self.plan, self.panels
-        column = panel * panels.width
-        if plan.b_step is not None:
-            bp = bp + (column + start * resolve(b, plan.b_step))
-        else:
-            bp = bp + (column * self.depth + start * (vectors * plan.lanes))
-        remaining = panels.columns - column
-
-        def tile(row, size):
-            if plan.copy:
-                at = self.block_of_a + self._copied_row(row)
-            else:
-                at = a + (row * plan.a_row + start * plan.a_step)
-            sums = self.sums
-            if plan.chunked:
-                sums = sums + (((panel - begin) * self.block + row) * panels.width)
-            shape = Tile(1, size, vectors, masked)
-            self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, steps, first, last)
-
-        self.row_tiles.walk(b, rows, tile)
-
-    def _copied_row(self, row):
-        """Where a row of the copied block begins."""
-        plan = self.plan
-        if plan.copy == "rows":
-            return row * plan.copy_pitch
-        return row // plan.panel_rows * plan.copy_pitch + row % plan.panel_rows

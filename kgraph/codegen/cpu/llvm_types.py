@@ -7,6 +7,7 @@ from llvmlite import ir
 from kgraph.codegen.expressions import COMPUTE_DTYPES, compute_dtype
 
 __all__ = [
+    "BF16",
     "COMPUTE_DTYPES",
     "COMPUTE_TYPES",
     "F32",
@@ -29,6 +30,22 @@ __all__ = [
 ]
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+
+
+class _BFloatType(ir.Type):
+    """The 16-bit type of the instructions that multiply bfloat16; llvmlite has none."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, type(self))
+
+    def __hash__(self):
+        return hash(type(self))
+
+
+BF16 = _BFloatType()
 F32, F64, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 PTR = ir.PointerType()
 VOID = ir.VoidType()

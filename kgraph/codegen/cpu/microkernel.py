@@ -4,6 +4,7 @@ A tile is a small block of output pixels (`rows` x `cols`: both along an image f
 products) times `vectors` vectors of output columns. All accumulators live in registers; each step of k loads
 `vectors` vectors of B and one broadcast element of A per pixel. The sum over k runs in one fixed order per output
 element, whatever the tile's shape and however k is cut into blocks, so results do not depend on tiling or threads.
+Where a machine sums several narrow products at once (`products`), a step of k is that many elements of each operand.
 
 A pixel's row of A lies at `row * row_pitch + col * col_pitch` from the tile's first, with pitches known when the kernel
 is generated: addresses become displacements of one register. k is walked by nested loops (the taps of a convolution,
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, is_float, itemsize
+from kgraph.codegen.cpu.builder import I1, I64, PTR, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, entry_value, subfunction, vector_masks
+from kgraph.codegen.cpu.products import Product
 
 
 def register_tile(target) -> tuple[int, int]:
@@ -36,7 +38,7 @@ class KLoop(NamedTuple):
 class TileCode(NamedTuple):
     """What all tiles of a kernel share.
 
-    dtype: of A, B and the accumulators. lanes: of its vectors.
+    product: how A and B are multiplied. lanes: of a vector of sums.
     row_pitch, col_pitch, a_step: strides of A in elements, per pixel row, pixel column and step of k.
     loops: around the run, outermost first. run: steps of the innermost loop; None where it is a run-time argument.
     b_step: elements from one row of B to the next; None for packed panels, whose rows are as wide as the panel.
@@ -44,9 +46,10 @@ class TileCode(NamedTuple):
     partial: whether k is cut into blocks, so that sums are kept in `sums` between them.
     ahead: rows of B from the current one to one that is requested meanwhile, where B comes from beyond the second-level
     cache; 0 for none.
+    panel, panel_step: vectors of a packed panel, elements from one to the next, where tiles may span several; else 0.
     """
 
-    dtype: str
+    product: Product
     lanes: int
     row_pitch: int
     col_pitch: int
@@ -58,6 +61,13 @@ class TileCode(NamedTuple):
     pixel_col_pitch: int | tuple
     partial: bool
     ahead: int = 0
+    panel: int = 0
+    panel_step: int = 0
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the sums."""
+        return self.product.accumulate
 
 
 class Tile(NamedTuple):
@@ -105,10 +115,9 @@ class TileSet:
         with subfunction(b, name, [PTR] * 5 + [I64] * 4 + [I1] * 2) as function:
             _, sizes, a, bp, sums, *integers, first, last = function.args
             pixel, column, remaining, run = (Int(b, x) for x in integers)
-            a, bp, sums = (Pointer(b, p, code.dtype, s) for p, s in ((a, "a"), (bp, "b"), (sums, "sums")))
-            pixels = tile.rows * tile.cols
-            zero = b.constant(0, code.dtype, code.lanes)
-            acc = [zero] * (pixels * tile.vectors)
+            a, bp = Pointer(b, a, code.product.a, "a"), Pointer(b, bp, code.product.b, "b")
+            sums = Pointer(b, sums, code.dtype, "sums")
+            acc = self._first_sums(bp, tile.vectors) * (tile.rows * tile.cols)
             if code.partial:
                 acc = self._sums_so_far(sums, first, acc)
             acc = self._multiply(tile, a, bp, sizes, run, remaining, acc)
@@ -123,26 +132,37 @@ class TileSet:
                 self._finish(tile, function, acc, sums, pixel, column, remaining)
         return function
 
-    def _sums_so_far(self, sums: Pointer, first, zeros: list) -> list:
-        """Zeros in the first block of k, else what the one before it left."""
+    def _panels(self, vectors: int) -> list[tuple[int, int]]:
+        """(distance in elements from the first one, vectors) of each panel of B that a tile spans."""
+        code = self.code
+        width = code.panel or vectors
+        return [(code.panel_step * p, min(width, vectors - p * width)) for p in range(-(-vectors // width))]
+
+    def _first_sums(self, bp: Pointer, vectors: int) -> list[ir.Value]:
+        product, lanes = self.code.product, self.code.lanes
+        return [v for at, count in self._panels(vectors) for v in product.first_sums(self.b, bp + at, count, lanes)]
+
+    def _sums_so_far(self, sums: Pointer, first, initial: list) -> list:
+        """`initial` in the first block of k, else what the one before it left."""
         b, lanes = self.b, self.code.lanes
         before = b.ir.block
         with b.if_then(b.ir.not_(first)):
-            loaded = [b.load(sums, i * lanes, lanes) for i in range(len(zeros))]
+            loaded = [b.load(sums, i * lanes, lanes) for i in range(len(initial))]
             loading = b.ir.block
         out = []
-        for zero, value in zip(zeros, loaded, strict=True):
-            phi = b.ir.phi(zero.type)
-            phi.add_incoming(zero, before)
+        for begun, value in zip(initial, loaded, strict=True):
+            phi = b.ir.phi(begun.type)
+            phi.add_incoming(begun, before)
             phi.add_incoming(value, loading)
             out.append(phi)
         return out
 
     def _multiply(self, tile: Tile, a: Pointer, bp: Pointer, sizes, run, remaining, acc: list) -> list:
         """The loops over k: the sums `acc` (pixels in order, vectors of a pixel together) with all products added."""
-        b, code = self.b, self.code
+        b, code, product = self.b, self.code, self.code.product
         lanes, vectors = code.lanes, tile.vectors
-        b_step = vectors * lanes
+        panels = self._panels(vectors)
+        b_step = panels[0][1] * lanes * product.steps
         masks: list = [None] * vectors
         if code.b_step is not None:
             b_step = entry_value(b, sizes, code.b_step)
@@ -150,14 +170,15 @@ class TileSet:
         displacements = [i * code.row_pitch + j * code.col_pitch for i in range(tile.rows) for j in range(tile.cols)]
 
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
-            columns = [b.load(b_at, j * lanes, lanes, masks[j]) for j in range(vectors)]
+            places = [(b_at + at, j, count) for at, count in panels for j in range(count)]
+            columns = [product.columns(b, *place, lanes, mask) for place, mask in zip(places, masks)]
             if code.ahead:
-                for line in range(0, vectors * lanes, 64 // itemsize(code.dtype)):
+                for line in range(0, vectors * lanes, 64 // itemsize(product.b)):
                     b.prefetch(b_at, code.ahead * b_step + line)
             out = []
             for p, displacement in enumerate(displacements):
-                x = b.load_broadcast(a_at, displacement, lanes)
-                out += [multiply_add(b, x, columns[j], sums[p * vectors + j]) for j in range(vectors)]
+                x = product.broadcast(b, a_at, displacement, lanes)
+                out += [product.add(b, x, columns[j], sums[p * vectors + j]) for j in range(vectors)]
             return out
 
         def walk(loops: tuple[KLoop, ...], a_at: Pointer, b_at: Pointer, sums: list) -> list:
@@ -238,12 +259,6 @@ def carried_loop(b: KernelBuilder, stop, step: int, values: list[ir.Value], turn
         phi.add_incoming(value, end)
         out.append(phi)
     return out
-
-
-def multiply_add(b: KernelBuilder, x, y, z):
-    """x * y + z: fused for floats where the machine can, wrapping for integers."""
-    fused = is_float(z) and b._has("fma")
-    return b.fma(x, y, z) if fused else b.add(b.mul(x, y), z)
 
 
 def _unroll(steps, accumulators: int) -> int:

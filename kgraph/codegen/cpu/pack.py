@@ -6,12 +6,13 @@ the same layout); the kernel here makes those of an activation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from llvmlite import ir
 
 from kgraph.codegen.contractions import accumulate_dtype, has_products
-from kgraph.codegen.cpu.builder import F64, Int, KernelBuilder, Pointer, compute_dtype, is_float
+from kgraph.codegen.cpu.builder import F64, Int, KernelBuilder, Pointer, compute_dtype, is_float, itemsize
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.transpose import transpose_vectors
 from kgraph.ir.dims import ceil_div
@@ -41,16 +42,30 @@ def widen(b: KernelBuilder, value: ir.Value, dtype: str, wide: str) -> ir.Value:
     return b.ir.zext(value, target) if dtype.startswith("uint") else b.ir.sext(value, target)
 
 
-def copy_run(b: KernelBuilder, destination: Pointer, source: Pointer, count, stride=1) -> None:
-    """destination[i] = source[i * stride] for i below `count`, converted to the destination's dtype."""
+def copy_run(
+    b: KernelBuilder, destination: Pointer, source: Pointer, count, stride=1, convert: Callable | None = None
+) -> None:
+    """destination[i] = source[i * stride] for i below `count`, converted to the destination's dtype.
+
+    convert(b, value, dtype): what is stored for a loaded value of `dtype`, where that is not the same number, widened.
+    """
     unit = isinstance(stride, int) and stride == 1
-    lanes = b.target.vector_bytes // {"float32": 4, "int32": 4}.get(destination.dtype, 8) if unit else 1
+    lanes = b.target.vector_bytes // itemsize(destination.dtype) if unit else 1
+    raw = source.dtype == destination.dtype and convert is None
 
-    def body(i, mask, slot):
-        value = b.load(source, i if unit else i * stride, lanes, mask)
-        b.store(destination, i, widen(b, value, source.dtype, destination.dtype), mask)
+    def copy(i, mask, lanes: int) -> None:
+        value = b.load(source, i if unit else i * stride, lanes, mask, raw=raw)
+        if not raw:
+            value = convert(b, value, source.dtype) if convert else widen(b, value, source.dtype, destination.dtype)
+        b.store(destination, i, value, mask, raw=raw)
 
-    b.vector_loop(0, count, lanes, body, unroll=4 if unit else 1)
+    # Loads of narrow elements under a mask take instructions that only the widest vectors have.
+    masked = itemsize(source.dtype) >= 4 or b.target.vector_bytes == 64
+    body = lambda i, mask, slot: copy(i, mask, lanes)
+    b.vector_loop(0, count, lanes, body, unroll=4 if unit else 1, tail=masked)
+    if not masked and lanes > 1:
+        with b.loop(count // lanes * lanes, count) as i:
+            copy(i, None, 1)
 
 
 class PackPlan(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from kgraph.codegen.cpu import accumulators, expressions, regions
-from kgraph.codegen.cpu.builder import Int, KernelBuilder, itemsize
+from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.kernel import KernelCall, KernelSpec
 from kgraph.codegen.normalisations import EXPONENTIAL
 from kgraph.codegen.reductions import walk
@@ -118,6 +118,7 @@ class RowKernel:
             self.pointers.append(None if is_coordinate else b.operand(number, dtype))
             number += not is_coordinate
         self.outputs = [b.operand(number + i, d) for i, d in enumerate(expressions.output_dtypes(self.epilogue))]
+        self.further = number + len(self.outputs)
         regions.keep_order(b, (*self.leaves, *self.extras), self.pointers, self.outputs)
         self.rank = len(self.roles)
         self.inner = self.roles[-1] == "r"
@@ -204,11 +205,17 @@ class RowKernel:
         self.kept_yet = self.kept_yet or keep
         return out
 
+    def output(self, number: int, dtype: str) -> Pointer:
+        """An operand after those that the epilogue writes."""
+        return self.b.operand(self.further + number, dtype)
+
     def write(self, visit: Callable) -> None:
-        """Last sweep: `visit(value, spot)` gives the core's result, which goes through the epilogue to the outputs."""
+        """Last sweep: `visit(value, spot)` gives the core's result, or a list of results, which go through the epilogue
+        to the outputs."""
 
         def store(value, spot):
-            values = [visit(value, spot)]
+            results = visit(value, spot)
+            values = list(results) if isinstance(results, list) else [results]
             for number in range(len(self.leaves), len(self.pointers)):
                 values.append(self._leaf(number, self.extras[number - len(self.leaves)], spot))
             index = regions.dot([spot.positions[a] for a in range(self.rank)], self.dense) + spot.column * self.lanes
@@ -219,8 +226,8 @@ class RowKernel:
 
         self._sweep(self._current, store, (), False, expressions.is_heavy(self.epilogue))
 
-    def write_statistic(self, values: list[ir.Value]) -> None:
-        """Stores one value per row (all lanes alike for inner rows) as the outputs."""
+    def write_statistic(self, values: list[ir.Value], to: Pointer | None = None) -> None:
+        """Stores one value per row (all lanes alike for inner rows) to an operand, by default the first output."""
         b = self.b
         index: int | Int = 0
         for axis in self.kept:
@@ -229,7 +236,7 @@ class RowKernel:
             if self.inner and self.lanes > 1:
                 value = b.lane(value, 0)
             mask = None if self.inner else self.masks[column]
-            b.store(self.outputs[0], index + column * self.lanes, value, mask)
+            b.store(to or self.outputs[0], index + column * self.lanes, value, mask)
 
     def _sweep(self, source: Callable, visit: Callable | None, kinds: Sequence[str], keep: bool, heavy: bool) -> list:
         b = self.b

@@ -351,6 +351,13 @@ def convert(b: KernelBuilder, x, source: str, target: str):
 
 def _float_to_int(b: KernelBuilder, x, target: str, wanted: ir.Type):
     """Truncation towards 0 and saturation; NaN gives 0."""
+    width = MEMORY_TYPES[target].width
+    if width < 32:  # LLVM would take vectors apart
+        low, high = (-(1 << width - 1), (1 << width - 1) - 1) if is_signed(target) else (0, (1 << width) - 1)
+        x = b.select(b.compare("==", x, x), x, 0.0)
+        x = b.select(b.compare(">", x, float(low)), x, float(low))
+        x = b.select(b.compare("<", x, float(high)), x, float(high))
+        return b.ir.trunc(b.ir.fptosi(x, b.type("int32", lanes_of(x))), wanted)
     name = "llvm.fptosi.sat" if is_signed(target) else "llvm.fptoui.sat"
     return b.convert_intrinsic(name, x, wanted)
 

@@ -16,6 +16,7 @@ from llvmlite import ir
 from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, subfunction
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileSet
+from kgraph.codegen.cpu.products import plain
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.winograd_transform import input_transform, output_transform
 from kgraph.ops.winograd import TAPS
@@ -108,7 +109,7 @@ class _Winograd:
         self.sizes, self.out_sizes = resolve_all(b, plan.sizes), resolve_all(b, plan.out_sizes)
         self.panels = Panels(plan.filters, plan.width, plan.lanes)
         code = TileCode(
-            dtype=DTYPE,
+            product=plain(DTYPE),
             lanes=plan.lanes,
             row_pitch=0,
             col_pitch=plan.input_pitch,

@@ -8,7 +8,7 @@ from fractions import Fraction
 from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import KernelBuilder
-from kgraph.codegen.cpu.microkernel import multiply_add
+from kgraph.codegen.cpu.products import multiply_add
 from kgraph.ops.winograd import Pairs, even_polynomial, filter_matrix
 
 Vectors = Sequence[ir.Value]
