@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kgraph import ops
-from kgraph.codegen.cache import DiskCache
 from kgraph.codegen.cuda.target import make_target
+from kgraph.codegen.disk_cache import DiskCache
 from kgraph.codegen.lower import lower
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value
