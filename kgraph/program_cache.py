@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterable, Sequence
 import llvmlite
 import numpy as np
 
-from kgraph.codegen.disk_cache import disk_cache
 from kgraph.codegen.lower import Lowered
 from kgraph.codegen.sources import index
 from kgraph.decisions import Decision
+from kgraph.disk_cache import disk_cache
 from kgraph.ir import PRIMITIVES, Dim, Graph, Node, Primitive, TensorType, Value
 from kgraph.ir.recorder import uniform_value
 from kgraph.passes.prologue import Split

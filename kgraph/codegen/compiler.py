@@ -23,9 +23,9 @@ from types import ModuleType
 
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.cuda.target import CudaTarget
-from kgraph.codegen.disk_cache import disk_cache
 from kgraph.codegen.kernel import KernelSpec
 from kgraph.codegen.target import Target, host_target
+from kgraph.disk_cache import disk_cache
 from kgraph.errors import CompileError
 from kgraph.runtime.threads import available_cpus
 

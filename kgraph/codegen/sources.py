@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kgraph.codegen.disk_cache import disk_cache
+from kgraph.disk_cache import disk_cache
 
 _ROOT = Path(__file__).parent.parent
 _RESTING_SECONDS = 2.0

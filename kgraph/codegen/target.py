@@ -17,8 +17,8 @@ from pathlib import Path
 
 import llvmlite
 
-from kgraph.codegen.disk_cache import disk_cache
 from kgraph.codegen.sources import module_source
+from kgraph.disk_cache import disk_cache
 from kgraph.errors import CompileError
 from kgraph.ir import np_dtype
 

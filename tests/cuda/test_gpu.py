@@ -11,8 +11,8 @@ import pytest
 
 from kgraph import ops
 from kgraph.codegen.cuda.target import make_target
-from kgraph.codegen.disk_cache import DiskCache
 from kgraph.codegen.lower import lower
+from kgraph.disk_cache import DiskCache
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value
 from kgraph.runtime.cuda import device as device_module

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kgraph.codegen.disk_cache import DiskCache
+from kgraph.disk_cache import DiskCache
 from kgraph.errors import DeviceError, DeviceMemoryError
 from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.driver import SIGNATURES

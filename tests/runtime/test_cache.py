@@ -10,9 +10,9 @@ from kgraph.codegen import cache as cache_module
 from kgraph.codegen import compiler, sources
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.cpu.compiler import compile_ir
-from kgraph.codegen.disk_cache import DiskCache, disk_cache
 from kgraph.codegen.kernel import KernelSpec
 from kgraph.codegen.target import host_target
+from kgraph.disk_cache import DiskCache, disk_cache
 from kgraph.errors import CompileError
 
 EXECUTOR = KernelSpec("executor", "executor:render", ())

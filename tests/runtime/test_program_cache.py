@@ -12,8 +12,8 @@ import pytest
 
 import kgraph  # noqa: F401
 from kgraph import compiler, ops
-from kgraph.codegen.disk_cache import DiskCache
 from kgraph.codegen.target import host_target
+from kgraph.disk_cache import DiskCache
 from kgraph.frontend.tracer import trace
 from kgraph.ir import Dim, TensorType
 from kgraph.program_cache import ProgramCache

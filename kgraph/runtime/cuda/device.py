@@ -183,7 +183,7 @@ def device_for(name: str) -> Device:
 
                 _devices[name] = SimulatorDevice()
             elif name.startswith("cuda:") and name[5:].isdigit():
-                from kgraph.codegen.disk_cache import disk_cache
+                from kgraph.disk_cache import disk_cache
                 from kgraph.runtime.cuda.gpu import Gpu
 
                 _devices[name] = Gpu(int(name[5:]), cache=disk_cache())

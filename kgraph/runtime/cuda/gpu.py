@@ -21,7 +21,7 @@ from kgraph.runtime.cuda.libraries import Library, is_installed, open_library
 from kgraph.runtime.steps import Product
 
 if TYPE_CHECKING:
-    from kgraph.codegen.disk_cache import DiskCache
+    from kgraph.disk_cache import DiskCache
 
 # The entry of every kernel's PTX.
 _ENTRY = b"kernel"
