@@ -22,6 +22,7 @@ def compile(
     example: Any = None,
     progress: bool | None = None,
     precision: str = "float32",
+    tune: bool = False,
 ):
     """Compile a Keras model's inference to native kernels.
 
@@ -36,6 +37,8 @@ def compile(
         precision: "float32", or "bf16": float32 operands of products and convolutions are rounded to bfloat16 and their
             products summed in float32; everything else stays float32, attention and recurrent cells included.
             `precision_report` of the compiled model tells the error.
+        tune: measure on this machine where there is a choice between algorithms, instead of estimating; takes up to a
+            second per choice, once: the answers are kept in the cache. `KGRAPH_TUNE=1` does so everywhere.
 
     Gives a `CompiledModel`: call it like the model, with NumPy arrays. Where Keras runs on another backend in this
     process, a helper process compiles the model, and the result is a `kgraph.foreign.ForeignModel`.
@@ -61,11 +64,11 @@ def compile(
             raise UnsupportedError(
                 f"with Keras on {backend}, kgraph.compile has the target 'cpu' alone, got {target!r}"
             )
-        return ForeignModel(model, backend, freeze=freeze, example=example, precision=precision)
+        return ForeignModel(model, backend, freeze=freeze, example=example, precision=precision, tune=tune)
     from kgraph.compiled import CompiledModel
     from kgraph.frontend.capture import capture
 
-    options = Options(target=target, freeze=freeze, progress=progress, precision=precision)
+    options = Options(target=target, freeze=freeze, progress=progress, precision=precision, tune=tune)
     functional = getattr(model, "_functional", None) or model
     return CompiledModel(
         functools.partial(_capture_model, capture, model, example),

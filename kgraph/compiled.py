@@ -14,6 +14,7 @@ from math import prod
 import numpy as np
 
 from kgraph.codegen.cuda.target import CudaTarget
+from kgraph.codegen.tuning import tuning
 from kgraph.compiler import CompiledGraph, compile_graph
 from kgraph.config import Options
 from kgraph.errors import InputError
@@ -139,7 +140,8 @@ class CompiledModel(Model):
             with CompileProgress(self.name, self._options.progress) as progress:
                 if self._options.precision == "bf16":
                     captured.graph, self._rounded = round_operands(captured.graph)
-                compiled = compile_graph(captured.graph, progress, target=self._target)
+                with tuning(self._options.tune):
+                    compiled = compile_graph(captured.graph, progress, target=self._target)
         variant = Variant(captured, compiled, self._baked)
         variant.refresh_weights(reserve)
         self._compiles += 1

@@ -29,14 +29,14 @@ class ForeignModel:
     `freeze=True`: where they have changed, the model is compiled again.
     """
 
-    def __init__(self, model, backend: str, *, freeze: bool, example: Any, precision: str = "float32"):
+    def __init__(self, model, backend: str, *, freeze: bool, example: Any, **options: Any):
         self.name, self.backend = model.name, backend
-        self._model, self._frozen, self._example, self._precision = model, freeze, example, precision
+        self._model, self._frozen, self._example, self._options = model, freeze, example, options
         self._compile()
 
     def _compile(self) -> None:
         self._seen = None if self._frozen else _weights(self._model)
-        self._loaded = _compile_in_helper(self._model, self._example, self._precision)
+        self._loaded = _compile_in_helper(self._model, self._example, self._options)
 
     def _current(self):
         if self._seen is not None:
@@ -74,13 +74,13 @@ def _to_numpy(x):
     return ops.convert_to_numpy(x)
 
 
-def _compile_in_helper(model, example, precision: str):
+def _compile_in_helper(model, example, options: dict[str, Any]):
     """The loaded artifact. Raises CaptureError with the helper's own words where it fails."""
     with tempfile.TemporaryDirectory(prefix="kgraph-") as folder:
         path = Path(folder)
         model.save(path / "model.keras")
         paths = [p for p in sys.path if p]
-        request = {"modules": _modules(model), "main": _main_file(model), "path": paths, "precision": precision}
+        request = {"modules": _modules(model), "main": _main_file(model), "path": paths, "options": options}
         if example is not None:
             np.savez(path / "example.npz", *_example_leaves(example))
         (path / "request.json").write_text(json.dumps(request))

@@ -28,8 +28,7 @@ def main(folder: Path) -> None:
     if (folder / "example.npz").exists():
         arrays = list(np.load(folder / "example.npz").values())
         example = arrays[0] if len(arrays) == 1 else arrays
-    precision = request["precision"]
-    compiled = kgraph.compile(model, example=example, freeze=True, progress=False, precision=precision)
+    compiled = kgraph.compile(model, example=example, freeze=True, progress=False, **request["options"])
     if example is not None:
         compiled(example)
     compiled.save(folder / "model.kgraph", levels=["native"], rebuildable=False, self_test=False)

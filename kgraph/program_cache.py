@@ -29,6 +29,7 @@ import numpy as np
 
 from kgraph.codegen.lower import Lowered
 from kgraph.codegen.sources import index
+from kgraph.codegen.tuning import is_wanted
 from kgraph.decisions import Decision
 from kgraph.disk_cache import disk_cache
 from kgraph.ir import PRIMITIVES, Dim, Graph, Node, Primitive, TensorType, Value
@@ -202,7 +203,7 @@ class ProgramCache:
         if sum(a.nbytes for a in arrays) > LARGEST_CONSTANTS:
             return None
         names = passes if isinstance(passes, str) else [f"{p.__module__}.{p.__qualname__}" for p in passes]
-        settings = [os.environ.get(name) for name in _SETTINGS]
+        settings = [is_wanted(), *(os.environ.get(name) for name in _SETTINGS)]
         try:
             text = repr(_plain((self.graph, names, list(donations), dataclasses.astuple(target), settings)))
         except _ERRORS:

@@ -73,7 +73,7 @@ def choose(node: Node, target, prepared: bool = False) -> tuple[str, str]:
     how = winograd.schedule(node, target, prepared)
     if isinstance(how, str):
         return "implicit_product", how
-    return "winograd", f"{how.outputs}x{how.outputs} outputs, estimated at {how.cost:.2f} times the direct convolution"
+    return "winograd", how.reason
 
 
 def packing_for(node: Node, target) -> tuple | None:
@@ -115,7 +115,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     elif algorithm == "product":
         calls = _lower_product(parts, target)
     else:
-        calls = _lower_implicit(parts, target)
+        calls = lower_implicit(parts, target)
     calls[-1].notes.update(algorithm=algorithm, reason=reason)
     return calls
 
@@ -136,7 +136,7 @@ def _phases(node: Node) -> list[list[AxisPhase]]:
     return [axis_phases(*axis) for axis in axes]
 
 
-def _lower_implicit(parts: Parts, target) -> list[KernelCall]:
+def lower_implicit(parts: Parts, target) -> list[KernelCall]:
     """The calls of an implicit product: perhaps packing of the weight, the product."""
     node = parts.node
     x, w = node.inputs

@@ -12,22 +12,28 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
+from kgraph.codegen import tuning
 from kgraph.codegen.cpu.builder import itemsize
-from kgraph.codegen.cpu.epilogue import Parts
+from kgraph.codegen.cpu.epilogue import Parts, take_apart
 from kgraph.codegen.cpu.microkernel import register_tile
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.cpu.winograd_filters import filters_call
 from kgraph.codegen.cpu.winograd_kernel import DTYPE, WinogradPlan
+from kgraph.codegen.eager import run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
-from kgraph.ir import Dim, Node, Value
+from kgraph.ir import Dim, Node, TensorType, Value, make_node
 from kgraph.ir.dims import ceil_div, evaluate
 from kgraph.ops.packing import winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
 LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
+MOST_MEASURED = 1 << 30  # of the same: of larger ones, a search runs those with few images only
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
 ASSUMED_SIZE = 56  # of an image, where it is symbolic
 LEAST_TILE = 4  # of a register tile, whose sums hide the latency of multiply-add
@@ -46,13 +52,24 @@ OVERLAP = 0.7  # of the shorter of products and arrival that the longer one hide
 
 class Schedule(NamedTuple):
     """How a convolution is computed: m, tiles of a register tile and of a unit, panels of a unit; the estimate, as a
-    fraction of the direct convolution's."""
+    fraction of the direct convolution's; what was measured, if anything."""
 
     outputs: int
     tile: int
     block: int
     group: int
     cost: float
+    measured: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why, for `explain`."""
+        found = f"measured: {self.measured}" if self.measured else _estimate(self.cost)
+        return f"{self.outputs}x{self.outputs} outputs, {found}"
+
+
+def _estimate(cost: float) -> str:
+    return f"estimated at {cost:.2f} times the direct convolution"
 
 
 class _Problem(NamedTuple):
@@ -102,15 +119,49 @@ def schedule(node: Node, target, prepared: bool, outputs: int | None = None) -> 
     problems = _problems(node, prepared)
     if outputs is None and problems[0].direct_products < LEAST_PRODUCTS:
         return "too few products"
-    best = min((_schedule(m, problems, target) for m in ([outputs] if outputs else PAIRS)), key=lambda s: s.cost)
-    if outputs is None and best.cost * LEAST_GAIN > 1:
-        return f"estimated at {best.cost:.2f} times the direct convolution"
-    return best
+    if outputs is not None:
+        return _schedule(outputs, problems, target)
+    best = min((_schedule(m, problems, target) for m in PAIRS), key=lambda s: s.cost)
+    estimated = "direct" if best.cost * LEAST_GAIN > 1 else str(best.outputs)
+    names = "direct", *map(str, PAIRS)
+    candidates = {name: functools.partial(_candidate, node, target, problems, name) for name in names}
+    chosen, measured = tuning.decide(("conv 3x3", *problems), target, estimated, candidates)
+    if chosen != "direct":
+        return _schedule(int(chosen), problems, target)._replace(measured=measured)
+    return f"measured: {measured}" if measured else _estimate(best.cost)
 
 
-def layout_for(node: Node, target, prepared: bool = True) -> tuple:
-    """The layout in which the kernel reads filters."""
-    how = schedule(node, target, prepared)
+def _candidate(node: Node, target, problems: tuple[_Problem, ...], name: str) -> Callable[[], None]:
+    """What runs a way to compute a conv node once, on random operands, as often for few images as for many."""
+    from kgraph.codegen.cpu import conv
+
+    rng = np.random.default_rng(0)
+    runs: list[tuple[int, list[KernelCall], dict[Value | Temporary, np.ndarray]]] = []
+    problems = tuple(p for p in problems if p.direct_products <= MOST_MEASURED) or problems[:1]
+    most = max(problem.images for problem in problems)
+    for problem in problems:
+        low, high = ([p[side] for p in node.attrs["padding"]] for side in (0, 1))
+        size = [n + TAPS - 1 - a - b for n, a, b in zip((problem.high, problem.wide), low, high)]
+        shapes = (problem.images, *size, problem.channels), (TAPS, TAPS, problem.channels, problem.filters)
+        one = make_node(node.primitive, [Value(TensorType(shape, DTYPE)) for shape in shapes], node.attrs)
+        parts = take_apart(one, "conv")
+        assert isinstance(parts, Parts)
+        calls = conv.lower_implicit(parts, target) if name == "direct" else lower_parts(parts, target, int(name))
+        operands = dict.fromkeys(operand for call in calls for operand in call.operands)
+        arrays = {o: rng.standard_normal(o.type.shape).astype(o.type.np_dtype) for o in operands}
+        runs.append((-(-most // problem.images), calls[-1:] if problem.prepared else calls, arrays))
+
+    def run() -> None:
+        for times, calls, arrays in runs:
+            for call in calls * times:
+                run_call(call, [arrays[o] for o in call.operands[:-1]], out=arrays[call.operands[-1]])
+
+    return run
+
+
+def layout_for(node: Node, target, prepared: bool = True, outputs: int | None = None) -> tuple:
+    """The layout in which the kernel reads filters; outputs: m, if it is to be that."""
+    how = schedule(node, target, prepared, outputs)
     if isinstance(how, str):
         raise ValueError(how)
     lanes = target.lanes(DTYPE)
@@ -190,15 +241,18 @@ def _cost(problem: _Problem, outputs: int, tile: int, block: int, group: int, ta
     return cost
 
 
-def lower_parts(parts: Parts, target) -> list[KernelCall]:
-    """The calls that compute the node: perhaps the transform of filters that are not laid out by `layout_for`."""
+def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[KernelCall]:
+    """The calls that compute the node: perhaps the transform of filters that are not laid out by `layout_for`.
+
+    outputs: m, if it is to be that.
+    """
     node = parts.node
     x, w = node.inputs
     calls: list[KernelCall] = []
     filters: Value | Temporary = parts.operands[1]
     layout = parts.packed[1]
     if layout is None:
-        layout = layout_for(node, target, prepared=False)
+        layout = layout_for(node, target, prepared=False, outputs=outputs)
         calls.append(filters_call(parts.operands[1], layout))
         filters = calls[-1].operands[1]
     how = schedule(node, target, parts.packed[1] is not None, layout[2])
