@@ -46,8 +46,9 @@ def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, 
                 path = Path(scratch) / f"{engine}.npy"
                 workers[engine].ask("result", path=str(path))
                 results[engine] = np.load(path).astype(np.float64)
-                out["engines"][engine].update(median_ms=statistics.median(ms), calls=len(ms))
-                out["engines"][engine].update(workers[engine].ask("memory"))
+                entry = out["engines"][engine]
+                entry.update(median_ms=statistics.median(ms), p10_ms=float(np.percentile(ms, 10)), calls=len(ms))
+                entry.update(workers[engine].ask("memory"))
     finally:
         for worker in workers.values():
             worker.close()
