@@ -16,6 +16,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 
+from kgraph.codegen.cpu.compiler import initialize_llvm
 from kgraph.codegen.target import Target, host_target
 
 # Sums in flight: more than the latency times the throughput of any processor's multiply-add, within 16 registers.
@@ -50,6 +51,7 @@ def _fma_loop(target: Target) -> tuple:
     b.cbranch(b.icmp_signed("<", following, function.args[0]), body, end)
     b.position_at_end(end)
     b.ret(b.extract_element(functools.reduce(b.fadd, following_sums), zero))
+    initialize_llvm()
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=2
     )
