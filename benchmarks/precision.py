@@ -29,7 +29,7 @@ DEFAULT_ENGINES = "kgraph,kgraph-bf16,kgraph-int8,onnxruntime,onnxruntime-int8"
 
 
 def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, folder: Path, limit: float) -> dict:
-    """One case on all engines, on the cores that this process may use: medians, and errors against float32."""
+    """One case on all engines, on the cores that this process may use: times, and errors against float32."""
     request = {"name": case.name, "model": case.model, "batch": case.batch}
     cores = len(os.sched_getaffinity(0))
     out: dict = {"case": f"{case.key}, {cores} thread{'s' if cores > 1 else ''}", "engines": {}}
@@ -61,7 +61,8 @@ def measure(case: models.Case, engines: list[str], rounds: int, seconds: float, 
 
 
 def table(results: list[dict], engines: list[str]) -> str:
-    """Markdown: per engine the median time, the gain over the engine's own float32, the error."""
+    """Markdown: per engine the time that a tenth of the calls stay below, which other processes disturb least; the gain
+    over the engine's own float32; the error."""
     head = ["case", *[f"{e}, ms" for e in engines]]
     rows = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     notes = []
@@ -69,14 +70,14 @@ def table(results: list[dict], engines: list[str]) -> str:
         cells = [result["case"]]
         for engine in engines:
             entry = result["engines"].get(engine, {})
-            if "median_ms" not in entry:
+            if "p10_ms" not in entry:
                 cells.append("-")
                 notes.append(f"- {result['case']}, {engine}: {str(entry.get('error', 'not measured'))[:200]}")
                 continue
-            text = f"{entry['median_ms']:.3f}"
-            base = result["engines"].get(engine.partition("-")[0], {}).get("median_ms")
+            text = f"{entry['p10_ms']:.3f}"
+            base = result["engines"].get(engine.partition("-")[0], {}).get("p10_ms")
             if base and "-" in engine:
-                text += f" ({base / entry['median_ms']:.2f}x, error {entry['error']:.1e})"
+                text += f" ({base / entry['p10_ms']:.2f}x, error {entry['error']:.1e})"
             cells.append(text)
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join([*rows, *([""] if notes else []), *notes])
