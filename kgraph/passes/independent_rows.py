@@ -8,9 +8,11 @@ reshape of `[N, 128, 256]` to `[128*N, 256]`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kgraph.errors import DimDecisionError
 from kgraph.ir import Dim, Graph, Node, Value
 from kgraph.ir.dims import symbols
 from kgraph.passes.patterns import is_elementwise
@@ -111,7 +113,7 @@ def _leading(value: Value, symbol: str) -> _Rows | None:
 
 def _check(value: Value, rows: _Rows | None, symbol: str) -> None:
     """The number of rows must show in the axis that a rule gave, and nowhere else."""
-    if rows is not None and _width(value.shape[rows.axis], symbol) != rows.width:
+    if rows is not None and not _equal(_width(value.shape[rows.axis], symbol), rows.width):
         raise _Unknown(f"rows are not on axis {rows.axis} of {value.type}")
     others = [size for axis, size in enumerate(value.shape) if rows is None or axis != rows.axis]
     if symbol in symbols(others):
@@ -134,7 +136,7 @@ def _aligned(node: Node, rows: Sequence[_Rows | None]) -> _Rows | None:
     if one is not None:
         for r, value in zip(rows, node.inputs):
             axis = one.axis - rank + value.type.rank
-            if r is None and axis >= 0 and value.shape[axis] != 1:
+            if r is None and axis >= 0 and not _equal(value.shape[axis], 1):
                 raise _Unknown(f"{node.name} reads another value for every row")
     return one
 
@@ -147,6 +149,18 @@ def _rule(*names: str):
         return function
 
     return register
+
+
+def _differing(found: Iterable[tuple], wanted: Iterable[tuple]) -> list[int]:
+    """Axes whose numbers are not those wanted, or may be others: sizes that are not known compare unequal."""
+    return [axis for axis, (a, b) in enumerate(zip(found, wanted)) if not all(map(_equal, a, b))]
+
+
+def _equal(a, b) -> bool:
+    try:
+        return bool(a == b)
+    except DimDecisionError:
+        return False
 
 
 def _untouched(node: Node, rows: _Rows | None, axes) -> _Rows | None:
@@ -187,7 +201,7 @@ def _broadcast_to(node, rows, symbol):
     (made,) = _full(node, rows, symbol)
     if made is not None:
         axis = made.axis - rank + value.type.rank
-        if axis >= 0 and value.shape[axis] != 1:
+        if axis >= 0 and not _equal(value.shape[axis], 1):
             raise _Unknown("broadcast_to makes rows of different values")
     return [made]
 
@@ -202,7 +216,9 @@ def _reshape(node, rows, symbol):
     shape = node.output.shape
     for axis, size in enumerate(shape):
         width = _width(size, symbol)
-        if width is not None and _product(shape[:axis]) == before and _product([width, *shape[axis + 1 :]]) == row:
+        if width is None or not _equal(_product(shape[:axis]), before):
+            continue
+        if _equal(_product([width, *shape[axis + 1 :]]), row):
             return [_Rows(axis, width)]
     raise _Unknown(f"a reshape from {value.type} to {node.output.type} mixes rows")
 
@@ -227,12 +243,9 @@ def _concatenate(node, rows, symbol):
 @_rule("slice")
 def _slice(node, rows, symbol):
     (operand,), (value,) = rows, node.inputs
-    moved = [
-        axis
-        for axis, part in enumerate(zip(*(node.attrs[name] for name in ("start", "limit", "stride"))))
-        if part != (0, value.shape[axis], 1)
-    ]
-    return [_untouched(node, operand, moved)]
+    parts = zip(*(node.attrs[name] for name in ("start", "limit", "stride")))
+    whole = [(0, size, 1) for size in value.shape]
+    return [_untouched(node, operand, _differing(parts, whole))]
 
 
 @_rule("pad")
@@ -240,13 +253,13 @@ def _pad(node, rows, symbol):
     if rows[1] is not None:
         raise _Unknown("pad fills every row differently")
     amounts = zip(*(node.attrs[name] for name in ("low", "high", "interior")))
-    return [_untouched(node, rows[0], [axis for axis, amount in enumerate(amounts) if any(amount)])]
+    return [_untouched(node, rows[0], _differing(amounts, itertools.repeat((0, 0, 0))))]
 
 
 @_rule("pad_mirror")
 def _pad_mirror(node, rows, symbol):
     amounts = zip(node.attrs["low"], node.attrs["high"])
-    return [_untouched(node, rows[0], [axis for axis, amount in enumerate(amounts) if any(amount)])]
+    return [_untouched(node, rows[0], _differing(amounts, itertools.repeat((0, 0))))]
 
 
 @_rule("rev")
@@ -313,8 +326,8 @@ def _conv(node, rows, symbol):
 @_rule("reduce_window")
 def _reduce_window(node, rows, symbol):
     windows = zip(*(node.attrs[name] for name in ("window", "strides", "window_dilation", "base_dilation")))
-    touched = [axis for axis, window in enumerate(windows) if window != (1, 1, 1, 1)]
-    touched += [axis for axis, padding in enumerate(node.attrs["padding"]) if any(padding)]
+    touched = _differing(windows, itertools.repeat((1, 1, 1, 1)))
+    touched += _differing(node.attrs["padding"], itertools.repeat((0, 0)))
     return [_untouched(node, rows[0], touched)]
 
 
@@ -373,7 +386,9 @@ def _attention(node, rows, symbol):
     for r, value in zip(rows[3:], node.inputs[3:]):
         # They are broadcast to [B, H, T, S].
         batched = value.type.rank == 4
-        if (r is None and batched and value.shape[0] != 1) or (r is not None and not (batched and r == _Rows(0))):
+        if (r is None and batched and not _equal(value.shape[0], 1)) or (
+            r is not None and not (batched and r == _Rows(0))
+        ):
             raise _Unknown("the mask of attention has rows elsewhere than on its first axis")
     return [_Rows(0)]
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 
-from kgraph import compiler
+from kgraph import translation
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "oracle"))
@@ -29,8 +29,10 @@ def _own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """Numbers of nodes of the graphs that the passes have run on."""
-    graphs, run = [], compiler.optimise
-    monkeypatch.setattr(compiler, "optimise", lambda graph, *more: graphs.append(len(graph.nodes)) or run(graph, *more))
+    graphs, run = [], translation.optimise
+    monkeypatch.setattr(
+        translation, "optimise", lambda graph, *more: graphs.append(len(graph.nodes)) or run(graph, *more)
+    )
     return graphs
 
 

@@ -98,6 +98,16 @@ def test_inputs_of_images_and_sequences():
     assert independent_rows(trace(attention, f32(N, N, 2, 4)))[0] == ""
 
 
+def test_sizes_that_are_not_known_are_no_obstacle():
+    window = {"window": (1, 3, 2, 1), "strides": (1, 2, 1, 1), "window_dilation": (1,) * 4, "base_dilation": (1,) * 4}
+    rest = (-L + 2 * ((L + 1) // 2)) + 1
+    padding = ((0, 0), (0, rest), (0, 0), (0, 0))
+    pool = lambda x: ops.reduce_window(x, kind="max", padding=padding, **window)
+    assert independent_rows(trace(pool, f32(N, L, 4, 3)))[0] == "N"
+    beginning = lambda x: ops.slice(x, start=(0, 0), limit=(N, (L + 1) // 2), stride=(1, 1))
+    assert independent_rows(trace(beginning, f32(N, L)))[0] == "N"
+
+
 def test_several_inputs_must_have_the_same_rows():
     assert independent_rows(trace(ops.add, f32(N, 6), f32(N, 6)))[0] == "N"
     assert independent_rows(trace(lambda x, y: (x, y), f32(N, 6), f32(L, 6)))[0] == ""
