@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import CudaTarget, make_target
 from kgraph.ir import PRIMITIVES
 
+PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 _NUMBERS = {
     "registers": r"Used (\d+) registers",
     "stack": r"(\d+) bytes stack frame",
@@ -66,22 +68,34 @@ def share_front_end() -> None:
 
 def record_kernels(archs: list[str], first: bool) -> Iterator[tuple[str, str, bytes]]:
     """(architecture, name, PTX) of the kernels of all samples of all records (or of the first of each that a family
-    takes), each once."""
+    takes), each once. Records go to as many processes as there are processors, those of large kernels first."""
+    cuda_compiler.prepare(target_of(archs[0]))
+    names = sorted(PRIMITIVES, key=lambda name: "coarse" not in PRIMITIVES[name].traits)
+    seen: set[str] = set()
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        for kernels in pool.imap_unordered(functools.partial(_kernels_of, archs, first), names):
+            for arch, name, ptx in kernels:
+                key = name.rpartition("/")[2]
+                if key not in seen:
+                    seen.add(key)
+                    yield arch, name, ptx
+
+
+def _kernels_of(archs: list[str], first: bool, name: str) -> list[tuple[str, str, bytes]]:
+    """What `record_kernels` gives of one record."""
     from tests.cuda.driver import make
 
-    seen: set[str] = set()
-    for record in PRIMITIVES.values():
-        nodes = [make(record, sample) for sample in record.samples()]
-        nodes = [node for node in nodes if families.accepts(node) is None]
-        for arch in archs:
-            target = target_of(arch)
-            calls = [call for node in nodes[: 1 if first else None] for call in families.lower(node, target)]
-            specs = {spec_key(call.spec, target): call.spec for call in calls}
-            new = {key: spec for key, spec in specs.items() if key not in seen}
-            seen.update(new)
-            objects = compile_specs(new.values(), target=target)
-            for key, spec in new.items():
-                yield arch, f"{record.name}/{spec.template}/{spec.name}/{key}", objects[key]
+    record = PRIMITIVES[name]
+    nodes = [make(record, sample) for sample in record.samples()]
+    nodes = [node for node in nodes if families.accepts(node) is None]
+    out = []
+    for arch in archs:
+        target = target_of(arch)
+        calls = [call for node in nodes[: 1 if first else None] for call in families.lower(node, target)]
+        specs = {spec_key(call.spec, target): call.spec for call in calls}
+        objects = compile_specs(specs.values(), target=target)
+        out += [(arch, f"{name}/{s.template}/{s.name}/{key}", objects[key]) for key, s in specs.items()]
+    return out
 
 
 def model_kernels(archs: list[str], training: bool, hosts: dict[str, list[str]]) -> Iterator[tuple[str, str, bytes]]:
@@ -132,7 +146,7 @@ def measure(objects: dict[str, bytes], arch: str) -> list[dict]:
     """What `ptxas` says of the kernels, by name; the names alone where there is none."""
     rows: list[dict] = [{"name": name} for name in objects]
     if shutil.which("ptxas"):
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(PROCESSES) as pool:
             for row, numbers in zip(rows, pool.map(lambda ptx: assemble(ptx, arch), objects.values()), strict=True):
                 row.update(numbers)
     return rows
