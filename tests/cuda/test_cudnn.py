@@ -258,6 +258,24 @@ def test_nothing_lies_where_the_library_s_filters_do(library):
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
 
 
+def test_the_library_is_told_how_addresses_are_aligned(library):
+    """Arrays of other libraries may lie anywhere; what is kgraph's own is aligned to 64 bytes at least."""
+    x, w = Value(TensorType((1, 5, 5, 4), "float16")), Value(TensorType((3, 3, 4, 4), "float16"))
+    graph = Graph([x, w], name="chain")
+    attrs = convolution((1, 5, 5, 4), (3, 3, 4, 4), padding=1).attrs
+    graph.outputs = [add(graph, "conv", add(graph, "conv", x, w, **attrs), w, **attrs)]
+    told = []
+    for donations in ([], [(0, 0)]):
+        library.convolved.clear()
+        program = compile_graph(graph, target=TARGET, donations=donations).program
+        program([filled(v.shape, v.dtype) for v in graph.inputs])
+        for operation, _ in library.convolved:
+            tensors = [operation.attributes[n][0] for n in (703, 704, 705)]
+            told.append([min(tensor.attributes[900][0], 64) for tensor in tensors])
+    # Filters, image, result; where nothing is known they are aligned like an element.
+    assert told == [[64, 2, 64], [64, 64, 64], [64, 2, 64], [64, 64, 2]]
+
+
 def scaled(graph, result, bias, more):
     shifted = add(graph, "add", result, bias)
     return [add(graph, "relu", add(graph, "add", shifted, more)), shifted]
