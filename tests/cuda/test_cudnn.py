@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import keras
@@ -274,6 +276,26 @@ def test_the_library_is_told_how_addresses_are_aligned(library):
             told.append([min(tensor.attributes[900][0], 64) for tensor in tensors])
     # Filters, image, result; where nothing is known they are aligned like an element.
     assert told == [[64, 2, 64], [64, 64, 64], [64, 2, 64], [64, 64, 2]]
+
+
+def test_the_device_is_the_thread_s_when_the_library_is_called(library, monkeypatch):
+    """A thread that has not used the device has no context, and libraries find the device by that."""
+    node = convolution((1, 5, 5, 2), (3, 3, 2, 2), "float16")
+    arrays = [filled(v.shape, v.dtype, n) for n, v in enumerate(node.inputs)]
+    program = compiled(node).program
+    device, current = device_for("cuda-simulator"), threading.local()
+    monkeypatch.setattr(device, "make_current", lambda: setattr(current, "device", device))
+    call = FakeCudnn.__getattr__
+
+    def watched(self, name):
+        assert getattr(current, "device", None) is device
+        return call(self, name)
+
+    monkeypatch.setattr(FakeCudnn, "__getattr__", watched)
+    (expected,) = program(arrays)
+    with ThreadPoolExecutor(1) as pool:
+        (result,) = pool.submit(program, arrays).result()
+    np.testing.assert_array_equal(result, expected)
 
 
 def scaled(graph, result, bias, more):

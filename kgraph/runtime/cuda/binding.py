@@ -180,9 +180,11 @@ class CudaBinding:
         if call is None or value(step.extent) <= 0:
             return None
         buffers = [self._buffer(b) for b in call.operands]
-        library = self.device.library(type(call.task))
         alignments = [self._alignment(place) for place, _, _ in buffers]
-        plan = library if isinstance(library, str) else library.plan(call.task, value, alignments)
+        with self.device.lock:  # libraries are not for several threads at once
+            self.device.make_current()
+            library = self.device.library(type(call.task))
+            plan = library if isinstance(library, str) else library.plan(call.task, value, alignments)
         if isinstance(plan, str):
             self.refusals[number] = plan
             return None
@@ -413,6 +415,7 @@ class CudaBinding:
             self.device.copy(self._address(work.target, call), self._address(work.source, call), work.nbytes)
             return
         if isinstance(work, _LibraryCall):
+            self.device.make_current()
             work.plan.run([self._address(place, call) for place, _, _ in work.buffers])
             return
         buffers = [Argument(self._address(place, call), nbytes, dtype) for place, nbytes, dtype in work.buffers]
