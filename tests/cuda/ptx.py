@@ -1,16 +1,17 @@
 """Compiles kernels to PTX and counts their registers: `python -m tests.cuda.ptx OUTPUT [WHAT] ARCH...`.
 
 No GPU is needed. It runs in a process in which Numba's simulator is off. OUTPUT gets JSON: by architecture a list of
-kernels, each with its name, and what `ptxas` says of it: registers, bytes of spills and of the stack, static shared
-memory; under "host steps ARCH" those of the models, with reasons. Kernels are those of the samples of all records that
-a CUDA family takes; with --first, of each record's first such sample, with --models and --training those of the models
-and of the training steps of `tests.oracle`.
+kernels, each with its name, its products on tensor cores, and what `ptxas` says of it: registers, bytes of spills and
+of the stack, static shared memory; under "host steps ARCH" those of the models, with reasons. Kernels are those of the
+samples of all records that a CUDA family takes; with --first, of each record's first such sample, with --models and
+--training those of the models and of the training steps of `tests.oracle`.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from kgraph import ops  # noqa: F401 - registers the primitives
@@ -27,8 +29,11 @@ from kgraph.codegen.compiler import compile_specs
 from kgraph.codegen.cuda import compiler as cuda_compiler
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import CudaTarget, make_target
-from kgraph.ir import PRIMITIVES
+from kgraph.ir import PRIMITIVES, Node, TensorType, Value, make_node
 
+# Records whose kernels are compiled for float16 and TF32 too, which tensor cores multiply.
+ON_TENSOR_CORES = ("dot_general", "conv", "conv_filter_gradient")
+PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 _NUMBERS = {
     "registers": r"Used (\d+) registers",
     "stack": r"(\d+) bytes stack frame",
@@ -66,22 +71,43 @@ def share_front_end() -> None:
 
 def record_kernels(archs: list[str], first: bool) -> Iterator[tuple[str, str, bytes]]:
     """(architecture, name, PTX) of the kernels of all samples of all records (or of the first of each that a family
-    takes), each once."""
+    takes), each once. Records go to as many processes as there are processors, those of large kernels first."""
+    cuda_compiler.prepare(target_of(archs[0]))
+    names = sorted(PRIMITIVES, key=lambda name: "coarse" not in PRIMITIVES[name].traits)
+    seen: set[str] = set()
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        for kernels in pool.imap_unordered(functools.partial(_kernels_of, archs, first), names):
+            for arch, name, ptx in kernels:
+                key = name.rpartition("/")[2]
+                if key not in seen:
+                    seen.add(key)
+                    yield arch, name, ptx
+
+
+def _kernels_of(archs: list[str], first: bool, name: str) -> list[tuple[str, str, bytes]]:
+    """What `record_kernels` gives of one record."""
     from tests.cuda.driver import make
 
-    seen: set[str] = set()
-    for record in PRIMITIVES.values():
-        nodes = [make(record, sample) for sample in record.samples()]
-        nodes = [node for node in nodes if families.accepts(node) is None]
-        for arch in archs:
-            target = target_of(arch)
-            calls = [call for node in nodes[: 1 if first else None] for call in families.lower(node, target)]
-            specs = {spec_key(call.spec, target): call.spec for call in calls}
-            new = {key: spec for key, spec in specs.items() if key not in seen}
-            seen.update(new)
-            objects = compile_specs(new.values(), target=target)
-            for key, spec in new.items():
-                yield arch, f"{record.name}/{spec.template}/{spec.name}/{key}", objects[key]
+    record = PRIMITIVES[name]
+    nodes = [make(record, sample) for sample in record.samples()]
+    nodes = [node for node in nodes if families.accepts(node) is None]
+    chosen = nodes[: 1 if first else None]
+    half = [_in_float16(nodes[0])] if name in ON_TENSOR_CORES else []
+    out = []
+    for arch in archs:
+        target = target_of(arch)
+        calls = [call for node in chosen + half for call in families.lower(node, target)]
+        if half:
+            calls += families.lower(nodes[0], replace(target, tf32=True))
+        specs = {spec_key(call.spec, target): call.spec for call in calls}
+        objects = compile_specs(specs.values(), target=target)
+        out += [(arch, f"{name}/{s.template}/{s.name}/{key}", objects[key]) for key, s in specs.items()]
+    return out
+
+
+def _in_float16(node: Node) -> Node:
+    """A node on operands of float16."""
+    return make_node(node.primitive, [Value(TensorType(v.shape, "float16")) for v in node.inputs], node.attrs)
 
 
 def model_kernels(archs: list[str], training: bool, hosts: dict[str, list[str]]) -> Iterator[tuple[str, str, bytes]]:
@@ -129,10 +155,10 @@ def assemble(ptx: bytes, arch: str) -> dict:
 
 
 def measure(objects: dict[str, bytes], arch: str) -> list[dict]:
-    """What `ptxas` says of the kernels, by name; the names alone where there is none."""
-    rows: list[dict] = [{"name": name} for name in objects]
+    """Names and products on tensor cores of the kernels, and what `ptxas` says of them where there is one."""
+    rows: list[dict] = [{"name": name, "tensor": ptx.count(b"mma.sync")} for name, ptx in objects.items()]
     if shutil.which("ptxas"):
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(PROCESSES) as pool:
             for row, numbers in zip(rows, pool.map(lambda ptx: assemble(ptx, arch), objects.values()), strict=True):
                 row.update(numbers)
     return rows

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import keras
@@ -256,6 +258,44 @@ def test_nothing_lies_where_the_library_s_filters_do(library):
         taken = sorted((p.offset, p.offset + storage.nbytes[b]) for b, p in places.items() if p.space == "arena")
         assert len(taken) >= 2
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
+
+
+def test_the_library_is_told_how_addresses_are_aligned(library):
+    """Arrays of other libraries may lie anywhere; what is kgraph's own is aligned to 64 bytes at least."""
+    x, w = Value(TensorType((1, 5, 5, 4), "float16")), Value(TensorType((3, 3, 4, 4), "float16"))
+    graph = Graph([x, w], name="chain")
+    attrs = convolution((1, 5, 5, 4), (3, 3, 4, 4), padding=1).attrs
+    graph.outputs = [add(graph, "conv", add(graph, "conv", x, w, **attrs), w, **attrs)]
+    told = []
+    for donations in ([], [(0, 0)]):
+        library.convolved.clear()
+        program = compile_graph(graph, target=TARGET, donations=donations).program
+        program([filled(v.shape, v.dtype) for v in graph.inputs])
+        for operation, _ in library.convolved:
+            tensors = [operation.attributes[n][0] for n in (703, 704, 705)]
+            told.append([min(tensor.attributes[900][0], 64) for tensor in tensors])
+    # Filters, image, result; where nothing is known they are aligned like an element.
+    assert told == [[64, 2, 64], [64, 64, 64], [64, 2, 64], [64, 64, 2]]
+
+
+def test_the_device_is_the_thread_s_when_the_library_is_called(library, monkeypatch):
+    """A thread that has not used the device has no context, and libraries find the device by that."""
+    node = convolution((1, 5, 5, 2), (3, 3, 2, 2), "float16")
+    arrays = [filled(v.shape, v.dtype, n) for n, v in enumerate(node.inputs)]
+    program = compiled(node).program
+    device, current = device_for("cuda-simulator"), threading.local()
+    monkeypatch.setattr(device, "make_current", lambda: setattr(current, "device", device))
+    call = FakeCudnn.__getattr__
+
+    def watched(self, name):
+        assert getattr(current, "device", None) is device
+        return call(self, name)
+
+    monkeypatch.setattr(FakeCudnn, "__getattr__", watched)
+    (expected,) = program(arrays)
+    with ThreadPoolExecutor(1) as pool:
+        (result,) = pool.submit(program, arrays).result()
+    np.testing.assert_array_equal(result, expected)
 
 
 def scaled(graph, result, bias, more):

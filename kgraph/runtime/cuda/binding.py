@@ -73,12 +73,6 @@ class _Copy(NamedTuple):
     nbytes: int
 
 
-def _alignment(place: Place) -> int:
-    """Bytes to which a place is aligned in every call: inputs may be arrays of other libraries, anywhere."""
-    most = 1 if place.space == "input" else ALIGNMENT
-    return math.gcd(most, place.offset)
-
-
 @dataclass
 class _Segment:
     """Work that is handed over at once, or a host step and its number in the program."""
@@ -186,9 +180,11 @@ class CudaBinding:
         if call is None or value(step.extent) <= 0:
             return None
         buffers = [self._buffer(b) for b in call.operands]
-        library = self.device.library(type(call.task))
-        alignments = [_alignment(place) for place, _, _ in buffers]
-        plan = library if isinstance(library, str) else library.plan(call.task, value, alignments)
+        alignments = [self._alignment(place) for place, _, _ in buffers]
+        with self.device.lock:  # libraries are not for several threads at once
+            self.device.make_current()
+            library = self.device.library(type(call.task))
+            plan = library if isinstance(library, str) else library.plan(call.task, value, alignments)
         if isinstance(plan, str):
             self.refusals[number] = plan
             return None
@@ -205,6 +201,13 @@ class CudaBinding:
         sizes = [value(s) for s in step.sizes]
         function = self.program.functions[step.kernel]
         return [_Launch(function, blocks, step.block, value(step.shared_bytes), buffers, sizes, number)]
+
+    def _alignment(self, place: Place) -> int:
+        """Bytes to which a place is aligned in every call. Inputs may be arrays of other libraries, which lie anywhere,
+        and outputs may lie where inputs lie."""
+        foreign = place.space in ("input", "donor")
+        foreign |= place.space == "output" and self.storage.donors[place.index] >= 0
+        return math.gcd(1 if foreign else ALIGNMENT, place.offset)
 
     def _buffer(self, b: int) -> tuple[Place, int, str]:
         """Place, bytes and dtype of a buffer."""
@@ -412,6 +415,7 @@ class CudaBinding:
             self.device.copy(self._address(work.target, call), self._address(work.source, call), work.nbytes)
             return
         if isinstance(work, _LibraryCall):
+            self.device.make_current()
             work.plan.run([self._address(place, call) for place, _, _ in work.buffers])
             return
         buffers = [Argument(self._address(place, call), nbytes, dtype) for place, nbytes, dtype in work.buffers]

@@ -134,6 +134,10 @@ class Device(ABC):
     def replay(self, graph: Any) -> None:
         """Run what was kept."""
 
+    @abstractmethod
+    def make_current(self) -> None:
+        """Make the device that of the calling thread, for what libraries do there."""
+
     def offers(self, kind: type) -> bool:
         """Whether the device has a library for tasks of this kind (`Product` or `Convolution` of `runtime.steps`)."""
         return False

@@ -252,6 +252,9 @@ class Gpu(Device):
         shape = (grid, 1, 1, block, 1, 1, shared_bytes)
         self.driver.call("cuLaunchKernel", function.handle, *shape, self.stream, pointers, None)
 
+    def make_current(self) -> None:
+        self._enter()
+
     def offers(self, kind: type) -> bool:
         return self._has_libraries and is_installed(kind) and not isinstance(self.library(Product), str)
 

@@ -117,6 +117,9 @@ class SimulatorDevice(Device):
         with self._running, np.errstate(all="ignore"):  # integers wrap, floats overflow
             run(grid, block, shared_bytes, [*pointers, *map(np.int64, sizes)])
 
+    def make_current(self) -> None:
+        pass
+
     def offers(self, kind: type) -> bool:
         return kind in self.libraries
 
