@@ -174,10 +174,10 @@ def main() -> None:
         start = time.perf_counter()
         results.append(measure(case, engines, arguments.rounds, arguments.seconds, arguments.limit))
         print(table(results[-1:], engines).splitlines()[2], f"({time.perf_counter() - start:.0f} s)", flush=True)
+        if arguments.output:  # after every case: a long run that is ended keeps what it has measured
+            title = "Training of further architectures" if arguments.further else "Training"
+            store(arguments.output, f"{title}, side by side", results, engines, table, arguments.merge)
     print("\n" + table(results, engines))
-    if arguments.output:
-        title = "Training of further architectures" if arguments.further else "Training"
-        store(arguments.output, f"{title}, side by side", results, engines, table, arguments.merge)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from kgraph.frontend.keras_backend import core
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.ir import Graph
 from kgraph.progress import CompileProgress
+from kgraph.report import Profile, kernel_rows, profile_of
 from kgraph.targets import resolve
 
 MOST_PROGRAMS = 32
@@ -157,6 +158,14 @@ class CompiledStep:
     def graph(self) -> Graph:
         """The optimised graph of the program that ran last."""
         return next(reversed(self._variants.values())).compiled.optimised
+
+    def profile(self, batch, repeats: int) -> Profile:
+        """Time per kernel and per Keras layer of steps on a batch, which change copies of the variables."""
+        variant = self.prepare(batch)
+        leaves: list[np.ndarray] = []
+        _flatten(batch, leaves)
+        state = [np.array(v._value) for v in variant.state]
+        return profile_of(self.name, kernel_rows(variant.compiled), variant.program, [*leaves, *state], repeats)
 
     def stats(self) -> dict:
         """Counts: compiles, programs kept, compile seconds, why a size is fixed, and those of the last program."""

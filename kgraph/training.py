@@ -8,7 +8,7 @@ from typing import Any
 
 from kgraph.device_step import DeviceVariant
 from kgraph.errors import CaptureError, InputError
-from kgraph.report import Explanation, explain
+from kgraph.report import Explanation, Profile, explain
 from kgraph.train_step import CompiledStep, Variant
 
 
@@ -117,6 +117,15 @@ class TrainingStep:
     def explain(self) -> Explanation:
         """Per kernel and per Keras layer: what was fused, what was not and why, flops, bytes, host steps."""
         return explain(self.name, self._program().compiled)
+
+    def profile(self, batch, repeats: int = 10) -> Profile:
+        """Time per kernel and per Keras layer of steps on `(x, y)` or `(x, y, sample_weight)`; nothing is trained.
+
+        Medians over `repeats` steps, on copies of the variables.
+        """
+        from kgraph.frontend.keras_backend.batches import batch_of
+
+        return self._step.profile(batch_of(*batch), repeats)
 
     def stats(self) -> dict:
         """Counts: compiles, programs kept, compile seconds, why a size is fixed, and those of the last program."""
