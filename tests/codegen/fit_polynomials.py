@@ -5,7 +5,7 @@ within a small factor of the best polynomial of the same degree. Coefficients ar
 constant term upwards. The error printed next to each is the largest relative error of the rounded polynomial.
 """
 
-from mpmath import acos, atan, cos, erf, erfc, erfinv, exp, expm1, log, log1p, mp, mpf, pi, polyval, sin, sqrt, tanh
+from mpmath import acos, atan, cos, erf, erfc, erfinv, exp, expm1, log, log1p, mp, mpf, pi, polyval, sin, sqrt
 
 mp.dps = 60
 LN2 = log(2)
@@ -143,14 +143,6 @@ def erf_odd(z):
     return sqrt_argument(erf)(z) - 1
 
 
-def tanh_tail(z):
-    """(tanh(x)/x - 1) / z at z = x^2"""
-    if z < mpf(10) ** -20:
-        return -mpf(1) / 3
-    x = sqrt(z)
-    return (tanh(x) / x - 1) / z
-
-
 def erf_inv_odd(z):
     """erf_inv(x) / x at z = x^2"""
     if z < mpf(10) ** -30:
@@ -187,7 +179,6 @@ FITS = [
     ("ATAN_F32", atan_tail, 0, 1, 8, "(atan(x)/x - 1) / z, z = x^2"),
     ("ATAN_F64", atan_tail, 0, 1, 20, "(atan(x)/x - 1) / z, z = x^2"),
     ("ASIN_F64", avoid_zero(asin_tail), 0, 0.2501, 12, "(asin(x)/x - 1) / z, z = x^2"),
-    ("TANH_F32", tanh_tail, 0, 0.37, 4, "(tanh(x)/x - 1) / z, z = x^2"),
     ("ERF_SMALL_F32", erf_odd, 0, 1, 6, "erf(x)/x - 1, z = x^2, |x| <= 1"),
     ("ERFC_F32", avoid_zero(log_erfc), 0, 3.95, 9, "log(erfc(x)) / x"),
     ("ERF_SMALL_F64", erf_odd, 0, 1, 13, "erf(x)/x - 1, z = x^2, |x| <= 1"),

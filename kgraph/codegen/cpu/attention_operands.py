@@ -47,13 +47,13 @@ class Shape(NamedTuple):
 def exp2_nonpositive(b: KernelBuilder, x: ir.Value) -> ir.Value:
     """2^x for x <= 0, results below the normal range flushed to 0; NaN passes."""
     single = vector_math.is_f32(x)
-    low = -126.0 if single else -1022.0
-    below = b.compare("<", x, low)
-    n, number = vector_math.round_small(b, b.select(below, b.constant_of(x.type, low), x))
-    r = b.sub(b.select(below, b.constant_of(x.type, low), x), n)
+    low = -127.0 if single else -1023.0  # of which the power below has the bits of zero
+    x = b.select(b.compare("<", x, low), b.constant_of(x.type, low), x)
+    n, number = vector_math.round_small(b, x)
+    r = b.sub(x, n)
     coefficients = polynomials.EXP2_F32 if single else polynomials.EXP2_F64
     value = b.fma(r, vector_math.polynomial(b, r, coefficients), 1.0)
-    return b.select(below, 0.0, b.mul(value, vector_math.power_of_two(b, number, x)))
+    return b.mul(value, vector_math.power_of_two(b, number, x))
 
 
 class AttentionOperands:

@@ -154,4 +154,4 @@ class _Direct:
 
         axis_loop(0, self.image, 0)
         bound = self.epilogue.bind(b, b.function.args[0], lambda e: resolve(b, e), column, masks, plan.lanes)
-        bound.apply(self.pixel, [a.get() for a in acc])
+        bound.apply((self.pixel, [a.get() for a in acc]))

@@ -1,9 +1,10 @@
 """Depthwise convolutions: every channel by itself, vectors along the channels, with a fused epilogue.
 
-One unit of work is one row of output positions. A tile is some neighbouring positions times one vector of channels;
-each input vector is loaded once per row of the window and used for all positions that it meets. Nothing is copied:
-rows of the window outside of the image are left out of the loop over rows, and positions at the sides have code of
-their own without the taps that are outside. Images of symbolic width test each tap of the positions at the sides.
+One unit of work is one row of output positions, of a block of channels where the weights of all would not stay in the
+first-level cache from one row to the next. A tile is some neighbouring positions times one vector of channels; each
+input vector is loaded once per row of the window and used for all positions that it meets. Nothing is copied: rows of
+the window outside of the image are left out of the loop over rows, and positions at the sides have code of their own
+without the taps that are outside. Images of symbolic width test each tap of the positions at the sides.
 
 With input dilation (the cotangent of the input of a strided convolution) rows and positions of a tile meet the taps of
 their phase only, see `conv_geometry`: tiles are whole periods, so which taps these are is known to the code.
@@ -28,6 +29,8 @@ from kgraph.ir.dims import product
 MOST_SEGMENTS = 8  # kinds of tiles along a row, beyond which sides test their taps at run time
 MOST_UNROLLED = 49  # taps along a row whose code is written out
 MOST_PHASES = 4  # per axis
+CACHE_LINE = 64
+BLOCKED_IMAGE = 1 << 20  # bytes, up to which an image is walked through once for each block of channels
 LARGE_IMAGE = 1 << 20  # bytes, from which on the next tile's input is asked for ahead of its use
 
 
@@ -59,6 +62,7 @@ class DepthwisePlan(NamedTuple):
     reaches: tuple
     dilations: tuple
     positions: int
+    block: int
     prefetch: bool
     lanes: int
     epilogue: tuple
@@ -82,7 +86,7 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
     positions = 7 if target.num_vector_registers >= 32 else 4
     if period > 1:
         positions = -(-positions // period) * period
-    out_sizes = three(parts.result.shape[1:-1], 1)
+    out_sizes, block = three(parts.result.shape[1:-1], 1), _block(node, target)
     plan = DepthwisePlan(
         accumulate=accumulate,
         dtype=x.dtype,
@@ -96,11 +100,12 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
         reaches=three(attrs["rhs_dilation"], 1),
         dilations=dilations,
         positions=positions,
+        block=block,
         prefetch=_reads_ahead(node),
         lanes=target.vector_bytes // itemsize(accumulate),
         epilogue=tuple(parts.epilogue(accumulate, filters, 2)),
     )
-    rows = x.shape[0] * (out_sizes[0] * out_sizes[1])
+    units = x.shape[0] * (out_sizes[0] * out_sizes[1]) * (filters // block)
     met = x.shape[1:-1] if product(dilations) > 1 else out_sizes  # positions that meet every tap, about
     return [
         KernelCall(
@@ -108,13 +113,32 @@ def lower_parts(parts: Parts, target) -> list[KernelCall]:
             operands=[*parts.operands, *(v for _, v in parts.extras), *parts.outputs],
             outputs=len(parts.outputs),
             sizes=list(table.values),
-            extent=rows,
+            extent=units,
             flops=2 * x.shape[0] * product(met) * filters * product(plan.window),
             bytes=x.type.nbytes + w.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
             scratch_bytes=plan.positions * target.vector_bytes,
             notes={"inplace": parts.inplace(2)},
         )
     ]
+
+
+def _block(node: Node, target) -> int:
+    """Filters of a unit: all, except where the weights of all would not stay in the first-level cache.
+
+    Then a divisor in whole cache lines, of which the rows that a row of results reads and their weights take no more
+    than half that cache; large images, which come from memory row by row, are not taken apart.
+    """
+    x, w = node.inputs
+    filters, spatial, taps = w.shape[-1], x.shape[1:-1], product(w.shape[:-2])
+    size, room = itemsize(x.dtype), target.l1_bytes // 2
+    if any(isinstance(n, Dim) for n in spatial) or product(spatial) * filters * size > BLOCKED_IMAGE:
+        return filters
+    if taps * filters * size <= room:
+        return filters
+    fitting = room // ((product(w.shape[:-3]) * spatial[-1] + taps) * size)
+    line = CACHE_LINE // size
+    blocks = [n for n in range(line, filters, line) if filters % n == 0]
+    return max([n for n in blocks if n <= fitting], default=min(blocks, default=filters))
 
 
 def _reads_ahead(node: Node) -> bool:
@@ -158,11 +182,14 @@ class _Depthwise:
 
     def emit(self) -> None:
         b = self.b
+        blocks = self.filters // self.plan.block
         with b.loop(b.begin, b.end) as unit:
             row, rest = unit % self.out_sizes[1], unit // self.out_sizes[1]
-            plane, image = rest % self.out_sizes[0], rest // self.out_sizes[0]
+            plane, rest = rest % self.out_sizes[0], rest // self.out_sizes[0]
+            block, self.image = (0, rest) if blocks == 1 else (rest % blocks, rest // blocks)
             self.taps = [self._axis_taps(axis, at) for axis, at in ((0, plane), (1, row))]
-            self.image, self.first_pixel = image, unit * self.out_sizes[2]
+            self.first_filter = block * self.plan.block
+            self.first_pixel = ((self.image * self.out_sizes[0] + plane) * self.out_sizes[1] + row) * self.out_sizes[2]
             segments = self._segments()
             if segments is None:
                 self._dynamic_row()
@@ -259,7 +286,8 @@ class _Depthwise:
         the image; None tests it at run time."""
         b, plan = self.b, self.plan
 
-        def channels(c, mask, slot) -> None:
+        def channels(place, mask, slot) -> None:
+            c = self.first_filter + place
             zero = b.constant(0, plan.accumulate, plan.lanes)
             acc = [b.variable(zero) for _ in range(size)]
             deep, high = self.taps
@@ -274,7 +302,7 @@ class _Depthwise:
             if self.epilogue.in_registers:
                 bound = self.epilogue.bind(b, buffers, lambda e: resolve(b, e), c, [mask], plan.lanes)
                 for p in range(size):
-                    bound.apply(self.first_pixel + position + p, [acc[p].get()])
+                    bound.apply((self.first_pixel + position + p, [acc[p].get()]))
                 return
             sums = b.scratch(plan.accumulate)
             for p in range(size):
@@ -282,7 +310,7 @@ class _Depthwise:
             pixel, masked = self.first_pixel + position, mask is not None
             self.finisher.call(buffers, sizes, sums, pixel, c, self.filters - c, (1, size), 1, masked)
 
-        b.vector_loop(0, self.filters, plan.lanes, channels)
+        b.vector_loop(0, plan.block, plan.lanes, channels)
 
     def _prefetch(self, position, size: int, c) -> None:
         """Asks for the input of the next tile, on the row that no earlier row of positions has met."""

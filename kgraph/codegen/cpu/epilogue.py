@@ -40,6 +40,10 @@ class Epilogue(NamedTuple):
     def in_registers(self) -> bool:
         return self.expression is None or expressions.flops(self.expression) <= REGISTER_EPILOGUE
 
+    def side_by_side(self, target) -> int:
+        """Vectors of sums that the code is written for at once."""
+        return 1 if self.expression is None else expressions.side_by_side(self.expression, target)
+
     def bind(self, b: KernelBuilder, buffers: ir.Value, entry, column, masks: list, lanes: int) -> BoundEpilogue:
         """The epilogue of one tile: operand addresses, and the extras that all its pixels share, loaded once."""
 
@@ -74,12 +78,21 @@ class BoundEpilogue:
     shared: list
     outputs: list[Pointer]
 
-    def apply(self, pixel, values: list[ir.Value]) -> None:
-        """Stores the outputs for the sums `values` (one vector per mask) of output pixel number `pixel`."""
+    def apply(self, *sums: tuple) -> None:
+        """Stores the outputs. sums: for every output pixel (its number, the sums: one vector per mask)."""
+        b = self.b
+        places = [place for pixel, values in sums for place in self._places(pixel, values)]
+        for group, results in self._results(places):
+            for (_, index, mask), values in zip(group, results, strict=True):
+                for at, result in zip(self.outputs, values, strict=True):
+                    b.store(at, index, result, mask)
+
+    def _places(self, pixel, values: list[ir.Value]) -> list[tuple]:
+        """Operands, index and mask of every vector of a pixel."""
         b, lanes = self.b, self.lanes
         base = pixel * self.columns + self.column
         row = [b.load_broadcast(at, pixel, lanes) if kind == "row" else None for kind, at in self.inputs]
-        places = []  # operands, index and mask of every vector
+        places = []
         for j, (value, mask) in enumerate(zip(values, self.masks, strict=True)):
             index = base + j * lanes
             operands = [from_accumulator(b, value, self.epilogue.accumulate, self.epilogue.result)]
@@ -89,18 +102,19 @@ class BoundEpilogue:
                 else:
                     operands.append(broadcast if kind == "row" else shared[j])
             places.append((operands, index, mask))
-        for group, results in self._results(places):
-            for (_, index, mask), values in zip(group, results, strict=True):
-                for at, result in zip(self.outputs, values, strict=True):
-                    b.store(at, index, result, mask)
+        return places
 
     def _results(self, places: list):
         """Groups of vectors, with the results of each."""
         expression = self.epilogue.expression
         if expression is None:
             return [([place], [place[0]]) for place in places]
-        size = expressions.side_by_side(expression, self.b.target) if self.lanes > 1 else 1
-        groups = [places[k : k + size] for k in range(0, len(places), size)]
+        most = self.epilogue.side_by_side(self.b.target) if self.lanes > 1 else 1
+        groups = []
+        while places:
+            size = min(most, 1 << (len(places).bit_length() - 1))
+            groups.append(places[:size])
+            places = places[size:]
         return [(group, expressions.emit_each(self.b, expression, [g[0] for g in group])) for group in groups]
 
 
@@ -170,10 +184,24 @@ class Finisher:
             masks = vector_masks(b, vectors, masked, remaining, lanes)
             bound = self.epilogue.bind(b, buffers, lambda e: entry_value(b, sizes, e), column, masks, lanes)
             row_pitch, col_pitch = (entry_value(b, sizes, p) for p in self.pitches)
-            with b.loop(0, rows) as i, b.loop(0, cols) as j:
-                first = (i * (self.sums_row or cols) + j) * (vectors * lanes)
-                values = [b.load(sums, first + v * lanes, lanes) for v in range(vectors)]
-                bound.apply(pixel + i * row_pitch + j * col_pitch, values)
+
+            def apply(i, first_column, count: int) -> None:
+                pixels = []
+                for j in (first_column + k for k in range(count)):
+                    first = (i * (self.sums_row or cols) + j) * (vectors * lanes)
+                    values = [b.load(sums, first + v * lanes, lanes) for v in range(vectors)]
+                    pixels.append((pixel + i * row_pitch + j * col_pitch, values))
+                bound.apply(*pixels)
+
+            # Where the code is long, vectors of several pixels are worked on side by side.
+            together = max(1, self.epilogue.side_by_side(b.target) // vectors)
+            with b.loop(0, rows) as i:
+                whole = cols - cols % together
+                if together > 1:
+                    with b.loop(0, whole, together) as j:
+                        apply(i, j, together)
+                with b.loop(whole if together > 1 else 0, cols) as j:
+                    apply(i, j, 1)
         return function
 
 

@@ -61,13 +61,13 @@ def lanes(expression: Expression, target) -> int:
 
 
 def side_by_side(expression: Expression, target) -> int:
-    """Vectors that the code of an expression is written for at once: two of long ones, for narrow registers.
+    """Vectors that the code of an expression is written for at once: four of long ones, for narrow registers.
 
-    Its steps wait for each other, and few vectors fit into the window in which a processor looks for work; two that
-    share constants, which registers cannot hold, go through it in the time of one. Registers of 64 bytes take two turns
-    of the arithmetic units anyway.
+    Its steps wait for each other, and few vectors fit into the window in which a processor looks for work; several side
+    by side share constants, which registers cannot hold. Registers of 64 bytes take two turns of the arithmetic units
+    anyway.
     """
-    return 2 if target.vector_bytes <= 32 and flops(expression) >= LONG else 1
+    return 4 if target.vector_bytes <= 32 and flops(expression) >= LONG else 1
 
 
 def is_heavy(expression: Expression) -> bool:

@@ -213,7 +213,7 @@ class TileSet:
             for p in range(tile.rows * tile.cols):
                 i, j = divmod(p, tile.cols)
                 values = acc[p * tile.vectors : (p + 1) * tile.vectors]
-                bound.apply(pixel + (i * row_pitch + j * col_pitch), values)
+                bound.apply((pixel + (i * row_pitch + j * col_pitch), values))
             return
         for i, value in enumerate(acc):
             b.store(sums, i * code.lanes, value)

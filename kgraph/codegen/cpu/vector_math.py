@@ -91,10 +91,10 @@ def clamp_keep_nan(b: KernelBuilder, x, low, high):
     return b.select(b.compare(">", x, high), b.constant_of(x.type, high), x)
 
 
-def round_small(b: KernelBuilder, x):
-    """(round-to-even of x as float, as integer) for |x| below 2^22 (2^51 in float64); NaN gives some integer."""
+def round_small(b: KernelBuilder, x, factor: float = 1.0):
+    """(round-to-even of factor x as float, as integer) for products below 2^22 (2^51 in float64); NaN: some integer."""
     magic = 1.5 * 2.0 ** (23 if is_f32(x) else 52)
-    shifted = b.add(x, magic)
+    shifted = b.add(x, magic) if factor == 1.0 else b.fma(x, factor, magic)
     magic_bits = 0x4B400000 if is_f32(x) else 0x4338000000000000
     return b.sub(shifted, magic), b.sub(bits_of(b, shifted), magic_bits)
 
@@ -120,7 +120,7 @@ def _ln2_parts(x):
 def _reduce_exp(b: KernelBuilder, x):
     """x = n ln2 + r with |r| <= ln2 / 2; gives (r, n as integer, n as float)."""
     high, low = _ln2_parts(x)
-    n, number = round_small(b, b.mul(x, LOG2E))
+    n, number = round_small(b, x, LOG2E)
     return b.fma(n, -low, b.fma(n, -high, x)), number, n
 
 
@@ -128,6 +128,11 @@ def _expm1_reduced(b: KernelBuilder, r):
     """exp(r) - 1 for |r| <= ln2 / 2."""
     tail = polynomial(b, r, P.EXP_F32 if is_f32(r) else P.EXP_F64)
     return b.fma(b.mul(r, r), tail, r)
+
+
+def _exp_reduced(b: KernelBuilder, r):
+    """exp(r) for |r| <= ln2 / 2."""
+    return polynomial(b, r, (1.0, 1.0, *(P.EXP_F32 if is_f32(r) else P.EXP_F64)))
 
 
 def _exp_limits(x) -> tuple[float, float]:
@@ -159,15 +164,17 @@ def exp(b: KernelBuilder, x, shift: int = 0):
         y, _, n = _exp_by_table(b, x)
         return b.scale(y, b.fma(n, 0.0625, float(shift)))
     r, n, _ = _reduce_exp(b, x)
-    value = b.add(_expm1_reduced(b, r), 1.0)
-    return scale_by_power(b, value, b.add(n, shift) if shift else n)
+    return scale_by_power(b, _exp_reduced(b, r), b.add(n, shift) if shift else n)
 
 
 def exp_nonpositive(b: KernelBuilder, x):
-    """e^x for x <= 0 where results below the normal range may be flushed to 0 (softmax, tails of erf)."""
-    low = -87.0 if is_f32(x) else -708.0
-    flushed = b.compare("<", x, low)
-    return b.select(flushed, 0.0, _exp_normal(b, b.select(flushed, b.constant_of(x.type, low), x)))
+    """e^x for x <= 0 where results below the normal range may be flushed to 0 (softmax); NaN stays NaN."""
+    if is_f32(x) and b.can_look_up(x):
+        flushed = b.compare("<", x, -87.0)
+        return b.select(flushed, 0.0, _exp_normal(b, b.select(flushed, b.constant_of(x.type, -87.0), x)))
+    low = -88.0 if is_f32(x) else -709.0  # n is -127 (-1023) there, whose power has the bits of zero
+    r, n, _ = _reduce_exp(b, b.select(b.compare("<", x, low), b.constant_of(x.type, low), x))
+    return b.mul(_exp_reduced(b, r), power_of_two(b, n, x))
 
 
 def _exp_normal(b: KernelBuilder, x):
@@ -178,7 +185,8 @@ def _exp_normal(b: KernelBuilder, x):
         # The bits of the shift's magic number above n's own fall off on the left.
         return float_of(b, b.add(bits_of(b, y), exponent), x)
     r, n, _ = _reduce_exp(b, x)
-    return b.mul(b.add(_expm1_reduced(b, r), 1.0), power_of_two(b, n, x))
+    exponent = b.ir.shl(n, b.constant_of(n.type, 23 if is_f32(x) else 52))
+    return float_of(b, b.add(bits_of(b, _exp_reduced(b, r)), exponent), x)
 
 
 def exp2(b: KernelBuilder, x):
@@ -203,34 +211,27 @@ def expm1(b: KernelBuilder, x):
     return b.select(b.compare("<", absolute(b, x), tiny), x, value)
 
 
+def _logistic_limits(x) -> tuple[float, float]:
+    """Arguments beyond which the logistic function is 0 or 1."""
+    return (-110.0, 60.0) if is_f32(x) else (-746.0, 600.0)
+
+
 def logistic(b: KernelBuilder, x):
     """1 / (1 + e^-x), with full relative accuracy for negative x."""
     # Numerator and denominator carry a factor 2^-32 (2^-64) by which e^-x stays finite down to denormal results.
     shift = 32 if is_f32(x) else 64
-    x = clamp_keep_nan(b, x, *((-104.0, 60.0) if is_f32(x) else (-746.0, 600.0)))
-    r, n, _ = _reduce_exp(b, b.ir.fneg(x))
+    r, n, _ = _reduce_exp(b, b.ir.fneg(clamp_keep_nan(b, x, *_logistic_limits(x))))
     one = b.constant_of(x.type, 2.0**-shift)
-    scale = power_of_two(b, b.sub(n, shift), x)
-    swap = b.compare("<", scale, one)
-    small, big = b.select(swap, scale, one), b.select(swap, one, scale)
-    # The greater term is added last: one rounding of the denominator counts.
-    return b.div(one, b.add(big, b.fma(scale, _expm1_reduced(b, r), small)))
+    return b.div(one, b.fma(_exp_reduced(b, r), power_of_two(b, b.sub(n, shift), x), one))
 
 
 def tanh(b: KernelBuilder, x):
-    magnitude = absolute(b, x)
-    limited = b.select(b.compare(">", magnitude, 20.0), b.constant_of(x.type, 20.0), magnitude)
-    if is_f32(x):
-        e = _exp_normal(b, b.mul(limited, 2.0))
-        value = b.sub(1.0, b.div(b.constant_of(x.type, 2.0), b.add(e, 1.0)))
-        z = b.mul(x, x)
-        small = b.fma(b.mul(z, magnitude), polynomial(b, z, P.TANH_F32), magnitude)
-        value = b.select(b.compare("<", magnitude, 0.6), small, value)
-    else:
-        quarter = _quarter_expm1(b, b.mul(limited, 2.0))  # t/4 with t = e^2|x| - 1; tanh = t / (t + 2)
-        value = b.div(quarter, b.add(quarter, 0.5))
-        value = b.select(b.compare("<", magnitude, 1e-9), magnitude, value)
-    return copysign(b, value, x)
+    twice = b.mul(absolute(b, x), 2.0)
+    limit = b.constant_of(x.type, 20.0 if is_f32(x) else 40.0)
+    r, n, _ = _reduce_exp(b, b.select(b.compare(">", twice, limit), limit, twice))
+    scale = power_of_two(b, n, x)
+    t = b.fma(scale, _expm1_reduced(b, r), b.sub(scale, 1.0))  # e^2|x| - 1, accurate near 0; tanh |x| = t / (t + 2)
+    return copysign(b, b.div(t, b.add(t, 2.0)), x)
 
 
 def sinh(b: KernelBuilder, x):
@@ -384,26 +385,25 @@ def erfc(b: KernelBuilder, x):
     return b.select(b.compare("<", absolute(b, x), 0.46875), small, large)
 
 
-def _times_logistic(b: KernelBuilder, x, y):
-    """x / (1 + e^-y); NaN for infinite x with y = -inf."""
-    return b.div(x, b.add(exp(b, b.ir.fneg(y)), 1.0))
-
-
 def silu(b: KernelBuilder, x):
     """x / (1 + e^-x)"""
-    return b.select(b.compare("==", x, -INF), 0.0, _times_logistic(b, x, x))
+    low, _ = _logistic_limits(x)
+    x = b.select(b.compare("<", x, low), b.constant_of(x.type, low), x)  # no infinity times 0
+    return b.mul(x, logistic(b, x))
 
 
 def gelu(b: KernelBuilder, x, approximate: bool = False):
     """x Phi(x); with `approximate` by the tanh formula."""
     if approximate:
-        inner = b.mul(b.mul(x, math.sqrt(2.0 / math.pi)), b.fma(b.mul(x, x), 0.044715, 1.0))
-        value = _times_logistic(b, x, b.mul(inner, 2.0))  # 0.5 (1 + tanh(u)) = logistic(2u)
-    elif is_f32(x) and not b.can_look_up(x):
+        low = -40.0  # the result is 0 far before
+        x = b.select(b.compare("<", x, low), b.constant_of(x.type, low), x)
+        factor = 2.0 * math.sqrt(2.0 / math.pi)
+        inner = b.mul(x, b.fma(b.mul(x, x), 0.044715 * factor, factor))
+        return b.mul(x, logistic(b, inner))  # 0.5 (1 + tanh(u)) = logistic(2u)
+    if is_f32(x) and not b.can_look_up(x):
         return _gelu_by_erfc(b, x)
-    else:
-        half = b.mul(x, 0.5)
-        value = b.fma(half, erf(b, b.mul(x, math.sqrt(0.5))), half)
+    half = b.mul(x, 0.5)
+    value = b.fma(half, erf(b, b.mul(x, math.sqrt(0.5))), half)
     return b.select(b.compare("==", x, -INF), 0.0, value)
 
 
