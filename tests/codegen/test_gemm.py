@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kgraph.codegen.cpu import gemm
-from kgraph.codegen.cpu.microkernel import TileRange
-from kgraph.ir import Dim, TensorType
+from kgraph.codegen.cpu.microkernel import TileRange, register_tile
+from kgraph.ir import Dim, TensorType, Value, make_node
 from kgraph.ops.contraction import DOT_GENERAL
 from tests.codegen.contractions import add, check, filled
-from tests.codegen.driver import host_target
+from tests.codegen.driver import Bound, host_target
 from tests.codegen.samples import check_sample
 
 FEW = settings(max_examples=30, deadline=None, derandomize=True)
@@ -192,6 +192,25 @@ def test_same_bits_for_any_split(packed):
         np.testing.assert_array_equal(first, other)
 
 
+@pytest.mark.parametrize("rows", [100, 196, 257, 1000])
+def test_units_of_a_symbolic_number_of_rows_are_alike(rows):
+    """Threads share units, so that one with a few left-over rows would leave a thread idle."""
+    node = make_node(
+        DOT_GENERAL, [Value(TensorType((N, 64), "float32")), Value(TensorType((64, 32), "float32"))], PLAIN
+    )
+    arrays = [filled((rows, 64), "float32"), filled((64, 32), "float32", 1)]
+    bound = Bound(gemm.lower(node, host_target()), dict(zip(node.inputs, arrays, strict=True)), {"N": rows})
+    bound.run()
+    *_, (compiled, pointers, integers, extent, scratch) = bound.steps
+    counts = []
+    for unit in range(extent):
+        out = bound.buffers[node.output]
+        out[:] = np.nan
+        compiled.function(pointers.ctypes.data, integers.ctypes.data, unit, unit + 1, scratch.ctypes.data)
+        counts.append(int((~np.isnan(out)).any(axis=1).sum()))
+    assert max(counts) - min(counts) <= 2 * register_tile(host_target())[0]
+
+
 @pytest.mark.parametrize("vector_bytes", [16, 32])
 def test_narrower_vectors(vector_bytes):
     target = host_target(vector_bytes)
@@ -201,8 +220,6 @@ def test_narrower_vectors(vector_bytes):
 
 
 def test_packing_is_left_to_the_kernel_where_the_weight_is_empty():
-    from kgraph.ir import Value, make_node
-
     types = (TensorType((3, 0), "float32"), TensorType((0, 4), "float32"))
     node = make_node(DOT_GENERAL, [Value(t) for t in types], PLAIN)
     assert gemm.packing_for(node, host_target()) is None

@@ -176,6 +176,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
         b_step=table(in_place.outer) if in_place else None,
         copy=copy,
         block=entry(block),
+        even=isinstance(rows, Dim) and not _whole_blocks(rows, block),
         chunk=chunk,
         group=group,
         lanes=lanes,
@@ -316,5 +317,9 @@ def _row_tiles(rows, block: int, tile: int, copy: str) -> TileRange:
     divide = TileRange.static if copy == "columns" else TileRange.even
     if not isinstance(rows, Dim):
         return divide(rows, tile) if 0 < rows <= block else TileRange.static(rows, tile)
-    exact = all(coefficient % block == 0 for _, coefficient in rows.terms)
-    return divide(block, tile) if exact else TileRange.dynamic(tile)
+    return divide(block, tile) if _whole_blocks(rows, block) else TileRange.dynamic(tile)
+
+
+def _whole_blocks(rows: Dim, block: int) -> bool:
+    """Whether any number of rows is one of whole blocks."""
+    return all(coefficient % block == 0 for _, coefficient in rows.terms)

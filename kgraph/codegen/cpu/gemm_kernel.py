@@ -19,7 +19,7 @@ class GemmPlan(NamedTuple):
     (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
     row by row, "columns" (A is contiguous along M) into panels of as many rows as the largest tile has, step by step.
-    block: rows of a unit. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
+    block: rows of a unit; even: at most, as whole tiles are shared out evenly at run time. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
     vector of sums. row_tiles: the members of a `TileRange`. vectors: of a full panel. beside: panels that a single row
     is multiplied with at once, since the sums of one would wait for each other; 1 where there are more rows.
 
@@ -40,6 +40,7 @@ class GemmPlan(NamedTuple):
     b_step: int | tuple | None
     copy: str
     block: int | tuple
+    even: bool
     chunk: int
     group: int
     lanes: int
@@ -159,13 +160,18 @@ class _Gemm:
         with b.loop(b.begin, b.end) as unit:
             group, place = unit % groups, unit // groups
             entry, first_row = place // blocks, (place % blocks) * self.block
+            rows = b.min(self.block, self.rows - first_row)
+            if plan.even:
+                tiles = b.ceil_div(self.rows, plan.panel_rows)
+                first_row = place % blocks * tiles // blocks * plan.panel_rows
+                following = (place % blocks + 1) * tiles // blocks * plan.panel_rows
+                rows = b.min(following, self.rows) - first_row
             a = self.a + batch_offset(b, entry, self.batch, resolve_all(b, plan.a_batch))
             a = a + first_row * resolve(b, plan.a_row)
             if plan.b_step is not None:
                 bp = self.bp + batch_offset(b, entry, self.batch, resolve_all(b, plan.b_batch))
             else:
                 bp = self.bp + entry * (self.product.column_length(self.depth) * self.panels.packed_columns())
-            rows = b.min(self.block, self.rows - first_row)
             pixel = entry * self.rows + first_row
             if plan.chunked:
                 self._chunks(a, bp, group, rows, pixel)
