@@ -19,9 +19,10 @@ class GemmPlan(NamedTuple):
     (b_batch only if B is read in place). rows, columns, depth: M, N, K. a_row, a_step: strides of A along M and K.
     b_step: stride of B along K if B is read in place, else None. copy: "" reads A in place, "rows" copies blocks
     row by row, "columns" (A is contiguous along M) into panels of as many rows as the largest tile has, step by step.
-    block: rows of a unit; even: at most, as whole tiles are shared out evenly at run time. chunk: steps of k between which sums rest in scratch. group: panels of a unit. lanes: of a
-    vector of sums. row_tiles: the members of a `TileRange`. vectors: of a full panel. beside: panels that a single row
-    is multiplied with at once, since the sums of one would wait for each other; 1 where there are more rows.
+    block: rows of a unit; even: at most, as whole tiles are shared out evenly at run time. chunk: steps of k between
+    which sums rest in scratch. group: panels of a unit. lanes: of a vector of sums. row_tiles: the members of a
+    `TileRange`. vectors: of a full panel. beside: panels that a single row is multiplied with at once, since the sums
+    of one would wait for each other; 1 where there are more rows.
 
     Where M is symbolic and A is read in place, the block and the number of first tiles are sizes of run time: products
     that are equal but for these share a kernel.

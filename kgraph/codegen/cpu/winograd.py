@@ -23,7 +23,7 @@ from kgraph.codegen.cpu.epilogue import Parts, take_apart
 from kgraph.codegen.cpu.microkernel import register_tile
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.cpu.winograd_filters import filters_call
-from kgraph.codegen.cpu.winograd_kernel import DTYPE, WinogradPlan
+from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
 from kgraph.codegen.eager import run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType, Value, make_node
@@ -149,7 +149,7 @@ def _candidate(node: Node, target, problems: tuple[_Problem, ...], name: str) ->
         calls = conv.lower_implicit(parts, target) if name == "direct" else lower_parts(parts, target, int(name))
         operands = dict.fromkeys(operand for call in calls for operand in call.operands)
         arrays = {o: rng.standard_normal(o.type.shape).astype(o.type.np_dtype) for o in operands}
-        runs.append((-(-most // problem.images), calls[-1:] if problem.prepared else calls, arrays))
+        runs.append((-(-most // problem.images), calls[1:] if problem.prepared else calls, arrays))
 
     def run() -> None:
         for times, calls, arrays in runs:
@@ -261,6 +261,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
     tiles = tuple(ceil_div(n, how.outputs) for n in out_sizes)
     count = x.shape[0] * (tiles[0] * tiles[1])
     vectors, lanes = register_tile(target)[1], target.lanes(DTYPE)
+    panels = -(-w.shape[3] // (vectors * lanes))
     table = SizeTable()
     plan = WinogradPlan(
         pairs=tuple(float(p) for p in PAIRS[how.outputs]),
@@ -275,16 +276,20 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
         tile=how.tile,
         block=how.block,
         group=how.group,
+        shared=how.group < panels and _tiles(_problems(node, True)[0], how.outputs) <= how.block,
         lanes=lanes,
         vectors=vectors,
         epilogue=tuple(parts.epilogue(DTYPE, w.shape[3], 2)),
     )
-    panels = -(-plan.filters // plan.width)
+    inputs: Value | Temporary = parts.operands[0]
+    if plan.shared:
+        calls.append(_inputs_call(inputs, plan, table, count))
+        inputs = calls[-1].operands[1]
     return [
         *calls,
         KernelCall(
             spec=KernelSpec("winograd" + parts.name, "kgraph.codegen.cpu.winograd_kernel:render_winograd", tuple(plan)),
-            operands=[parts.operands[0], filters, *(v for _, v in parts.extras), *parts.outputs],
+            operands=[inputs, filters, *(v for _, v in parts.extras), *parts.outputs],
             outputs=len(parts.outputs),
             sizes=list(table.values),
             extent=ceil_div(count, how.block) * -(-panels // how.group),
@@ -294,3 +299,20 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
             notes={"inplace": parts.inplace(2)},
         ),
     ]
+
+
+def _inputs_call(x: Value, plan: WinogradPlan, table: SizeTable, tiles) -> KernelCall:
+    """The call that transforms the inputs of all tiles into a Temporary. Those of all filters share its kernel."""
+    params = tuple(plan._replace(filters=0, group=0, vectors=0, epilogue=()))
+    out = Temporary(TensorType((ceil_div(tiles, plan.block), plan.inputs_block), DTYPE))
+    return KernelCall(
+        spec=KernelSpec("winograd_inputs", "kgraph.codegen.cpu.winograd_inputs:render_inputs", params),
+        operands=[x, out],
+        outputs=1,
+        sizes=list(table.values),
+        extent=ceil_div(tiles, plan.tile),
+        flops=4 * plan.side**2 * tiles * plan.channels,
+        bytes=x.type.nbytes + out.type.nbytes,
+        scratch_bytes=plan.input_scratch()["end"],
+        notes={"algorithm": "winograd inputs"},
+    )

@@ -1,100 +1,29 @@
 """The kernel of a Winograd convolution: transforms around products of matrices, one per pair of points.
 
 One unit of work is a block of output tiles, counted through all images, times some panels of filters. It transforms
-the inputs that its tiles meet, channels in vectors; multiplies, pair of points by pair of points, so that only one
-matrix of transformed filters at a time is in use; then transforms the sums of each tile back and finishes them. Units
-of the same tiles follow one another and share the transformed inputs.
+the inputs that its tiles meet, channels in vectors, unless a kernel ahead has done so; multiplies, pair of points by
+pair of points, so that only one matrix of transformed filters at a time is in use; then transforms the sums of each
+tile back and finishes them. Units of the same tiles follow one another and share the transformed inputs.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer, itemsize
+from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, subfunction
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileSet
 from kgraph.codegen.cpu.products import plain
-from kgraph.codegen.cpu.strided import resolve, resolve_all
-from kgraph.codegen.cpu.winograd_transform import input_transform, output_transform
-from kgraph.ops.winograd import TAPS
-
-DTYPE = "float32"
-LINE = 16  # elements of a cache line
-
-
-class WinogradPlan(NamedTuple):
-    """Params of `render_winograd`. Sizes are `int` or ("size", slot).
-
-    pairs: of points of the transforms. outputs: along an axis of a tile. images, tiles: how many there are, and tiles
-    along the rows and columns of one. sizes, out_sizes: rows and columns of an image. origins: minus the padding below.
-    tile: output tiles of a register tile. block: those of a unit, a multiple of `tile`. group: panels of a unit. lanes,
-    vectors: of a vector, a panel.
-    """
-
-    pairs: tuple[float, ...]
-    outputs: int
-    images: int | tuple
-    tiles: tuple
-    sizes: tuple
-    out_sizes: tuple
-    origins: tuple
-    channels: int
-    filters: int
-    tile: int
-    block: int
-    group: int
-    lanes: int
-    vectors: int
-    epilogue: tuple
-
-    @property
-    def side(self) -> int:
-        """Inputs along an axis of a tile."""
-        return self.outputs + TAPS - 1
-
-    @property
-    def width(self) -> int:
-        return self.vectors * self.lanes
-
-    @property
-    def input_pitch(self) -> int:
-        """Distance of tiles in a matrix of transformed inputs; few sets of the cache would hold multiples of 2 KiB."""
-        pitch = -(-self.channels // self.lanes) * self.lanes
-        return pitch + LINE if pitch * itemsize(DTYPE) % 2048 == 0 else pitch
-
-    @property
-    def input_matrix(self) -> int:
-        """Distance of matrices of transformed inputs: an odd number of lines, as all are written at once."""
-        return (-(-self.block * self.input_pitch // LINE) | 1) * LINE
-
-    @property
-    def sums_matrix(self) -> int:
-        """Distance of matrices of sums, likewise."""
-        return (-(-self.block * self.width // LINE) | 1) * LINE
-
-    def scratch(self) -> dict[str, int]:
-        """Byte offsets in a thread's scratch, and the `end`."""
-        points, size = self.side**2, itemsize(DTYPE)
-        sections = {
-            "inputs": points * self.input_matrix * size,
-            "sums": points * self.sums_matrix * self.group * size,
-            "outputs": self.outputs**2 * self.width * size,
-            "stage": points * self.lanes * size,
-            "zeros": -(-self.channels // LINE) * LINE * size,
-            "addresses": points * 8,
-        }
-        offsets, at = {}, 0
-        for name, nbytes in sections.items():
-            offsets[name] = at
-            at += -(-nbytes // 64) * 64
-        return {**offsets, "end": at}
+from kgraph.codegen.cpu.strided import resolve_all
+from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid
+from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
+from kgraph.codegen.cpu.winograd_transform import output_transform
 
 
 def render_winograd(params: tuple, target) -> str:
-    """Kernel (x, transformed filters, extras..., outputs...); see `WinogradPlan`."""
+    """Kernel (x or its transform, transformed filters, extras..., outputs...); see `WinogradPlan`."""
     b = KernelBuilder("winograd", target)
     _Winograd(b, WinogradPlan(*params)).emit()
     return b.ir_text()
@@ -104,9 +33,8 @@ class _Winograd:
     def __init__(self, b: KernelBuilder, plan: WinogradPlan):
         self.b, self.plan = b, plan
         self.pairs = tuple(Fraction(p) for p in plan.pairs)
-        self.images = resolve(b, plan.images)
-        self.tiles, self.origins = resolve_all(b, plan.tiles), resolve_all(b, plan.origins)
-        self.sizes, self.out_sizes = resolve_all(b, plan.sizes), resolve_all(b, plan.out_sizes)
+        self.grid = TileGrid(b, plan)
+        self.out_sizes = resolve_all(b, plan.out_sizes)
         self.panels = Panels(plan.filters, plan.width, plan.lanes)
         code = TileCode(
             product=plain(DTYPE),
@@ -131,35 +59,33 @@ class _Winograd:
             # What is never written together has a name of its own, so that LLVM may reorder accesses.
             return Pointer(b, b.scratch(DTYPE, offsets[name]).value, DTYPE, name)
 
-        # Zeros stand in for inputs beyond the image: they are read through the same addresses.
-        self.x = Pointer(b, b.operand(0, DTYPE).value, DTYPE, "pixels")
-        self.zeros = Pointer(b, scratch("zeros").value, DTYPE, "pixels")
-        self.inputs, self.sums, self.outputs = scratch("inputs"), scratch("sums"), scratch("outputs")
-        self.stage = scratch("stage")
-        self.addresses = scratch("addresses").value
+        self.sums, self.outputs, self.stage = scratch("sums"), scratch("outputs"), scratch("stage")
+        self.inputs = b.operand(0, DTYPE) if plan.shared else scratch("inputs")
         self.filters = b.operand(1, DTYPE)
 
     def emit(self) -> None:
         b, plan = self.b, self.plan
-        count = self.images * (self.tiles[0] * self.tiles[1])
         groups = b.ceil_div(self.panels.count(), plan.group)
-        zero = b.constant(0, DTYPE, plan.lanes)
-        b.vector_loop(0, plan.channels, plan.lanes, lambda i, mask, slot: b.store(self.zeros, i, zero, mask))
-        self.transform_input = self._input_function()
+        transform = None if plan.shared else InputTransform(b, plan, self.grid, plan.scratch())
         transformed = b.variable(b.i64(-1))
         with b.loop(b.begin, b.end) as unit:
             group, place = unit % groups, unit // groups
             first = place * plan.block
-            tiles = b.min(plan.block, count - first)
-            with b.if_then(b.ir.icmp_signed("!=", b.i64(place), transformed.get())):
-                self._inputs(first, tiles)
-                transformed.set(b.i64(place))
+            tiles = b.min(plan.block, self.grid.count - first)
+            inputs = self.inputs
+            if transform is None:
+                inputs = inputs + place * plan.inputs_block
+            else:
+                with b.if_then(b.ir.icmp_signed("!=", b.i64(place), transformed.get())):
+                    transform.transform(first, b.ceil_div(tiles, plan.tile) * plan.tile, inputs)
+                    transformed.set(b.i64(place))
             begin = group * plan.group
             end = b.min(begin + plan.group, self.panels.count())
             with b.loop(0, plan.side**2) as point:
-                self._panels(begin, end, lambda *panel: self._products(point, tiles, *panel))
+                at = inputs + point * plan.input_matrix
+                self._panels(begin, end, lambda *panel: self._products(at, point, tiles, *panel))
             with b.loop(0, tiles) as tile:
-                image, row, col = self._place(first + tile)
+                image, row, col = self.grid.place(first + tile)
                 self._panels(begin, end, lambda *panel: self._outputs(tile, image, row, col, *panel))
 
     def _panels(self, begin, end, emit) -> None:
@@ -173,68 +99,12 @@ class _Winograd:
             with b.if_then(b.int(end) > whole):
                 emit(b.int(whole), whole - begin, panels.tail_vectors, panels.columns % plan.lanes != 0)
 
-    def _place(self, index):
-        """(image, first row, first column) of the outputs of a tile."""
-        high, wide = self.tiles
-        rest = index // wide
-        return rest // high, (rest % high) * self.plan.outputs, (index % wide) * self.plan.outputs
-
-    # -- inputs -------------------------------------------------------------------------------------------------
-    def _inputs(self, first, tiles) -> None:
-        """Transforms what the tiles from `first` on meet. Tiles that fill up the last register tile meet zeros."""
-        b, plan, side = self.b, self.plan, self.plan.side
-        high, wide = self.sizes
-        with b.loop(0, b.ceil_div(tiles, plan.tile) * plan.tile) as tile:
-            image, row, col = self._place(first + tile)
-            first_row, first_col = b.int(row + self.origins[0]), b.int(col + self.origins[1])
-            columns = [first_col + j for j in range(side)]
-            columns_inside = [b.ir.and_(c >= 0, c < wide) for c in columns]
-            with b.loop(0, side) as i:
-                r = first_row + i
-                inside = b.ir.and_(b.ir.and_(r >= 0, r < high), tile < tiles)
-                line = self.x + ((image * high + r) * wide) * plan.channels
-                for j, c in enumerate(columns):
-                    at = b.ir.select(
-                        b.ir.and_(inside, columns_inside[j]), (line + c * plan.channels).value, self.zeros.value
-                    )
-                    b.ir.store(at, self._address(self.addresses, i * side + j))
-            b.ir.call(
-                self.transform_input, [self.addresses, self.stage.value, (self.inputs + tile * plan.input_pitch).value]
-            )
-
-    def _address(self, addresses: ir.Value, number) -> ir.Value:
-        return self.b.ir.gep(addresses, [self.b.i64(number)], inbounds=True, source_etype=PTR)
-
-    def _input_function(self) -> ir.Function:
-        """transform(addresses of a tile's inputs, room for one channel vector of them, its row of the first matrix)."""
-        b, plan, side, lanes = self.b, self.plan, self.plan.side, self.plan.lanes
-        with subfunction(b, "transform_input", [PTR] * 3) as function:
-            addresses, *at = function.args
-            stage, out = (Pointer(b, p, DTYPE, s) for p, s in zip(at, ("stage", "inputs"), strict=True))
-
-            def vector(channel, mask, slot):
-                with b.loop(0, side) as j:
-                    pixels = [b.ir.load(self._address(addresses, j + i * side), typ=PTR) for i in range(side)]
-                    x = [b.load(Pointer(b, p, DTYPE, "pixels"), channel, lanes, mask) for p in pixels]
-                    for i, value in enumerate(input_transform(b, x, self.pairs)):
-                        b.store(stage, (j + i * side) * lanes, value)
-                with b.loop(0, side) as i:
-                    row = stage + i * (side * lanes)
-                    x = [b.load(row, j * lanes, lanes) for j in range(side)]
-                    at = out + (i * (side * plan.input_matrix) + channel)
-                    for j, value in enumerate(input_transform(b, x, self.pairs)):
-                        b.store(at, j * plan.input_matrix, value)
-
-            b.vector_loop(0, plan.channels, lanes, vector)
-        return function
-
     # -- products -----------------------------------------------------------------------------------------------
-    def _products(self, point, tiles, panel, place, vectors: int, masked: bool) -> None:
+    def _products(self, inputs, point, tiles, panel, place, vectors: int, masked: bool) -> None:
         b, plan = self.b, self.plan
         width = vectors * plan.lanes
         packed = plan.channels * self.panels.packed_columns()
         filters = self.filters + (point * packed + panel * (plan.channels * plan.width))
-        inputs = self.inputs + point * plan.input_matrix
         sums = self._sums(place) + point * plan.sums_matrix
 
         with b.loop(0, tiles, plan.tile) as tile:
