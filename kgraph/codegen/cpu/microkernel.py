@@ -13,6 +13,7 @@ each with a stride in A and in B) around one run of `run` consecutive steps.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -44,8 +45,8 @@ class TileCode(NamedTuple):
     b_step: elements from one row of B to the next; None for packed panels, whose rows are as wide as the panel.
     pixel_row_pitch, pixel_col_pitch: strides of the output in pixels (`int` or ("size", slot)).
     partial: whether k is cut into blocks, so that sums are kept in `sums` between them.
-    ahead: rows of B from the current one to one that is requested meanwhile, where B comes from beyond the second-level
-    cache; 0 for none.
+    requests: tiles that read the same rows of B one after the other and between them ask for the rows that are needed
+    next, each for one in so many, where B comes from beyond the second-level cache; 0 for none.
     panel, panel_step: vectors of a packed panel, elements from one to the next, where tiles may span several; else 0.
     """
 
@@ -60,7 +61,7 @@ class TileCode(NamedTuple):
     pixel_row_pitch: int | tuple
     pixel_col_pitch: int | tuple
     partial: bool
-    ahead: int = 0
+    requests: int = 0
     panel: int = 0
     panel_step: int = 0
 
@@ -92,7 +93,18 @@ class TileSet:
         self.finisher = Finisher(b, epilogue, code.dtype, code.lanes, pitches, prefix) if epilogue else None
 
     def call(
-        self, tile: Tile, a: Pointer, bp: Pointer, sums: Pointer, pixel, column, remaining, run=0, first=1, last=1
+        self,
+        tile: Tile,
+        a: Pointer,
+        bp: Pointer,
+        sums: Pointer,
+        pixel,
+        column,
+        remaining,
+        run=0,
+        first=1,
+        last=1,
+        requested: Pointer | None = None,
     ):
         """Compute one tile.
 
@@ -100,6 +112,7 @@ class TileSet:
         `rows * cols * vectors * lanes` elements. pixel: number of the tile's first output pixel. column: its first
         output column. remaining: columns of the output from there on (matters to masked tiles). run: steps of k where
         `code.run` is None. first, last: whether this block of k is the first, the last one (where `code.partial`).
+        requested: the first row of B to ask for (where `code.requests`).
         """
         if tile not in self.functions:
             self.functions[tile] = self._build(tile)
@@ -107,20 +120,21 @@ class TileSet:
         buffers, sizes = b.function.args[0], b.function.args[1]
         integers = [b.i64(x) for x in (pixel, column, remaining, run)]
         flags = [ir.Constant(I1, bool(f)) if isinstance(f, int) else f for f in (first, last)]
-        b.ir.call(self.functions[tile], [buffers, sizes, a.value, bp.value, sums.value, *integers, *flags])
+        pointers = [p.value for p in (a, bp, sums, requested or bp)]
+        b.ir.call(self.functions[tile], [buffers, sizes, *pointers, *integers, *flags])
 
     def _build(self, tile: Tile) -> ir.Function:
         b, code = self.b, self.code
         name = f"{self.prefix}tile_{tile.rows}x{tile.cols}x{tile.vectors}{'_masked' if tile.masked else ''}"
-        with subfunction(b, name, [PTR] * 5 + [I64] * 4 + [I1] * 2) as function:
-            _, sizes, a, bp, sums, *integers, first, last = function.args
+        with subfunction(b, name, [PTR] * 6 + [I64] * 4 + [I1] * 2) as function:
+            _, sizes, a, bp, sums, requested, *integers, first, last = function.args
             pixel, column, remaining, run = (Int(b, x) for x in integers)
             a, bp = Pointer(b, a, code.product.a, "a"), Pointer(b, bp, code.product.b, "b")
-            sums = Pointer(b, sums, code.dtype, "sums")
+            sums, requested = Pointer(b, sums, code.dtype, "sums"), Pointer(b, requested, code.product.b, "b")
             acc = self._first_sums(bp, tile.vectors) * (tile.rows * tile.cols)
             if code.partial:
                 acc = self._sums_so_far(sums, first, acc)
-            acc = self._multiply(tile, a, bp, sizes, run, remaining, acc)
+            acc = self._multiply(tile, a, bp, requested, sizes, run, remaining, acc)
             if code.partial:
                 with b.if_else(last) as (then, otherwise):
                     with then:
@@ -157,7 +171,7 @@ class TileSet:
             out.append(phi)
         return out
 
-    def _multiply(self, tile: Tile, a: Pointer, bp: Pointer, sizes, run, remaining, acc: list) -> list:
+    def _multiply(self, tile: Tile, a: Pointer, bp: Pointer, requested: Pointer, sizes, run, remaining, acc) -> list:
         """The loops over k: the sums `acc` (pixels in order, vectors of a pixel together) with all products added."""
         b, code, product = self.b, self.code, self.code.product
         lanes, vectors = code.lanes, tile.vectors
@@ -169,12 +183,16 @@ class TileSet:
             masks = vector_masks(b, vectors, tile.masked, remaining, lanes)
         displacements = [i * code.row_pitch + j * code.col_pitch for i in range(tile.rows) for j in range(tile.cols)]
 
+        steps = run if code.run is None else code.run
+        unroll = _unroll(steps, len(acc))
+
+        def request(row) -> None:
+            for line in range(0, vectors * lanes, 64 // itemsize(product.b)):
+                b.prefetch(requested, row * b_step + line)
+
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
             places = [(b_at + at, j, count) for at, count in panels for j in range(count)]
             columns = [product.columns(b, *place, lanes, mask) for place, mask in zip(places, masks)]
-            if code.ahead:
-                for line in range(0, vectors * lanes, 64 // itemsize(product.b)):
-                    b.prefetch(b_at, code.ahead * b_step + line)
             out = []
             for p, displacement in enumerate(displacements):
                 x = product.broadcast(b, a_at, displacement, lanes)
@@ -189,11 +207,11 @@ class TileSet:
                     return walk(loops[1:], a_at + i * a_stride, b_at + i * (b_rows * b_step), sums)
 
                 return turn(0, sums) if count == 1 else carried_loop(b, count, 1, sums, turn)
-            steps = run if code.run is None else code.run
-            unroll = _unroll(steps, len(acc))
 
             def unrolled(k, sums):
                 for u in range(unroll):
+                    if code.requests and u % math.gcd(code.requests, unroll) == 0:
+                        request(k + u)
                     sums = step(a_at + (k * code.a_step + u * code.a_step), b_at + (k * b_step + u * b_step), sums)
                 return sums
 

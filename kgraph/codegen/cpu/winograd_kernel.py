@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer
+from kgraph.codegen.cpu.builder import PTR, Int, KernelBuilder, Pointer
 from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, subfunction
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileSet
 from kgraph.codegen.cpu.products import plain
@@ -20,6 +20,10 @@ from kgraph.codegen.cpu.strided import resolve_all
 from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid
 from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
 from kgraph.codegen.cpu.winograd_transform import output_transform
+
+# Register tiles that share the requests for the next panel. One asks for more than memory delivers meanwhile; what the
+# last of four asks for comes too late.
+REQUESTING_TILES = 2
 
 
 def render_winograd(params: tuple, target) -> str:
@@ -48,7 +52,7 @@ class _Winograd:
             pixel_row_pitch=0,
             pixel_col_pitch=0,
             partial=False,
-            ahead=plan.channels,  # the next panel
+            requests=min(plan.block // plan.tile, REQUESTING_TILES),
         )
         self.products = TileSet(b, code, None)
         pitches = (plan.out_sizes[1], 1)
@@ -83,7 +87,7 @@ class _Winograd:
             end = b.min(begin + plan.group, self.panels.count())
             with b.loop(0, plan.side**2) as point:
                 at = inputs + point * plan.input_matrix
-                self._panels(begin, end, lambda *panel: self._products(at, point, tiles, *panel))
+                self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
             with b.loop(0, tiles) as tile:
                 image, row, col = self.grid.place(first + tile)
                 self._panels(begin, end, lambda *panel: self._outputs(tile, image, row, col, *panel))
@@ -100,16 +104,23 @@ class _Winograd:
                 emit(b.int(whole), whole - begin, panels.tail_vectors, panels.columns % plan.lanes != 0)
 
     # -- products -----------------------------------------------------------------------------------------------
-    def _products(self, inputs, point, tiles, panel, place, vectors: int, masked: bool) -> None:
+    def _products(self, inputs, point, tiles, begin, end, panel, place, vectors: int, masked: bool) -> None:
         b, plan = self.b, self.plan
         width = vectors * plan.lanes
         packed = plan.channels * self.panels.packed_columns()
         filters = self.filters + (point * packed + panel * (plan.channels * plan.width))
+        # What is needed next: another panel, or the unit's first one for the next pair of points.
+        last = b.int(panel + 1) >= end
+        following = b.ir.select(last, b.i64(begin - panel), b.i64(1))
+        skipped = b.ir.select(last, b.i64(packed), b.i64(0))
+        requested = filters + (Int(b, following) * (plan.channels * plan.width) + Int(b, skipped))
         sums = self._sums(place) + point * plan.sums_matrix
 
         with b.loop(0, tiles, plan.tile) as tile:
             shape = Tile(1, plan.tile, vectors, False)
-            self.products.call(shape, inputs + tile * plan.input_pitch, filters, sums + tile * width, 0, 0, 0)
+            turn = tile // plan.tile % min(plan.block // plan.tile, REQUESTING_TILES)
+            a, to = inputs + tile * plan.input_pitch, sums + tile * width
+            self.products.call(shape, a, filters, to, 0, 0, 0, requested=requested + turn * width)
 
     def _sums(self, place) -> Pointer:
         return self.sums + place * (self.plan.side**2 * self.plan.sums_matrix)
