@@ -301,7 +301,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
     ]
 
 
-def _inputs_call(x: Value, plan: WinogradPlan, table: SizeTable, tiles) -> KernelCall:
+def _inputs_call(x: Value | Temporary, plan: WinogradPlan, table: SizeTable, tiles) -> KernelCall:
     """The call that transforms the inputs of all tiles into a Temporary. Those of all filters share its kernel."""
     params = tuple(plan._replace(filters=0, group=0, vectors=0, epilogue=()))
     out = Temporary(TensorType((ceil_div(tiles, plan.block), plan.inputs_block), DTYPE))
