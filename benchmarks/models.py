@@ -6,6 +6,7 @@ function without weights being passed around.
 
 from __future__ import annotations
 
+import functools
 import sys
 import zlib
 from collections.abc import Callable
@@ -228,6 +229,7 @@ SHAPES = {
 }
 # Models that scale their inputs themselves take bytes' values.
 PIXELS = ("efficientnetb0", "efficientnetv2b0", "convnexttiny")
+_BLOCK = 1 << 20  # numbers that are drawn at once
 
 
 def build(name: str):
@@ -238,27 +240,35 @@ def build(name: str):
 
 
 def fill_weights(model, seed: int = 0) -> None:
-    """Set every float weight to values that keep activations in range; integer state stays as it is."""
-    values = []
+    """Set every float weight to values that keep activations in range; integer state stays as it is.
+
+    One by one and in blocks, so that the most memory a process has had is that of its engine.
+    """
     for position, variable in enumerate(model.weights):
         shape, path = tuple(variable.shape), variable.path
         if "float" not in str(variable.dtype):
-            values.append(np.asarray(variable))
             continue
         rng = np.random.default_rng([seed, position, zlib.crc32(repr(shape).encode())])
         last = path.rsplit("/", 1)[-1]
         if last in ("moving_variance", "variance"):
-            value = rng.uniform(0.5, 1.5, shape)
+            draw = functools.partial(rng.uniform, 0.5, 1.5)
         elif last in ("gamma", "scale"):
-            value = rng.uniform(0.7, 1.3, shape)
+            draw = functools.partial(rng.uniform, 0.7, 1.3)
         elif last in ("beta", "bias", "moving_mean", "mean"):
-            value = rng.normal(0, 0.1, shape)
+            draw = functools.partial(rng.normal, 0, 0.1)
         else:
             depthwise = "depthwise" in path
             fan_in = np.prod(shape[:-2] if depthwise else shape[:-1]) if len(shape) > 1 else 1
-            value = rng.normal(0, 1, shape) * np.sqrt(1.5 / max(fan_in, 1))
-        values.append(value.astype("float32"))
-    model.set_weights(values)
+            draw = functools.partial(_scaled_normal, rng, np.sqrt(1.5 / max(fan_in, 1)))
+        values = np.empty(shape, "float32")
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, _BLOCK):
+            flat[start : start + _BLOCK] = draw(min(_BLOCK, flat.size - start))
+        variable.assign(values)
+
+
+def _scaled_normal(rng: np.random.Generator, scale: float, count: int) -> np.ndarray:
+    return rng.normal(0, 1, count) * scale
 
 
 def example_inputs(name: str, batch: int, seed: int = 0) -> np.ndarray:

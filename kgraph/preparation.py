@@ -128,17 +128,23 @@ class Preparation:
 
     def _room(self, reserve: Reserve | None) -> dict[int, np.ndarray]:
         """Memory for what kernels pack, by number: in the reserve, the rest in one block, which gets large pages."""
-        types = [(n, call.operands[-1].type) for piece in self._pieces for n, call in piece.calls.items()]
-        spaces = [-(-type.nbytes // LINE) * LINE for _, type in types]
-        ends = list(itertools.accumulate(spaces))
-        block = reserve.take(ends[-1] if ends else 0) if reserve is not None else aligned_bytes(0)
-        inside = sum(end <= block.nbytes for end in ends)
-        rest = aligned_bytes(sum(spaces[inside:]))
+        types = {n: call.operands[-1].type for piece in self._pieces for n, call in piece.calls.items()}
+        spaces = {n: -(-type.nbytes // LINE) * LINE for n, type in types.items()}
+        block = reserve.take(sum(spaces.values())) if reserve is not None else aligned_bytes(0)
+        inside, left = [], block.nbytes
+        # The largest first, so that little of the reserve's memory is left over.
+        for number in sorted(spaces, key=spaces.__getitem__, reverse=True):
+            if spaces[number] <= left:
+                inside.append(number)
+                left -= spaces[number]
+        outside = [n for n in spaces if n not in inside]
+        rest = aligned_bytes(sum(spaces[n] for n in outside))
         room = {}
-        for i, ((number, type), begin) in enumerate(zip(types, [0, *ends])):
-            source = block if i < inside else rest
-            first = begin if i < inside else begin - (ends[inside - 1] if inside else 0)
-            room[number] = source[first : first + type.nbytes].view(type.np_dtype).reshape(type.shape)
+        for source, numbers in ((block, inside), (rest, outside)):
+            ends = itertools.accumulate(spaces[n] for n in numbers)
+            for number, end in zip(numbers, ends):
+                type, begin = types[number], end - spaces[number]
+                room[number] = source[begin : begin + type.nbytes].view(type.np_dtype).reshape(type.shape)
         return room
 
 

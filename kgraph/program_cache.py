@@ -45,6 +45,8 @@ _WATCHED = ("KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY")
 _SETTINGS = ("KGRAPH_WINOGRAD",)
 _ERRORS = (pickle.PickleError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
 
+# Bytes of an array up to which its content stands for itself, in place of a digest.
+_SHORT = 32
 _EXACT = frozenset({type(None), bool, int, float, complex, str, bytes, Dim, TensorType})
 
 
@@ -113,9 +115,11 @@ def _plain(value):
     if type(value) in _EXACT or isinstance(value, np.dtype):
         return value
     if isinstance(value, (tuple, list)):
-        return type(value).__name__, *[_plain(v) for v in value]
+        exact = _EXACT.issuperset(map(type, value))  # as nearly always: shapes, axes
+        return type(value).__name__, *(value if exact else map(_plain, value))
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return "array", value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value)).digest()
+        content = value.tobytes() if value.nbytes <= _SHORT else hashlib.sha256(np.ascontiguousarray(value)).digest()
+        return "array", value.dtype.str, value.shape, content
     if isinstance(value, np.generic):
         return "scalar", value.dtype.str, value.tobytes()
     if isinstance(value, dict):
@@ -125,9 +129,27 @@ def _plain(value):
     if isinstance(value, Primitive):
         return "primitive", value.name
     if isinstance(value, Graph):
-        given = [*value.inputs, *value.params]
-        return _plain((_records(value.nodes, given), _places(value, _numbers_of(value))))
+        return "graph", *_plain_graph(value)
     raise TypeError(f"{type(value)} has no exact text")
+
+
+def _plain_graph(graph: Graph) -> tuple:
+    """What `_records` and `_places` tell of a graph; types and provenances are numbers of those in two lists."""
+    numbers = _numbers_of(graph)
+    types: dict[TensorType, int] = {}
+    provenances: dict[frozenset, int] = {}
+    nodes = [
+        (
+            node.primitive.name,
+            [numbers[v] for v in node.inputs],
+            _plain(node.attrs) if node.attrs else (),
+            [(types.setdefault(v.type, len(types)), v.name) for v in node.outputs],
+            provenances.setdefault(node.provenance, len(provenances)),
+        )
+        for node in graph.nodes
+    ]
+    given = [(v.type, v.name) for v in (*graph.inputs, *graph.params)]
+    return given, nodes, list(types), list(map(sorted, provenances)), _places(graph, numbers)
 
 
 def _numbers(nodes: Iterable[Node], given: Sequence[Value]) -> dict[Value, int]:

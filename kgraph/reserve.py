@@ -30,12 +30,26 @@ def aligned_bytes(nbytes: int) -> np.ndarray:
     return block[first : first + nbytes]
 
 
+def give_back() -> None:
+    """Give the system the pages of freed memory that the C library keeps.
+
+    Such as those of the arrays that a model's weights were set from. Prepared weights would not take their place, being
+    blocks of their own.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Reserve:
     """A block of memory whose pages a thread asks for, until somebody takes the block."""
 
     def __init__(self, nbytes: int):
         """nbytes: how much; too little for what it costs, or a single thread, gives none."""
-        wanted = nbytes >= LEAST_BYTES and get_num_threads() > 1 and sys.platform.startswith("linux")
+        large = nbytes >= LEAST_BYTES and sys.platform.startswith("linux")
+        wanted = large and get_num_threads() > 1
+        if large and not wanted:
+            give_back()
         self._block: np.ndarray | None = aligned_bytes(nbytes) if wanted else None
         self._taken = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="kgraph-reserve", daemon=True) if wanted else None
@@ -46,6 +60,7 @@ class Reserve:
         block = self._block
         if block is None:
             return
+        give_back()
         # By writing, since to ask with `madvise` locks the map of all memory against the other threads.
         for start in range(0, block.nbytes, _STEP):
             if self._taken.is_set():

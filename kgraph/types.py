@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -67,9 +67,15 @@ def np_dtype(name: str) -> np.dtype:
     return _NP_DTYPES[name]
 
 
+@lru_cache(1024)
+def numpy_name(dtype: np.dtype) -> str:
+    """`dtype.name`, which NumPy computes anew each time."""
+    return dtype.name
+
+
 def dtype_name(dtype) -> str:
     """The canonical name of a NumPy dtype, scalar type or name."""
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    name = dtype if isinstance(dtype, str) else numpy_name(np.dtype(dtype))
     if name not in SHORT_NAMES:
         raise TypeError(f"kgraph has no dtype {name!r}; it knows {sorted(SHORT_NAMES)}")
     return name

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kgraph.ir.types import TensorType
+from kgraph.ir.types import TensorType, numpy_name
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def bind(primitive: Primitive, *args, **attrs):
                 return tracer.record(primitive, args, attrs)
     arrays = [np.asarray(a) for a in args]
     # Every application is checked by the shape rule, so that an eager call fails with the same message as a traced one.
-    types = [TensorType(a.shape, a.dtype.name) for a in arrays]
+    types = [TensorType(a.shape, numpy_name(a.dtype)) for a in arrays]
     inferred = primitive.infer(*types, **attrs)
     out = primitive.reference(*arrays, **attrs)
     if isinstance(inferred, tuple):

@@ -41,9 +41,9 @@ def uniform_value(array: np.ndarray):
     first = array.reshape(-1)[:1]
     if array.size > 1 and all(s == 0 for s, n in zip(array.strides, array.shape) if n > 1):
         return first[0].item()
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(array.size, array.itemsize)
-    probe = first.view(np.uint8)
-    if not (flat[-1] == probe).all() or not (flat[array.size // 2] == probe).all() or not (flat == probe).all():
+    bits = f"u{array.itemsize}" if array.itemsize in (1, 2, 4, 8) else f"S{array.itemsize}"
+    flat, probe = np.ascontiguousarray(array).reshape(-1).view(bits), first.view(bits)
+    if flat[-1] != probe or flat[array.size // 2] != probe or not (flat == probe).all():
         return None
     return first[0].item()
 

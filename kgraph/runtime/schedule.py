@@ -97,4 +97,8 @@ def place_barriers(threads: list[int], reads: list[list[Range]], writes: list[li
 
 
 def _overlap(a: list[Range], b: list[Range]) -> bool:
-    return any(first < other_end and other < end for first, end in a for other, other_end in b)
+    for first, end in a:
+        for other, other_end in b:
+            if first < other_end and other < end:
+                return True
+    return False

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
 
 import kgraph
 from kgraph import compiled as compiled_module
-from kgraph.reserve import LEAST_BYTES, LINE, Reserve
+from kgraph.codegen.kernel import Temporary
+from kgraph.ir import Graph, TensorType
+from kgraph.preparation import Preparation, _Piece
+from kgraph.reserve import LEAST_BYTES, LINE, Reserve, aligned_bytes
 
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for memory")
 threads = pytest.mark.skipif(kgraph.get_num_threads() < 2, reason="one core")
 
 
@@ -59,3 +67,39 @@ def test_weights_lie_in_the_reserve_as_far_as_it_goes(monkeypatch):
     assert sum(a.nbytes for a in inside) >= 1500 * 1500 * 4
     model.layers[0].set_weights([np.zeros((1500, 1500)), np.zeros(1500)])
     np.testing.assert_allclose(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def _resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) << 10
+
+
+@linux
+@pytest.mark.parametrize("number", [1, 2])
+def test_freed_memory_goes_back_to_the_system(number):
+    before = kgraph.get_num_threads()
+    kgraph.set_num_threads(number)
+    try:
+        blocks = [np.ones(48 << 10, np.uint8) for _ in range(2000)]
+        last = blocks[-1]  # above the others, so that freeing them alone gives nothing back
+        full = _resident_bytes()
+        blocks.clear()
+        Reserve(LEAST_BYTES).take(0)
+        assert full - _resident_bytes() > 60 << 20
+        assert np.all(last == 1)
+    finally:
+        kgraph.set_num_threads(before)
+
+
+def test_small_weights_take_what_large_ones_leave_of_the_reserve():
+    unit = 1 << 10
+    sizes = [3 * unit, 6 * unit, 5 * unit + 4, 4 * unit]
+    calls = {n: SimpleNamespace(operands=[Temporary(TensorType((s // 4,), "float32"))]) for n, s in enumerate(sizes)}
+    block = aligned_bytes(10 * unit)
+    room = Preparation([_Piece(Graph(), [], calls=calls)])._room(SimpleNamespace(take=lambda nbytes: block[:nbytes]))
+    assert {n for n, array in room.items() if np.shares_memory(array, block)} == {1, 3}
+    for n, array in room.items():
+        assert array.nbytes == sizes[n]
+        assert array.ctypes.data % LINE == 0
+        array.fill(n)
+    assert all(np.all(array == n) for n, array in room.items())

@@ -79,6 +79,12 @@ def test_an_equal_graph_needs_neither_passes_nor_lowering(monkeypatch):
     assert again.program.steps == first.program.steps
 
 
+def from_elsewhere(graph):
+    """The graph with another origin of its last node."""
+    graph.nodes[-1].provenance = frozenset({"elsewhere:add"})
+    return graph
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -87,10 +93,11 @@ def test_an_equal_graph_needs_neither_passes_nor_lowering(monkeypatch):
         lambda: (build(lambda x, w: dense(x, w)[:1]), "inference", ()),
         lambda: (build(shapes=((N, 31), (31, 50))), "inference", ()),
         lambda: (build(shapes=((2 * N, 30), (30, 50))), "inference", ()),
+        lambda: (from_elsewhere(build()), "inference", ()),
         lambda: (build(), "training", ()),
         lambda: (build(), "inference", ((0, 0),)),
     ],
-    ids=["constant", "attribute", "outputs", "shape", "symbol", "passes", "donations"],
+    ids=["constant", "attribute", "outputs", "shape", "symbol", "provenance", "passes", "donations"],
 )
 def test_other_graphs_have_other_keys(other):
     target = host_target()

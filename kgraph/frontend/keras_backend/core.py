@@ -18,6 +18,7 @@ import contextlib
 import functools
 import threading
 import warnings
+from sys import getrefcount
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
 from kgraph.ir.primitive import current_tracer
-from kgraph.ir.types import SHORT_NAMES
+from kgraph.ir.types import SHORT_NAMES, numpy_name
 
 SUPPORTS_SPARSE_TENSORS = True
 SUPPORTS_RAGGED_TENSORS = False
@@ -110,6 +111,15 @@ class Variable(KerasVariable):
 
     def _initialize(self, value):
         self._direct_assign(value)
+
+    def _initialize_with_initializer(self, initializer):
+        value = self._convert_to_tensor(initializer(self._shape, dtype=self._dtype))
+        # What the initialiser has made for this variable, and nobody else can see or change, needs no copy.
+        own = type(value) is np.ndarray and value.base is None and getrefcount(value) == 2
+        if own and value.flags.carray and value.dtype == np_dtype(self._dtype):
+            adopt_values([self], [value])
+        else:
+            self._initialize(value)
 
     def _direct_assign(self, value):
         global weights_version
@@ -199,7 +209,7 @@ def dense_tensor(x, dtype=None):
     if isinstance(x, TracedArray):
         return x if dtype is None or x.value.dtype == dtype else ops.convert(x, dtype=dtype)
     if isinstance(x, np.ndarray):
-        return x if dtype is None or x.dtype.name == dtype else _convert_concrete(x, dtype)
+        return x if dtype is None or numpy_name(x.dtype) == dtype else _convert_concrete(x, dtype)
     if isinstance(x, np.generic):
         return np.asarray(x, dtype=None if dtype is None else np_dtype(dtype))
     if isinstance(x, Dim):
