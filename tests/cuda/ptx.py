@@ -38,7 +38,7 @@ from kgraph.errors import CompileError
 from kgraph.ir import PRIMITIVES, Node, TensorType, Value, make_node
 
 # Records whose kernels are compiled for float16 and TF32 too, which tensor cores multiply.
-ON_TENSOR_CORES = ("dot_general", "conv", "conv_filter_gradient")
+ON_TENSOR_CORES = ("dot_general", "conv", "conv_filter_gradient", "attention", "attention_gradient")
 PROCESSES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 _NUMBERS = {
     "registers": r"Used (\d+) registers",
