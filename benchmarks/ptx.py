@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of the kernels of all test models: `python -m benchmarks.ptx`. No GPU is needed.
 
-Models and training steps of `tests.oracle` are compiled to PTX for every architecture, in two processes; `ptxas` (it is
-part of the CUDA toolkit) says what becomes of them. Writes `results/ptx.json` and `.md`.
+Models and training steps of `tests.oracle` are compiled to PTX for every architecture (`tests.cuda.ptx`); `ptxas` (it
+is part of the CUDA toolkit) says what becomes of them. Writes `results/ptx.json` and `.md`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,10 @@ def compiled(archs: list[str]) -> dict[str, list]:
     """What `tests.cuda.ptx` finds, of both kinds together."""
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0"}
     with tempfile.TemporaryDirectory() as scratch:
-        paths = {kind: Path(scratch) / f"{kind}.json" for kind in KINDS}
-        commands = [[sys.executable, "-m", "tests.cuda.ptx", str(path), kind, *archs] for kind, path in paths.items()]
-        workers = [subprocess.Popen(c, cwd=RESULTS.parent.parent, env=environment) for c in commands]
-        codes = [worker.wait() for worker in workers]
-        if any(codes):
-            raise SystemExit("a process that compiles has failed")
-        return joined([json.loads(path.read_text()) for path in paths.values()])
-
-
-def joined(tables: list[dict[str, list]]) -> dict[str, list]:
-    """The rows of several tables, each kernel once."""
-    out: dict[str, list] = {}
-    for table in tables:
-        for arch, rows in table.items():
-            if arch.startswith("host steps"):
-                out.setdefault(arch, []).extend(rows)
-                continue
-            known = {row["name"].rpartition("/")[2] for row in out.setdefault(arch, [])}
-            out[arch] += [row for row in rows if row["name"].rpartition("/")[2] not in known]
-    return out
+        path = Path(scratch) / "table.json"
+        command = [sys.executable, "-m", "tests.cuda.ptx", str(path), *KINDS, *archs]
+        subprocess.run(command, check=True, cwd=RESULTS.parent.parent, env=environment)
+        return json.loads(path.read_text())
 
 
 def summary(table: dict[str, list]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from kgraph.codegen import expressions, regions
 from kgraph.codegen.expressions import compute_dtype
+from kgraph.codegen.kernel import KernelCall
 from kgraph.codegen.reductions import KINDS, POSITIONS
 from kgraph.codegen.regions import Leaf
 from kgraph.codegen.rows import Parts
@@ -76,3 +78,20 @@ def take_apart(node: Node) -> Rescaling | str:
         label=expressions.name(epilogue),
     )
     return Rescaling(rows, KINDS[core.name], term, middle, tuple(statistics.index(v) for v in stored))
+
+
+def lower_rescaling(node: Node, lower_parts: Callable, template: str, target) -> list[KernelCall]:
+    """One kernel call; the algorithm is (kind, term, middle, (number, dtype) of the statistics that are stored).
+
+    lower_parts: that of a code generator's `rows`.
+    """
+    parts = take_apart(node)
+    if isinstance(parts, str):
+        raise ValueError(f"{node.name}: {parts}")
+    statistics = expressions.output_dtypes(parts.middle)
+    algorithm = (parts.kind, parts.term, parts.middle, tuple((n, statistics[n]) for n in parts.stored))
+    (call,) = lower_parts(parts.rows, template, algorithm, target, f"reduce_{parts.kind}")
+    # The order of accesses is kept for outputs of the row's shape alone.
+    first = len(call.operands) - len(parts.stored)
+    pairs = tuple((o, i) for o, i in call.notes["inplace"] if o < first)
+    return [replace(call, notes={**call.notes, "inplace": pairs})]

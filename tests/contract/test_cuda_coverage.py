@@ -15,9 +15,7 @@ from kgraph.ir import PRIMITIVES, Value, make_node, type_of
 
 # Primitives with a CPU kernel and none for CUDA yet.
 MISSING: frozenset[str] = frozenset()
-# Primitives of which CUDA takes some samples and not yet all that the CPU takes.
-PARTIAL = frozenset({"fusion"})
-COMPLETE = [p for p in PRIMITIVES.values() if p.name not in MISSING | PARTIAL]
+COMPLETE = [p for p in PRIMITIVES.values() if p.name not in MISSING]
 
 
 def nodes(record):
@@ -39,6 +37,10 @@ def test_primitives_that_have_a_kernel_on_the_cpu_alone():
         and not any(cuda_families.accepts(node) is None for node in nodes(record))
     }
     assert found == MISSING
+
+
+def test_every_kind_of_fused_node_has_a_family_on_every_target():
+    assert set(families.BY_KIND) == set(cuda_families.BY_KIND)
 
 
 @pytest.mark.parametrize("record", COMPLETE, ids=lambda p: p.name)

@@ -57,15 +57,17 @@ def reversible_embedding():
 MODELS = (dense, wide_as_its_inputs, einsum, attention, embedding, reversible_embedding)
 
 
-def quantised(build, mode: str):
-    """The compiled model, its input, what Keras gives without quantisation, and what NumPy makes of the graph."""
+def quantised(build, mode: str, **options):
+    """The compiled model, its input, what Keras gives without quantisation, and what NumPy makes of the graph.
+
+    options: of `compile`."""
     model, x = build()
     models.fill_weights(model)
     exact = np.asarray(model(x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # layers without weights have nothing to quantise
         model.quantize(mode)
-    compiled = kgraph.compile(model)
+    compiled = kgraph.compile(model, **options)
     (reference,) = evaluate(compiled.captured_graph, [x], compiled._some_variant().weights())
     return compiled, x, exact, reference
 

@@ -6,11 +6,9 @@ the statistic, then for what is made of the row by it.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kgraph.codegen.cpu import expressions, rows
 from kgraph.codegen.kernel import KernelCall
-from kgraph.codegen.rescaling import take_apart
+from kgraph.codegen.rescaling import lower_rescaling, take_apart
 from kgraph.ir import Node
 
 TEMPLATE = "kgraph.codegen.cpu.rescale:render"
@@ -24,16 +22,7 @@ def accepts(node: Node) -> str | None:
 
 def lower(node: Node, target) -> list[KernelCall]:
     """One kernel call; a unit is a row."""
-    parts = take_apart(node)
-    if isinstance(parts, str):
-        raise ValueError(f"{node.name}: {parts}")
-    statistics = expressions.output_dtypes(parts.middle)
-    algorithm = (parts.kind, parts.term, parts.middle, tuple((n, statistics[n]) for n in parts.stored))
-    (call,) = rows.lower_parts(parts.rows, TEMPLATE, algorithm, target, f"reduce_{parts.kind}")
-    # The order of accesses is kept for outputs of the row's shape alone.
-    first = len(call.operands) - len(parts.stored)
-    pairs = tuple((o, i) for o, i in call.notes["inplace"] if o < first)
-    return [replace(call, notes={**call.notes, "inplace": pairs})]
+    return lower_rescaling(node, rows.lower_parts, TEMPLATE, target)
 
 
 def render(params: tuple, target) -> str:

@@ -3,12 +3,16 @@
 A block takes a tile of queries of one head through all tiles of keys, and carries maxima and sums of the softmax along
 (Dao et al., "FlashAttention", 2022; Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). Where
 values have more columns than a block keeps sums for, several blocks make a part of them each, from the same scores.
+On tensor cores the weights are rounded to the dtype of the values; the softmax and all sums are float32.
 """
 
 from __future__ import annotations
 
 from kgraph.codegen.attention import MASKED
-from kgraph.codegen.cuda.attention_block import AttentionBlock, Plan, Rows, choose_tile, plan_of
+from kgraph.codegen.cuda.attention_block import AttentionBlock, Plan, plan_of
+from kgraph.codegen.cuda.attention_tiles import Rows, choose_tile
+from kgraph.codegen.cuda.mma import instruction_for
+from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
 from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div, product
@@ -26,10 +30,11 @@ def lower(node: Node, target) -> list[KernelCall]:
     """The one call of an attention node."""
     q, k, v = node.inputs[:3]
     batch, queries, heads, depth = q.shape
-    tile = choose_tile(q.dtype, v.shape[3], target)
+    tensor = instruction_for(q.dtype, compute_dtype(q.dtype), target)
+    tile = choose_tile(q.dtype, v.shape[3], target, instruction=tensor)
     operands = [*node.inputs, node.output]
     name = "attention_causal" if node.attrs["is_causal"] else "attention"
-    plan, sizes = plan_of(name, node, tile, operands)
+    plan, sizes = plan_of(name, node, tile, operands, tensor)
     return [
         KernelCall(
             KernelSpec(name, "kgraph.codegen.cuda.attention:render", tuple(plan)),
@@ -56,7 +61,7 @@ class _Forward(AttentionBlock):
 
         super().__init__(plan, target, operands)
         rows = self.tile.rows
-        self.sums = self.new_sums()
+        self.sums = self.tiles.new_sums()
         self.maxima, self.norms, self.factors = (self.shared(rows) for _ in range(3))
         self.parts = self.shared(self.tile.block)
         self.lanes = self.tile.block // rows  # threads that share a row of scores
@@ -77,9 +82,9 @@ class _Forward(AttentionBlock):
             with k.suite(f"if {self.thread} < {k.i(tile.rows)}:"):
                 k.store(self.maxima, self.thread, self.literal(MASKED[self.dtype]))
                 k.store(self.norms, self.thread, self.literal(0))
-            self.clear_sums(self.sums)
+            self.tiles.clear(self.sums)
             with k.range(0, self.visible_keys(first_query), tile.rows) as first_key:
-                self.products(
+                self.tiles.products(
                     query, Rows(self.key, key_start, self.key_stride, first_key, self.keys, self.depth), self.scores
                 )
                 with self.elements(first_query, first_key) as (row, column, place):
@@ -88,7 +93,7 @@ class _Forward(AttentionBlock):
                 self.softmax()
                 self.rescale()
                 value = Rows(self.value, value_start, self.value_stride, first_key, self.keys, self.value_depth)
-                self.weigh(self.sums, self.scores, value, first_column)
+                self.tiles.weigh(self.sums, self.scores, value, first_column)
             k.synchronise()
             result_start = self.start(batch, self.queries, self.heads, head, self.value_depth)
             result = Rows(self.result, result_start, self.result_stride, first_query, self.queries, self.value_depth)
@@ -97,9 +102,9 @@ class _Forward(AttentionBlock):
 
     def rescale(self) -> None:
         """Brings earlier sums to the new maxima."""
-        k, side, width = self.k, self.tile.side, self.tile.width // self.tile.side
-        with k.range(0, k.i(self.tile.rows // side), 1) as i:
-            factor = k.load(self.factors, k.add(self.row, k.mul(i, side)))
+        k, width = self.k, self.tiles.width
+        with k.range(0, k.i(self.tiles.height), 1) as i:
+            factor = k.load(self.factors, self.tiles.sum_place(i, 0)[0])
             with k.range(0, k.i(width), 1) as j:
                 n = k.let(k.add(k.mul(i, width), j))
                 k.store(self.sums, n, f"{k.load(self.sums, n)} * {factor}")
@@ -115,7 +120,9 @@ class _Forward(AttentionBlock):
         k, tile = self.k, self.tile
         row, lane = k.let(k.div(self.thread, self.lanes), "row"), k.let(k.mod(self.thread, self.lanes), "lane")
         count = tile.rows // self.lanes
-        first = k.let(k.add(k.mul(row, tile.pitch), k.mul(lane, count)), "first")
+        column = k.let(k.mul(lane, count), "column")
+        first = k.let(k.add(k.mul(row, tile.pitch), column), "first")
+        weights = k.local(self.dtype, count)
         before = k.fresh("before")
         k.synchronise()
         k.line(f"{before} = {self.maxima.name}[{row}]")
@@ -130,12 +137,13 @@ class _Forward(AttentionBlock):
             k.line(f"{best} = ({other} if {other} > {best} else {best})")
         k.line(f"{total} = {self.literal(0)}")
         with k.range(0, k.i(count), 1) as i:
-            at = k.let(k.add(first, i))
-            weight = k.let(self.exp2(f"{k.load(self.scores, at)} - {best}"))
-            k.store(self.scores, at, weight)
+            weight = k.let(self.exp2(f"{k.load(self.scores, k.add(first, i))} - {best}"))
+            k.store(weights, i, weight)
             k.line(f"{total} = {total} + {weight}")
         k.synchronise()
         k.store(self.parts, self.thread, total)
+        with k.range(0, k.i(count), 1) as i:
+            self.tiles.put_weight(self.scores, row, k.add(column, i), k.load(weights, i))
         k.synchronise()
         with k.suite(f"if {lane} == {k.i(0)}:"):
             factor = k.let(self.exp2(f"{before} - {best}"))

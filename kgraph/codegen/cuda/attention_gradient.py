@@ -5,14 +5,17 @@ Three kernels, each of which computes scores again from q and k (after Dao et al
   of the weights' cotangents under the weights;
 - `queries` then has the cotangents of the logits, and sums those of q over the keys;
 - `keys` takes every tile of keys through the queries of all heads that read it, for the cotangents of k and v.
-Every sum is made by one block in a fixed order.
+Every sum is made by one block in a fixed order. On tensor cores weights and cotangents of logits are rounded to the
+dtype of the operands before they are multiplied.
 """
 
 from __future__ import annotations
 
 from kgraph.codegen.attention import MASKED
 from kgraph.codegen.cuda import attention
-from kgraph.codegen.cuda.attention_block import AttentionBlock, Plan, Rows, choose_tile, plan_of
+from kgraph.codegen.cuda.attention_block import AttentionBlock, Plan, plan_of
+from kgraph.codegen.cuda.attention_tiles import Rows, choose_tile
+from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.ir import Dim, Node, TensorType
@@ -34,6 +37,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     batch, queries, heads, depth = q.shape
     keys, key_heads, value_depth = k.shape[1], k.shape[2], v.shape[3]
     dtype = compute_dtype(q.dtype)
+    tensor = instruction_for(q.dtype, dtype, target)
     statistics = [Temporary(TensorType((batch, heads, queries), dtype)) for _ in range(3)]
     widest = max(depth, value_depth)
     calls = []
@@ -42,10 +46,12 @@ def lower(node: Node, target) -> list[KernelCall]:
         ("queries", [node.outputs[0], *node.outputs[3:]], depth, batch * heads, depth),
         ("keys", list(node.outputs[1:3]), widest, batch * key_heads, widest),
     ):
-        tile = choose_tile(q.dtype, sums, target, CHUNK)
+        tile = choose_tile(q.dtype, sums, target, CHUNK, tensor)
+        if name == "statistics":
+            tile = tile._replace(gap=1)  # threads read along rows of their own
         operands = [*node.inputs, *(statistics if name != "statistics" else ()), *outputs]
         label = f"attention_{'causal_' if node.attrs['is_causal'] else ''}gradient_{name}"
-        plan, sizes = plan_of(label, node, tile, operands)
+        plan, sizes = plan_of(label, node, tile, operands, tensor)
         rows = keys if name == "keys" else queries
         calls.append(
             KernelCall(
@@ -111,8 +117,8 @@ class _Gradient(AttentionBlock):
 
     def tile_products(self, first_query: str, first_key: str) -> None:
         """Leaves the products of q and k, and of the cotangent and v, of a tile in shared memory."""
-        self.products(self.rows_of("query", first_query), self.rows_of("key", first_key), self.scores)
-        self.products(self.rows_of("cotangent", first_query), self.rows_of("value", first_key), self.to_weights)
+        self.tiles.products(self.rows_of("query", first_query), self.rows_of("key", first_key), self.scores)
+        self.tiles.products(self.rows_of("cotangent", first_query), self.rows_of("value", first_key), self.to_weights)
 
     def weight(self, place: str, query: str, key: str) -> tuple[str, str]:
         """(weight, cotangent of the logit) of a query and a key, from the products; 0 where there are none."""
@@ -184,7 +190,7 @@ class _Queries(_Gradient):
     def __init__(self, plan: Plan, target):
         logits = [compute_dtype(plan.dtype)] if plan.bias is not None else []
         super().__init__(plan, target, [plan.dtype, *logits])
-        self.sums = self.new_sums()
+        self.sums = self.tiles.new_sums()
 
     def text(self) -> str:
         k, tile = self.k, self.tile
@@ -194,7 +200,7 @@ class _Queries(_Gradient):
             batch, head, at, part = k.coordinates(number, [self.batch, self.heads, tiles, parts])
             first_query, first_column = k.let(k.mul(at, tile.rows)), k.let(k.mul(part, tile.width))
             self.head(batch, head, k.let(k.div(head, self.group)))
-            self.clear_sums(self.sums)
+            self.tiles.clear(self.sums)
             # Every logit has a cotangent to store, if that of a bias is asked for.
             keys = self.keys if self.plan.bias is not None else self.visible_keys(first_query)
             with k.range(0, keys, tile.rows) as first_key:
@@ -206,7 +212,8 @@ class _Queries(_Gradient):
                         with k.suite(f"if {part} == {k.i(0)} and {query} < {self.queries} and {key} < {self.keys}:"):
                             row = k.mul(k.add(self.statistics_start, query), self.keys)
                             k.store(self.results[1], k.add(row, key), to_logit)
-                self.weigh(self.sums, self.to_weights, self.rows_of("key", first_key), first_column)
+                self.tiles.pack(self.to_weights)
+                self.tiles.weigh(self.sums, self.to_weights, self.rows_of("key", first_key), first_column)
             rows, scale = self.rows_of("query", first_query), self.literal(self.plan.scale)
             self.store_sums(self.results[0], self.sums, rows, first_column, lambda total, _: f"({total} * {scale})")
         return k.text()
@@ -215,7 +222,7 @@ class _Queries(_Gradient):
 class _Keys(_Gradient):
     def __init__(self, plan: Plan, target):
         super().__init__(plan, target, [plan.dtype, plan.dtype])
-        self.to_key, self.to_value = self.new_sums(), self.new_sums()
+        self.to_key, self.to_value = self.tiles.new_sums(), self.tiles.new_sums()
 
     def text(self) -> str:
         k, tile = self.k, self.tile
@@ -225,8 +232,8 @@ class _Keys(_Gradient):
         with k.block_stride(k.let(k.product([self.batch, self.key_heads, tiles, parts]), "total")) as number:
             batch, key_head, at, part = k.coordinates(number, [self.batch, self.key_heads, tiles, parts])
             first_key, first_column = k.let(k.mul(at, tile.rows)), k.let(k.mul(part, tile.width))
-            self.clear_sums(self.to_key)
-            self.clear_sums(self.to_value)
+            self.tiles.clear(self.to_key)
+            self.tiles.clear(self.to_value)
             first_head = k.let(k.mul(key_head, self.group))
             # Without a mask, queries before the first key give no weight to any of these.
             start = first_key if self.plan.is_causal and self.plan.mask is None else k.i(0)
@@ -252,5 +259,9 @@ class _Keys(_Gradient):
             weight, to_logit = self.weight(place, query, key)
             k.store(self.scores, place, weight)
             k.store(self.to_weights, place, to_logit)
-        self.weigh(self.to_value, self.scores, self.rows_of("cotangent", first_query), first_column, transposed=True)
-        self.weigh(self.to_key, self.to_weights, self.rows_of("query", first_query), first_column, transposed=True)
+        for sums, weights, rows in (
+            (self.to_value, self.scores, self.rows_of("cotangent", first_query)),
+            (self.to_key, self.to_weights, self.rows_of("query", first_query)),
+        ):
+            self.tiles.pack(weights, transposed=True)
+            self.tiles.weigh(sums, weights, rows, first_column, transposed=True)

@@ -41,6 +41,7 @@ BY_KIND = {
     "pool": "pool",
     "loop": "loop",
     "reduce": "reduce",
+    "rescale": "rescale",
     "dot": "gemm",
     "softmax": "softmax",
     "norm": "norm",

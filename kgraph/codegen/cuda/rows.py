@@ -16,7 +16,7 @@ from kgraph.codegen import expressions, regions
 from kgraph.codegen.cuda.accumulators import Accumulator, Lanes, strips
 from kgraph.codegen.cuda.loop import leaf_value
 from kgraph.codegen.cuda.reduce import SHORT_ROW, BlockShape
-from kgraph.codegen.cuda.source import KernelSource, index_type
+from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
 from kgraph.codegen.normalisations import EXPONENTIAL
 from kgraph.codegen.reductions import Walk, walk
@@ -114,9 +114,10 @@ class RowKernel:
     """The frame of a row kernel: `for_each_row(algorithm)`, whose argument gets this object with a row set up.
 
     dtype: the row's, in compute form. kept: elements of the row that each lane holds in registers; 0 for none.
+    further: operands of these dtypes behind those that the epilogue writes.
     """
 
-    def __init__(self, params: tuple, target):
+    def __init__(self, params: tuple, target, further: Sequence[str] = ()):
         name, self.prologue, self.leaves, self.extras, self.epilogue, layout, self.algorithm = params
         self.roles, shape, self.lengths, self.is_reduced, index = layout
         self.shape, self.kept = shape.block, shape.kept
@@ -124,6 +125,7 @@ class RowKernel:
         described = (*self.leaves, *self.extras)
         self.pointers = [None if is_coordinate else k.operand(dtype) for dtype, _, is_coordinate in described]
         self.outputs = [k.operand(dtype) for dtype in expressions.output_dtypes(self.epilogue)]
+        self.further = [k.operand(dtype) for dtype in further]
         self.sizes = [k.size() for _ in self.roles]
         self.dtype = row_dtype(self.prologue)
         self.kept_axes = [a for a, role in enumerate(self.roles) if role == "k"]
@@ -184,16 +186,18 @@ class RowKernel:
             for value, spot in zip([k.let(self._load(spot)) for spot in spots], spots):
                 visit(value, spot)
 
-    def accumulate(self, sums: Sequence[Accumulator], term: Callable[[str], str] = lambda value: value) -> None:
-        """Takes `term(value)` of every element of the row into each of `sums`, which no 0 changes if the row stays in
-        registers, and leaves the results in every lane of it."""
+    def accumulate(
+        self, sums: Sequence[Accumulator], term: Callable[[str], str] = lambda value: value, neutral: float = 0
+    ) -> None:
+        """Takes `term(value)` of every element of the row into each of `sums`, none of which `neutral` changes, and
+        leaves the results in every lane of it."""
         k = self.k
         for s in sums:
             s.reset()
         if self.kept:
             for spot, value in zip(self.spots, self.values):
                 for s in sums:
-                    s.step([self.masked(k.let(term(value)), spot, 0)], spot.position)
+                    s.step([self.masked(k.let(term(value)), spot, neutral)], spot.position)
         else:
             for positions in strips(k, self.lane, self.length, self.shape.lanes):
                 terms = [[k.let(term(k.let(self._load(Spot(0, position, "")))))] for position in positions]
@@ -213,14 +217,16 @@ class RowKernel:
         lanes.merge(self.thread, self.lane)
         lanes.spread(self.thread, self.lane)
 
-    def write(self, visit: Callable[[str, Spot], str]) -> None:
-        """The last look: `visit(value, spot)` gives the core's result, which goes through the epilogue."""
+    def write(self, visit: Callable[[str, Spot], str | list[str]]) -> None:
+        """The last look: `visit(value, spot)` gives the core's result, or a list of results, which go through the
+        epilogue."""
         k = self.k
 
         def store(value: str, spot: Spot) -> None:
             with k.suite(f"if {self.valid} and {spot.inside}:" if spot.inside else f"if {self.valid}:"):
                 coordinates, whole = self._place(spot)
-                values = [k.let(visit(value, spot))]
+                results = visit(value, spot)
+                values = [k.let(x) for x in (results if isinstance(results, list) else [results])]
                 for pointer, (dtype, spans, _) in zip(self.pointers[len(self.leaves) :], self.extras):
                     values.append(leaf_value(k, pointer, dtype, spans, whole, coordinates, self.sizes))
                 for output, result in zip(self.outputs, k.emit(self.epilogue, values)):
@@ -228,11 +234,11 @@ class RowKernel:
 
         self.each(store)
 
-    def write_statistic(self, value: str) -> None:
-        """Stores one value per row as the output."""
+    def write_statistic(self, value: str, to: Operand | None = None) -> None:
+        """Stores one value per row to an operand, by default the first output."""
         k = self.k
         with k.suite(f"if {self.lane} == {k.i(0)} and {self.valid}:"):
-            k.store(self.outputs[0], self.unit, value)
+            k.store(to or self.outputs[0], self.unit, value)
 
     # -- values -------------------------------------------------------------------------------------------------------
     def c(self, value: float) -> str:

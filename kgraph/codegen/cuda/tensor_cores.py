@@ -26,7 +26,7 @@ class TensorProduct(TileProduct):
     def _allocate(self, k: KernelSource, right_along_depth: bool) -> None:
         tile, instruction = self.tile, self.instruction
         self.pitch = tile.depth // instruction.packed + GAP
-        self.left = k.shared("uint32", tile.rows * self.pitch)
+        self.left, self.left_pitch = self._left_rows()
         self.right = k.shared("uint32", tile.columns * self.pitch)
         lane, warp = k.let(k.mod(self.thread, LANES), "lane"), k.let(k.div(self.thread, LANES), "warp")
         side = tile.columns // self.warp_columns  # warps next to each other
@@ -34,51 +34,66 @@ class TensorProduct(TileProduct):
         self.row = k.let(k.add(k.mul(k.div(warp, side), self.warp_rows), group), "row")
         first = k.let(k.mul(k.mod(warp, side), self.warp_columns), "first")
         self.column = k.let(k.add(first, k.mul(member, 2)), "column")
-        self._from_left = k.let(k.add(k.mul(self.row, self.pitch), member), "left")
+        self._from_left = k.let(k.add(k.mul(self.row, self.left_pitch), member), "left")
         self._from_right = k.let(k.add(k.mul(k.add(first, group), self.pitch), member), "right")
         self._a = k.local("uint32", tile.height // 2 * len(instruction.a))
         self._b = k.local("uint32", tile.width // 2 * len(instruction.b))
         words = len(instruction.a) + len(instruction.b)
         self._lanes = k.shared("uint32", tile.block * words) if k.target.simulator else None
 
+    def _left_rows(self) -> tuple[Operand, int]:
+        """Where the rows of the left operand lie in shared memory, and how many words apart."""
+        return self.k.shared("uint32", self.tile.rows * self.pitch), self.pitch
+
     @property
     def _panel_dtype(self) -> str:
         """Half floats stay what they are."""
         return "uint16" if self.instruction.packed == 2 else "float32"
 
-    def _place_row(self, i: str) -> str:
+    def place_row(self, i: str) -> str:
         return self.k.add(self.row, self.k.mul(i, ROWS // 2))
 
-    def _place_column(self, j: str) -> str:
+    def place_column(self, j: str) -> str:
         k = self.k
         return k.add(self.column, k.add(k.mul(k.div(j, 2), COLUMNS), k.mod(j, 2)))
 
-    def _put(self, n: str, panel: Panel, words: Operand, line: str, depth: str) -> None:
-        """Writes the thread's operand number n to its place in shared memory."""
-        k, value = self.k, self.k.load(panel.fetched, n)
-        place = k.add(k.mul(line, self.pitch * self.instruction.packed), depth)
+    def put(self, words: Operand, place: str, value: str) -> None:
+        """Writes an operand to its place in rows of words: the bits of a half float, or a float32 that is rounded."""
         if self.instruction.packed == 2:
-            k.line(f"put_half({words.name}, {place}, {value})")
+            self.k.line(f"put_half({words.name}, {place}, {value})")
         else:
-            k.store(words, place, f"to_tfloat32({value})")
+            word = f"to_tfloat32({value})"
+            self.k.store(words, place, f"bits_float({word})" if words.dtype == "float32" else word)
+
+    def _put_panel(self, panel: Panel, words: Operand, rows_first: bool) -> None:
+        """Writes what the thread has fetched of a panel [rows, depth] or [depth, columns]."""
+        k = self.k
+        with panel.each() as (n, *place):
+            line, depth = place if rows_first else place[::-1]
+            value = k.load(panel.fetched, n)
+            self.put(words, k.add(k.mul(line, self.pitch * self.instruction.packed), depth), value)
 
     def _put_panels(self) -> None:
-        with self.left_panel.each() as (n, row, depth):
-            self._put(n, self.left_panel, self.left, row, depth)
-        with self.right_panel.each() as (n, depth, column):
-            self._put(n, self.right_panel, self.right, column, depth)
+        self._put_panel(self.left_panel, self.left, True)
+        self._put_panel(self.right_panel, self.right, False)
 
-    def _products(self) -> None:
+    def _first_left(self, step: str) -> str:
+        """Where the thread's words of the left operand begin for chunk `step` - 1."""
+        return self._from_left
+
+    def _products(self, step: str) -> None:
         k, tile, instruction = self.k, self.tile, self.instruction
         across = instruction.depth // instruction.packed  # words of a row that one instruction multiplies
         offset = lambda depth: depth // instruction.packed
-        with k.range(0, k.i(tile.depth // instruction.depth), 1) as step:
-            left = k.let(k.add(self._from_left, k.mul(step, across)))
-            right = k.let(k.add(self._from_right, k.mul(step, across)))
+        from_left = self._first_left(step)
+        with k.range(0, k.i(tile.depth // instruction.depth), 1) as part:
+            left = k.let(k.add(from_left, k.mul(part, across)))
+            right = k.let(k.add(self._from_right, k.mul(part, across)))
             with k.range(0, k.i(tile.height // 2), 1) as i:
-                line = k.let(k.add(left, k.mul(i, ROWS * self.pitch)))
+                line = k.let(k.add(left, k.mul(i, ROWS * self.left_pitch)))
                 for n, (row, depth) in enumerate(instruction.a):
-                    word = k.load(self.left, k.add(line, row * self.pitch + offset(depth)))
+                    word = k.load(self.left, k.add(line, row * self.left_pitch + offset(depth)))
+                    word = f"float_bits({word})" if self.left.dtype == "float32" else word
                     k.store(self._a, k.add(k.mul(i, len(instruction.a)), n), word)
             with k.range(0, k.i(tile.width // 2), 1) as j:
                 line = k.let(k.add(right, k.mul(j, COLUMNS * self.pitch)))
@@ -107,6 +122,30 @@ class TensorProduct(TileProduct):
             k.synchronise()
         for place, result in zip(places, results, strict=True):
             k.store(self.sums, place, result)
+
+
+class WeightedRows(TensorProduct):
+    """Sums of which the left operand [rows, depth of all chunks] lies in shared memory: words at the beginning of rows
+    that are `pitch` words apart, written by `put`. Only the right one comes in panels."""
+
+    def __init__(self, k: KernelSource, tile: Tile, name: str, left: Operand, pitch: int):
+        self._given = left, pitch
+        super().__init__(k, tile, name, False, False)
+
+    def _left_rows(self) -> tuple[Operand, int]:
+        return self._given
+
+    def _make_panels(self, left_along_rows: bool, right_along_depth: bool) -> None:
+        tile = self.tile
+        self.right_panel = Panel(self.k, tile.block, tile.depth, tile.columns, right_along_depth, self._panel_dtype)
+
+    def _put_panels(self) -> None:
+        self._put_panel(self.right_panel, self.right, False)
+
+    def _first_left(self, step: str) -> str:
+        k = self.k
+        chunk = k.mul(k.sub(step, 1), self.tile.depth // self.instruction.packed)
+        return k.let(k.add(self._from_left, chunk), "left")
 
 
 def tile_product(

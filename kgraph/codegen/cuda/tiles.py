@@ -123,10 +123,12 @@ class TileProduct:
         self.k, self.tile, self.dtype = k, tile, dtype
         self.thread = k.thread()
         self._allocate(k, right_along_depth)
-        self.stage = k.shared(dtype, tile.block * tile.width)
         self.sums = k.local(dtype, tile.height * tile.width)
-        # (row, depth) on the left, (depth, column) on the right.
-        fetched = self._panel_dtype
+        self._make_panels(left_along_rows, right_along_depth)
+
+    def _make_panels(self, left_along_rows: bool, right_along_depth: bool) -> None:
+        """(row, depth) on the left, (depth, column) on the right."""
+        k, tile, fetched = self.k, self.tile, self._panel_dtype
         self.left_panel = Panel(k, tile.block, tile.rows, tile.depth, left_along_rows, fetched)
         self.right_panel = Panel(k, tile.block, tile.depth, tile.columns, right_along_depth, fetched)
 
@@ -147,11 +149,12 @@ class TileProduct:
         """What the registers of a thread's part of a panel hold."""
         return self.dtype
 
-    def _place_row(self, i: str) -> str:
+    def place_row(self, i: str) -> str:
         """The row of the tile that is row i of the thread's results."""
         return self.k.add(self.row, self.k.mul(i, self.tile.down))
 
-    def _place_column(self, j: str) -> str:
+    def place_column(self, j: str) -> str:
+        """The column of the tile that is column j of the thread's results."""
         return self.k.add(self.column, self.k.mul(j, self.tile.across))
 
     def _put_panels(self) -> None:
@@ -163,11 +166,20 @@ class TileProduct:
             at = k.add(k.mul(depth, self.right_pitch), column)
             k.store(self.right, at, k.load(self.right_panel.fetched, n))
 
-    def run(self, chunks: str, fetch: Callable[[], None]) -> None:
-        """Sums over `chunks` chunks. fetch: writes code that sets the panels' registers for the next chunk."""
+    def clear(self) -> None:
+        """Sets all sums to 0."""
         k, tile = self.k, self.tile
         with k.range(0, k.i(tile.height * tile.width), 1) as n:
             k.store(self.sums, n, k.literal(0, self.dtype))
+
+    def run(self, chunks: str, fetch: Callable[[], None]) -> None:
+        """Sums over `chunks` chunks. fetch: writes code that sets the panels' registers for the next chunk."""
+        self.clear()
+        self.add(chunks, fetch)
+
+    def add(self, chunks: str, fetch: Callable[[], None]) -> None:
+        """Adds the products of `chunks` chunks to the sums; see `run`."""
+        k = self.k
         with k.range(0, k.add(chunks, 1), 1) as step:
             with k.suite(f"if {step} > {k.i(0)}:"):
                 k.synchronise()
@@ -176,9 +188,10 @@ class TileProduct:
             with k.suite(f"if {step} < {chunks}:"):
                 fetch()
             with k.suite(f"if {step} > {k.i(0)}:"):
-                self._products()
+                self._products(step)
 
-    def _products(self) -> None:
+    def _products(self, step: str) -> None:
+        """Adds the products of chunk `step` - 1, which is in shared memory."""
         k, tile = self.k, self.tile
         with k.range(0, k.i(tile.depth), 1) as d:
             left = k.let(k.add(k.mul(d, self.pitch), self.row))
@@ -195,13 +208,14 @@ class TileProduct:
     def results(self, visit: Callable[[str, str, str], None]) -> None:
         """Calls `visit(row of the tile, column of the tile, sum)` once, in loops over a thread's results."""
         k, tile = self.k, self.tile
+        stage = k.shared(self.dtype, tile.block * tile.width)
         with k.range(0, k.i(tile.height), 1) as i:
             for number in range(tile.height):
                 # Written out, since numbers of registers have to be known.
                 with k.suite(f"if {i} == {k.i(number)}:"), k.range(0, k.i(tile.width), 1) as j:
                     value = k.load(self.sums, k.add(j, number * tile.width))
-                    k.store(self.stage, k.add(self.thread, k.mul(j, tile.block)), value)
-            row = k.let(self._place_row(i), "row")
+                    k.store(stage, k.add(self.thread, k.mul(j, tile.block)), value)
+            row = k.let(self.place_row(i), "row")
             with k.range(0, k.i(tile.width), 1) as j:
-                column = k.let(self._place_column(j), "column")
-                visit(row, column, k.load(self.stage, k.add(self.thread, k.mul(j, tile.block))))
+                column = k.let(self.place_column(j), "column")
+                visit(row, column, k.load(stage, k.add(self.thread, k.mul(j, tile.block))))
