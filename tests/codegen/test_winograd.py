@@ -26,6 +26,7 @@ def always(monkeypatch):
     """Winograd's algorithm wherever it is possible; gives a function that chooses m."""
     monkeypatch.setattr(winograd, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(winograd, "LEAST_GAIN", 0.0)
+    monkeypatch.setattr(winograd, "SHARED_PRODUCTS", 0)
     return lambda outputs: monkeypatch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
 
 
@@ -48,6 +49,7 @@ def test_any_geometry(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd, "LEAST_PRODUCTS", 0)
         patch.setattr(winograd, "LEAST_GAIN", 0.0)
+        patch.setattr(winograd, "SHARED_PRODUCTS", data.draw(st.sampled_from([0, winograd.SHARED_PRODUCTS])))
         outputs = data.draw(st.sampled_from(sorted(PAIRS)))
         patch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
         x = (*draw(1, 3, 1), *draw(3, 15, 2), *draw(1, 40, 1))
@@ -105,6 +107,20 @@ def test_same_bits_for_any_split(always, outputs):
         np.testing.assert_array_equal(first, other)
     again = convolution(x, w, 1, packed=True, dynamic=(0, 1, 2))[0]
     np.testing.assert_array_equal(first, again)
+
+
+@pytest.mark.parametrize("dynamic", [(), (0,)])
+def test_inputs_that_units_share(always, monkeypatch, dynamic):
+    """Transformed by a kernel ahead or by every unit: the same bits, from other calls."""
+    x, w, options = (1, 14, 13, 20), (3, 3, 20, 100), {"packed": True, "parts": 3, "dynamic": dynamic}
+    ahead = convolution(x, w, 1, **options)[0]
+    shape = (Dim.symbol("D0"), *x[1:]) if dynamic else x
+    values = [Value(TensorType(s, "float32")) for s in (shape, w)]
+    node = make_node(CONV, values, attributes(2, padding=1))
+    assert [c.spec.name for c in conv.lower(node, host_target())[1:]] == ["winograd_inputs", "winograd"]
+    monkeypatch.setattr(winograd, "SHARED_PRODUCTS", 1 << 60)
+    assert [c.spec.name for c in conv.lower(node, host_target())[1:]] == ["winograd"]
+    np.testing.assert_array_equal(ahead, convolution(x, w, 1, **options)[0])
 
 
 @pytest.mark.parametrize("outputs", sorted(PAIRS))

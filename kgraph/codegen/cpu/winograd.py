@@ -32,6 +32,7 @@ from kgraph.ops.packing import winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
+SHARED_PRODUCTS = 1 << 24  # from which on a kernel ahead transforms inputs for all units
 LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
 MOST_MEASURED = 1 << 30  # of the same: of larger ones, a search runs those with few images only
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
@@ -200,6 +201,11 @@ def _schedule(outputs: int, problems: tuple[_Problem, ...], target) -> Schedule:
     return best
 
 
+def _is_shared(problem: _Problem, how: Schedule) -> bool:
+    """Whether units share transformed inputs: those of one block do, where they are worth a step of their own."""
+    return _tiles(problem, how.outputs) <= how.block and problem.direct_products >= SHARED_PRODUCTS
+
+
 def _tiles(problem: _Problem, outputs: int) -> int:
     return problem.images * -(-problem.high // outputs) * -(-problem.wide // outputs)
 
@@ -276,7 +282,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
         tile=how.tile,
         block=how.block,
         group=how.group,
-        shared=how.group < panels and _tiles(_problems(node, True)[0], how.outputs) <= how.block,
+        shared=how.group < panels and _is_shared(_problems(node, True)[0], how),
         lanes=lanes,
         vectors=vectors,
         epilogue=tuple(parts.epilogue(DTYPE, w.shape[3], 2)),
