@@ -189,7 +189,7 @@ class ProgramTables:
         sizes = self.sizes.add([self._expression(s) for s in step.sizes])
         inplace = self.inplace.add([number for pair in step.inplace for number in pair])
         numbers = [operands, len(step.operands), step.outputs, sizes, len(step.sizes), inplace, len(step.inplace)]
-        numbers.append(step.max_threads)
+        numbers.append(step.grain)
         numbers += [self._expression(s) for s in (step.extent, step.scratch_bytes, step.flops, step.bytes)]
         return f"{{{self.symbol(step.kernel)}, {', '.join(map(str, numbers))}}}"
 

@@ -74,6 +74,8 @@ class KernelCall:
     outputs: how many of the last operands are written.
     sizes: run-time integers for the kernel, evaluated when a plan is bound to concrete sizes.
     scratch_bytes: memory per thread.
+    notes: "inplace", pairs (output, input) of operands that may lie in one place; "grain", how many units in a row
+        share what the first one of a chunk makes; "algorithm", for `explain`.
     flops, bytes: totals over the extent, for the thread decision, `explain` and the roofline.
     launch: for a GPU; the extent counts blocks then, and the kernel takes the operands and sizes one by one.
     library: what may be done instead, if the device has one. continues: whether the call goes on with what the one

@@ -132,7 +132,7 @@ class _Lowering:
             "inplace": tuple(call.notes.get("inplace", ())),
             "label": call.spec.name,
             "layers": tuple(sorted(node.provenance)),
-            "max_threads": call.notes.get("max_threads", 0),
+            "grain": call.notes.get("grain", 0),
         }
         if call.launch is None:
             return NativeStep(**fields)

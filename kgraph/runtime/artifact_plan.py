@@ -36,7 +36,6 @@ from kgraph.types import SHORT_NAMES, dtype_name, np_dtype
 _MAX_RANK = 32
 _MAX_COUNT = 1 << 20
 _MAX_BYTES = 1 << 46
-_MAX_THREADS = 1 << 16
 _MAX_DEPTH = 16
 
 # Beside the kernels' objects, which have digests for names.
@@ -80,7 +79,7 @@ def encode(
             steps.append([*common, function, step.reason])
             continue
         sizes = [dims.to_json(s) for s in (step.extent, step.scratch_bytes, step.flops, step.bytes)]
-        more = [[dims.to_json(s) for s in step.sizes], [list(pair) for pair in step.inplace], step.max_threads]
+        more = [[dims.to_json(s) for s in step.sizes], [list(pair) for pair in step.inplace], step.grain]
         steps.append([*common, kernels[step.kernel], *sizes, *more])
     return {
         "name": program.name,
@@ -243,7 +242,7 @@ class _Decoder:
         if len(rest) == 2:
             function = self.function(_list(rest[0]), len(operands) - outputs, outputs)
             return HostStep(function, operands, outputs, _text(rest[1]), label, layers)
-        kernel, extent, scratch, flops, nbytes, sizes, inplace, max_threads = rest
+        kernel, extent, scratch, flops, nbytes, sizes, inplace, grain = rest
         split = len(operands) - outputs
         last = len(operands) - 1
         pairs = tuple([(_integer(o, split, last), _integer(i, 0, split - 1)) for o, i in _list(inplace)])
@@ -259,7 +258,7 @@ class _Decoder:
             inplace=pairs,
             label=label,
             layers=layers,
-            max_threads=_integer(max_threads, 0, _MAX_THREADS),
+            grain=_integer(grain, 0, _MAX_COUNT),
         )
         if _launch(self.buffers, made) not in self.launches:
             raise ValueError(f"the kernel of {label!r} was not made for these operands and sizes")

@@ -20,16 +20,21 @@ _MAX_CHUNKS_PER_THREAD = 4
 # Long extents are cut at multiples of this, so that chunks begin on cache lines and vector tails are rare.
 _GRAIN = 64
 _MIN_GRAINS_PER_CHUNK = 16
+# So many grains that share work, or a multiple of the threads, are as good as even.
+_ENOUGH_GRAINS_PER_THREAD = 8
 
 
 @dataclass
 class StepCost:
-    """What a step does: flops and bytes in total, units that can be shared out, and the limit of threads."""
+    """What a step does: flops and bytes in total, and units that can be shared out.
+
+    grain: so many units in a row share what the first one of a chunk makes; 0 as 1.
+    """
 
     flops: int
     bytes: int
     extent: int
-    max_threads: int = 0
+    grain: int = 0
 
     @property
     def nanoseconds(self) -> float:
@@ -46,8 +51,6 @@ def choose_threads(costs: Iterable[StepCost], limit: int) -> list[int]:
         # The square root minimises time / threads + threads * _MEETING_NS_PER_THREAD.
         best = int((time / _MEETING_NS_PER_THREAD) ** 0.5)
         threads = min(limit, cost.extent, int(time / _NS_PER_THREAD), best)
-        if cost.max_threads:
-            threads = min(threads, cost.max_threads)
         threads = max(threads, 1)
         if threads > 1:
             saved += time * (1 - 1 / threads) - threads * _MEETING_NS_PER_THREAD
@@ -60,6 +63,12 @@ def choose_chunks(cost: StepCost, threads: int) -> tuple[int, int]:
     if threads == 1:
         return 1, 1
     chunks = int(cost.nanoseconds / (threads * _NS_PER_CHUNK))
+    if cost.grain > 1:
+        grains = cost.extent // cost.grain
+        if grains and (grains % threads == 0 or grains >= _ENOUGH_GRAINS_PER_THREAD * threads):
+            return max(1, min(chunks, _MAX_CHUNKS_PER_THREAD, grains // threads)), cost.grain
+        # Few and uneven: a range for each thread is cut through a grain at its ends only.
+        return 1, 1
     chunks = max(1, min(chunks, _MAX_CHUNKS_PER_THREAD, cost.extent // threads))
     coarse = cost.extent // (_GRAIN * threads * chunks) >= _MIN_GRAINS_PER_CHUNK
     return chunks, _GRAIN if coarse else 1

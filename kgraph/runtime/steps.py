@@ -37,7 +37,7 @@ class NativeStep:
     sizes: run-time integers for the kernel; scratch_bytes: memory per thread.
     flops, bytes: totals, for the thread decision and profiles.
     inplace: pairs (output, input) of operand positions: the output may lie where the input lies, if that dies here.
-    label, layers: for profiles. max_threads: limit of the threads that share the extent, 0 for none.
+    label, layers: for profiles. grain: so many units in a row share what the first one of a chunk makes; 0 as 1.
     """
 
     kernel: str
@@ -51,7 +51,7 @@ class NativeStep:
     inplace: tuple[tuple[int, int], ...] = ()
     label: str = ""
     layers: tuple[str, ...] = ()
-    max_threads: int = 0
+    grain: int = 0
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ class StepTable:
         if extent <= 0:
             return None
         self.scratch_bytes = max(self.scratch_bytes, -(-value(step.scratch_bytes) // ALIGNMENT) * ALIGNMENT)
-        return StepCost(value(step.flops), value(step.bytes), extent, step.max_threads)
+        return StepCost(value(step.flops), value(step.bytes), extent, step.grain)
 
     def _choose_threads(self, costs: list[StepCost]):
         counts = choose_threads(costs, threads.get_num_threads())

@@ -270,7 +270,6 @@ def test_small_steps_are_serial():
     assert choose_threads([StepCost(1e3, 1e3, 64)] * 5, 8) == [1] * 5
     assert choose_threads([StepCost(1e7, 1e6, 64)], 8) == [8]
     assert choose_threads([StepCost(1e7, 1e6, 3)], 8) == [3]
-    assert choose_threads([StepCost(1e7, 1e6, 64, max_threads=2)], 8) == [2]
     # One step that would gain, but not enough to pay for the fork.
     assert choose_threads([StepCost(1.8e5, 0, 64)], 2) == [1]
     # More threads than a step is worth only meet more slowly.
@@ -280,10 +279,18 @@ def test_small_steps_are_serial():
     assert many == 256
 
 
-@given(st.integers(1, 10**6), st.floats(0, 1e12), st.integers(2, 64))
-def test_chunks_are_never_empty(extent, flops, count):
+def test_chunks_end_where_units_stop_sharing_work():
+    assert choose_chunks(StepCost(1e9, 0, 8, grain=2), 2) == (2, 2)
+    assert choose_chunks(StepCost(1e9, 0, 800, grain=2), 3) == (4, 2)
+    # Five grains for two threads: whole ones would leave one of the threads with half as much again.
+    assert choose_chunks(StepCost(1e9, 0, 10, grain=2), 2) == (1, 1)
+    assert choose_chunks(StepCost(1e9, 0, 8, grain=8), 2) == (1, 1)
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1e12), st.integers(2, 64), st.integers(0, 100))
+def test_chunks_are_never_empty(extent, flops, count, shared):
     count = min(count, extent)
-    chunks, grain = choose_chunks(StepCost(flops, 0, extent), count)
+    chunks, grain = choose_chunks(StepCost(flops, 0, extent, shared), count)
     total, grains = chunks * count, extent // grain
     bounds = [grains * c // total * grain for c in range(total)] + [extent]
     assert all(a < b for a, b in itertools.pairwise(bounds))

@@ -441,8 +441,6 @@ static void kg_choose_threads(kg_planner *p, int limit)
         threads = (double)extent < threads ? (double)extent : threads;
         threads = time / 1500.0 < threads ? time / 1500.0 : threads;
         threads = best < threads ? best : threads;
-        if (step->max_threads && step->max_threads < threads)
-            threads = step->max_threads;
         p->counts[s] = extent <= 0 ? 0 : threads < 1 ? 1 : (int32_t)threads;
         if (p->counts[s] > 1)
             saved += time * (1 - 1.0 / p->counts[s]) - p->counts[s] * 150.0;
@@ -458,6 +456,22 @@ static void kg_choose_threads(kg_planner *p, int limit)
 static int64_t kg_least(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+/* How a step that several threads share is cut; see kgraph/runtime/schedule.py. */
+static void kg_choose_chunks(kg_record *r, double nanoseconds, int64_t grain)
+{
+    int64_t threads = r->threads, chunks = kg_least((int64_t)(nanoseconds / (threads * 15000.0)), 4);
+    if (grain > 1) {
+        int64_t grains = r->extent / grain;
+        int even = grains > 0 && (grains % threads == 0 || grains >= 8 * threads);
+        chunks = even ? kg_least(chunks, grains / threads) : 1;
+        r->grain = even ? grain : 1;
+    } else {
+        chunks = kg_least(chunks, r->extent / threads);
+        r->grain = r->extent / (64 * threads * (chunks < 1 ? 1 : chunks)) >= 16 ? 64 : 1;
+    }
+    r->chunks = chunks < 1 ? 1 : chunks;
 }
 
 static void kg_make_records(kg_planner *p)
@@ -483,10 +497,7 @@ static void kg_make_records(kg_planner *p)
         r->threads = threads;
         r->chunks = r->grain = 1;
         if (threads > 1) {
-            int64_t chunks = (int64_t)(p->nanoseconds[s] / (threads * 15000.0));
-            chunks = kg_least(kg_least(chunks, 4), r->extent / threads);
-            r->chunks = chunks < 1 ? 1 : chunks;
-            r->grain = r->extent / (64 * threads * r->chunks) >= 16 ? 64 : 1;
+            kg_choose_chunks(r, p->nanoseconds[s], step->grain);
             r->claims = plan->num_claims;
             plan->num_claims += threads;
         }

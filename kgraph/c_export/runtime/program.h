@@ -18,11 +18,11 @@ typedef struct {
     int64_t data;
 } kg_buffer;
 
-/* A kernel launch. operands, sizes, inplace: first entries in the pools of these names. extent, scratch, flops, bytes:
-   expressions. */
+/* A kernel launch. operands, sizes, inplace: first entries in the pools of these names. grain: so many units in a row
+   share what the first one of a chunk makes; 0 as 1. extent, scratch, flops, bytes: expressions. */
 typedef struct {
     kg_kernel kernel;
-    int32_t operands, num_operands, num_outputs, sizes, num_sizes, inplace, num_inplace, max_threads;
+    int32_t operands, num_operands, num_outputs, sizes, num_sizes, inplace, num_inplace, grain;
     int32_t extent, scratch, flops, bytes;
 } kg_step;
 

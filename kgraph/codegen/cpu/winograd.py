@@ -302,7 +302,8 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
             flops=2 * plan.side**2 * count * plan.channels * plan.filters,
             bytes=x.type.nbytes + filters.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
             scratch_bytes=plan.scratch()["end"],
-            notes={"inplace": parts.inplace(2)},
+            # The groups of a block share its transformed inputs, unless all units do.
+            notes={"inplace": parts.inplace(2), "grain": 1 if plan.shared else -(-panels // how.group)},
         ),
     ]
 
