@@ -309,9 +309,19 @@ def test_while_loop():
         np.testing.assert_array_equal(traced, eager)
 
 
-def test_fori_loop():
-    graph = trace(lambda x: K.fori_loop(0, 5, lambda i, v: v + K.cast(i, "float32") * x, K.zeros_like(x)), f32(3))
-    np.testing.assert_array_equal(run(graph, np.ones(3, "float32"))[0], np.full(3, 10.0))
+@pytest.mark.parametrize(("lower", "upper"), [(0, 5), (-2, 3), (4, 4), (5, 1)])
+def test_fori_loop(lower, upper):
+    def loop(x, upper):
+        return K.fori_loop(lower, upper, lambda i, v: v + K.cast(i, "float32") * x, K.zeros_like(x))
+
+    x, expected = np.ones(3, "float32"), np.full(3, float(sum(range(lower, upper))))
+    known = trace(lambda x: loop(x, upper), f32(3))
+    # A scan has a derivative. Where the end is known at run time only, there is none.
+    assert "while_loop" not in names(known)
+    np.testing.assert_array_equal(run(known, x)[0], expected)
+    unknown = trace(loop, f32(3), TensorType((), "int32"))
+    assert "while_loop" in names(unknown)
+    np.testing.assert_array_equal(run(unknown, x, np.int32(upper))[0], expected)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -238,7 +238,7 @@ def _store_state(variables, values) -> None:
 
 
 def fori_loop(lower, upper, body_fun, init_val):
-    """`val = body_fun(i, val)` for i from lower to upper."""
+    """`val = body_fun(i, val)` for i from lower to upper; with a derivative where these are known ahead, as in JAX."""
     if not is_tracing():
         value = init_val
         for i in range(int(lower), int(upper)):
@@ -246,10 +246,13 @@ def fori_loop(lower, upper, body_fun, init_val):
         return value
     lower, upper = convert_to_tensor(lower, "int32"), convert_to_tensor(upper, "int32")
     one = np.asarray(1, "int32")
+    init = lower, _tensors(init_val)
+    if not isinstance(lower, TracedArray) and not isinstance(upper, TracedArray):
+        length = max(int(upper) - int(lower), 0)
+        (_, value), _ = _traced_scan(lambda c, _: ((ops.add(c[0], one), body_fun(*c)), None), init, None, length, False)
+        return value
     _, value = _traced_while(
-        lambda i, value: ops.lt(i, upper),
-        lambda i, value: (ops.add(i, one), body_fun(i, value)),
-        (lower, _tensors(init_val)),
+        lambda i, value: ops.lt(i, upper), lambda i, value: (ops.add(i, one), body_fun(i, value)), init
     )
     return value
 
