@@ -16,11 +16,13 @@ weight begins with -offset times the sums of its columns, as the bytes of int32 
 two vectors, elements of one and the other alternate, so that they are lower and upper halves of wider elements.
 Result: [batch * groups, length of a column * padded N].
 
-Winograd convolutions (`kgraph.ops.winograd`) read transformed filters, a matrix [channels, filters] per point:
+Winograd convolutions (`kgraph.ops.winograd`) read transformed filters, a matrix [channels, filters] per point, or pair
+of points:
 
     layout = ("winograd", shape, outputs, panel, vector, dtype)
 
-shape: (3, 3, channels, filters). outputs: the m of the transform. Result: [(m + 2)^2, channels * padded filters].
+shape: (3, channels, filters) or (3, 3, channels, filters). outputs: the m of the transform. Result:
+[(m + 2)^axes, channels * padded filters].
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def matrix_sizes(layout: Layout) -> tuple[int, int, int]:
     """(number of matrices, K, N of a matrix) of a layout."""
     if layout[0] == "winograd":
         _, shape, outputs, *_ = layout
-        return (outputs + 2) ** 2, shape[2], shape[3]
+        return (outputs + 2) ** (len(shape) - 2), shape[-2], shape[-1]
     _, shape, batch_axes, k_axes, n_axes, groups, *_ = layout
     batch, depth, columns = (math.prod(shape[a] for a in axes) for axes in (batch_axes, k_axes, n_axes))
     return batch * groups, depth, columns // groups
@@ -160,7 +162,7 @@ def unpack_reference(packed: np.ndarray, layout: Layout) -> np.ndarray:
         rows = panel[:, :, _places(layout, panel, last - first)].swapaxes(2, 3)
         matrices[:, :, first:last] = rows.reshape(batch, rows.shape[1] * rows.shape[2], last - first)[:, :depth]
     if layout[0] == "winograd":
-        return winograd.original_filters(matrices, layout[2]).astype(packed.dtype)
+        return winograd.original_filters(matrices, layout[2], len(shape) - 2).astype(packed.dtype)
     _, _, batch_axes, k_axes, n_axes, groups, *_ = layout
     matrices = matrices.reshape(batch // groups, groups, depth, columns).transpose(0, 2, 1, 3)
     order = (*batch_axes, *k_axes, *n_axes)
@@ -176,10 +178,9 @@ def _samples():
 
     filters = rng.standard_normal((3, 3, 5, 10)).astype(np.float32)
     transformed = [
-        Sample(
-            (filters,), {"layout": winograd_layout(filters.shape, m, 8, 4, "float32")}, f"filters, {m} x {m} outputs"
-        )
+        Sample((w,), {"layout": winograd_layout(w.shape, m, 8, 4, "float32")}, f"filters, {axes} axes, {m} outputs")
         for m in winograd.PAIRS
+        for axes, w in ((2, filters), (1, filters[0]))
     ]
     return [
         *transformed,

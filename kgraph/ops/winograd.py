@@ -1,12 +1,13 @@
 """Winograd's minimal filtering: `m` outputs of a filter with three taps from `m + 2` products, as of Toom and Cook.
 
 Inputs, filter and outputs are polynomials; a product of polynomials is known from its values at `m + 2` points, of
-which one is infinity. In two dimensions, with g [3, 3] and a tile d [m + 2, m + 2] of the input,
+which one is infinity: y = A^T ((G g) * (B^T d)). In two dimensions, with g [3, 3] and a tile d [m + 2, m + 2] of the
+input,
 
     y = A^T ((G g G^T) * (B^T d B)) A
 
 gives m x m outputs. The sums over channels come between the transforms, where they are products of matrices, one per
-pair of points.
+point, or pair of points.
 
 The points are 0, pairs of +p and -p (transforms share the even and the odd part of a polynomial's values) and infinity.
 Those of m = 4 are not the usual 1 and 2: with 5/8 and 3/2 the error is 0.4 times as large, and all factors of the
@@ -55,17 +56,24 @@ def _filter_array(outputs: int) -> np.ndarray:
     return np.array(filter_matrix(PAIRS[outputs]), np.float64)
 
 
+def _over_axes(matrix: np.ndarray, axes: int) -> np.ndarray:
+    """What transforms the values of all axes together, in the order of a flat array."""
+    return functools.reduce(np.kron, [matrix] * axes)
+
+
 def transformed_filters(w: np.ndarray, outputs: int) -> np.ndarray:
-    """G g G^T of filters w [3, 3, channels, filters]: float64[(m + 2)^2, channels, filters]."""
-    g = _filter_array(outputs)
+    """G g, or G g G^T, of filters w [3, channels, filters] or [3, 3, channels, filters].
+
+    float64[(m + 2)^axes, channels, filters].
+    """
+    g = _over_axes(_filter_array(outputs), w.ndim - 2)
     # A small product per channel: for large ones, BLAS would wake threads that cost more than they gain.
-    taps = w.reshape(TAPS * TAPS, *w.shape[2:]).astype(np.float64).transpose(1, 0, 2)
-    return (np.kron(g, g) @ taps).transpose(1, 0, 2)
+    taps = w.reshape(-1, *w.shape[-2:]).astype(np.float64).transpose(1, 0, 2)
+    return (g @ taps).transpose(1, 0, 2)
 
 
-def original_filters(transformed: np.ndarray, outputs: int) -> np.ndarray:
-    """The filters [3, 3, channels, filters] of which `transformed` was made, up to rounding; float64."""
-    inverse = np.linalg.pinv(_filter_array(outputs))
-    both = np.kron(inverse, inverse)
+def original_filters(transformed: np.ndarray, outputs: int, axes: int) -> np.ndarray:
+    """The filters [3, ..., channels, filters] of which `transformed` was made, up to rounding; float64."""
+    inverse = _over_axes(np.linalg.pinv(_filter_array(outputs)), axes)
     flat = transformed.reshape(len(transformed), -1).astype(np.float64)
-    return (both @ flat).reshape(TAPS, TAPS, *transformed.shape[1:])
+    return (inverse @ flat).reshape(*[TAPS] * axes, *transformed.shape[1:])

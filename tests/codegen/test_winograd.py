@@ -30,11 +30,11 @@ def always(monkeypatch):
     return lambda outputs: monkeypatch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
 
 
-def convolution(x, w, padding, *, dynamic=(), **options):
+def convolution(x, w, padding, *, dynamic=(), dilations=1, **options):
     symbols = {axis: Dim.symbol(f"D{axis}") for axis in dynamic}
     shape = tuple(symbols.get(axis, size) for axis, size in enumerate(x))
     types = (TensorType(shape, "float32"), TensorType(w, "float32"))
-    attrs = attributes(2, padding=padding)
+    attrs = attributes(len(x) - 2, padding=padding, rhs_dilation=dilations)
     target = options.get("target") or host_target()
     node = make_node(CONV, [Value(t) for t in types], attrs)
     assert conv.choose(node, target, options.get("packed", False))[0] == "winograd"
@@ -52,11 +52,14 @@ def test_any_geometry(data):
         patch.setattr(winograd, "SHARED_PRODUCTS", data.draw(st.sampled_from([0, winograd.SHARED_PRODUCTS])))
         outputs = data.draw(st.sampled_from(sorted(PAIRS)))
         patch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
-        x = (*draw(1, 3, 1), *draw(3, 15, 2), *draw(1, 40, 1))
-        w = (3, 3, x[3], *draw(1, 70, 1))
-        padding = (draw(-1, 4, 2), draw(-1, 4, 2))
-        dynamic = range(data.draw(st.sampled_from([0, 1, 3])))
-        convolution(x, w, padding, dynamic=dynamic, packed=data.draw(st.booleans()), parts=data.draw(st.integers(1, 4)))
+        axes = data.draw(st.integers(1, 2))
+        x = (*draw(1, 3, 1), *draw(3, 15 if axes == 2 else 50, axes), *draw(1, 40, 1))
+        w = (*[3] * axes, x[-1], *draw(1, 70, 1))
+        padding = tuple(draw(-1, 4, 2) for _ in range(axes))
+        dilations = draw(1, 3, axes) if data.draw(st.booleans()) else 1
+        dynamic = range(data.draw(st.sampled_from([0, 1, 1 + axes])))
+        how = {"packed": data.draw(st.booleans()), "parts": data.draw(st.integers(1, 4))}
+        convolution(x, w, padding, dynamic=dynamic, dilations=dilations, **how)
 
 
 @pytest.mark.parametrize("outputs", sorted(PAIRS))
@@ -70,6 +73,8 @@ def test_vector_widths(always, outputs, vector_bytes):
         target = host_target(vector_bytes)
     convolution((2, 9, 7, 20), (3, 3, 20, 40), 1, target=target, packed=True)
     convolution((2, 9, 7, 20), (3, 3, 20, 40), 1, target=target)
+    convolution((2, 27, 20), (3, 20, 40), 1, target=target, packed=True)
+    convolution((2, 27, 20), (3, 20, 40), 1, target=target)
 
 
 def bias_residual_relu(g, y, bias, residual):
@@ -91,6 +96,30 @@ def test_epilogues(always, outputs, epilogue, filters):
 
 
 @pytest.mark.parametrize("outputs", sorted(PAIRS))
+@pytest.mark.parametrize("epilogue", [bias_residual_relu, bias_silu])
+def test_epilogues_along_one_axis(always, outputs, epilogue):
+    always(outputs)
+    shapes = [(45,), (2, 27, 45)]
+    extras = [(TensorType(s, "float32"), filled(s, "float32", i + 2)) for i, s in enumerate(shapes)]
+    convolution((2, 27, 5), (3, 5, 45), 1, epilogue=epilogue, extras=extras, packed=True)
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+@pytest.mark.parametrize(
+    ("x", "dilations"), [((2, 61, 5), 4), ((1, 20, 11, 5), (3, 2)), ((2, 5, 6, 5), 9), ((1, 3, 5), 8)]
+)
+def test_dilated(always, outputs, x, dilations):
+    """Outputs of a tile lie apart; of the last ones, and where gaps are wider than the image, there are none."""
+    always(outputs)
+    w = (*[3] * (len(x) - 2), 5, 45)
+    options = {"padding": dilations if isinstance(dilations, int) else max(dilations), "dilations": dilations}
+    extras = [(TensorType((45,), "float32"), filled((45,), "float32", 2))]
+    bias_relu = lambda g, y, bias: [add(g, "relu", add(g, "add", y, bias))]
+    convolution(x, w, **options, packed=True, epilogue=bias_relu, extras=extras)
+    convolution(x, w, **options, dynamic=range(len(x) - 1), parts=3)
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
 @pytest.mark.parametrize("images", [0, 1, 5])
 def test_symbolic_images(always, outputs, images):
     always(outputs)
@@ -99,13 +128,13 @@ def test_symbolic_images(always, outputs, images):
 
 
 @pytest.mark.parametrize("outputs", sorted(PAIRS))
-def test_same_bits_for_any_split(always, outputs):
+@pytest.mark.parametrize(("x", "w"), [((2, 33, 30, 32), (3, 3, 32, 64)), ((2, 333, 32), (3, 32, 64))])
+def test_same_bits_for_any_split(always, outputs, x, w):
     always(outputs)
-    x, w = (2, 33, 30, 32), (3, 3, 32, 64)
     first, *others = (convolution(x, w, 1, packed=True, parts=parts)[0] for parts in (1, 2, 7))
     for other in others:
         np.testing.assert_array_equal(first, other)
-    again = convolution(x, w, 1, packed=True, dynamic=(0, 1, 2))[0]
+    again = convolution(x, w, 1, packed=True, dynamic=range(len(x) - 1))[0]
     np.testing.assert_array_equal(first, again)
 
 
@@ -124,10 +153,11 @@ def test_inputs_that_units_share(always, monkeypatch, dynamic):
 
 
 @pytest.mark.parametrize("outputs", sorted(PAIRS))
-def test_transformed_filters(always, outputs):
+@pytest.mark.parametrize("axes", [1, 2])
+def test_transformed_filters(always, outputs, axes):
     """The kernel for filters that are activations against the reference of `pack`, which `unpack_reference` undoes."""
     always(outputs)
-    w = filled((3, 3, 7, 45), "float32")
+    w = filled((*[3] * axes, 7, 45), "float32")
     target = host_target()
     lanes = target.lanes("float32")
     layout = winograd_layout(w.shape, outputs, 2 * lanes, lanes, "float32")
@@ -145,12 +175,12 @@ def test_transformed_filters(always, outputs):
 WORST = {2: 1.0, 4: 2.5}
 
 
-@pytest.mark.parametrize(("channels", "size"), [(64, 28), (256, 14), (512, 7)])
+@pytest.mark.parametrize(("channels", "sizes"), [(64, (28, 28)), (256, (14, 14)), (512, (7, 7)), (64, (500,))])
 @pytest.mark.parametrize("outputs", sorted(PAIRS))
-def test_error_beside_the_direct_convolution(always, monkeypatch, outputs, channels, size):
-    x = np.maximum(filled((1, size, size, channels), "float32"), 0)
-    w = filled((3, 3, channels, 64), "float32", 1)
-    attrs = attributes(2, padding=1)
+def test_error_beside_the_direct_convolution(always, monkeypatch, outputs, channels, sizes):
+    x = np.maximum(filled((1, *sizes, channels), "float32"), 0)
+    w = filled((*[3] * len(sizes), channels, 64), "float32", 1)
+    attrs = attributes(len(sizes), padding=1)
     node = make_node(CONV, [Value(TensorType(a.shape, "float32")) for a in (x, w)], attrs)
     exact = CONV.reference(x.astype(np.float64), w.astype(np.float64), **attrs)
 
@@ -172,6 +202,13 @@ def chosen(x, w, dtype="float32", prepared=True, **options) -> tuple[str, str]:
     return conv.choose(node, host_target(), prepared)
 
 
+def test_long_sequences():
+    x, w = TensorType((Dim.symbol("N"), 1024, 64), "float32"), TensorType((3, 64, 64), "float32")
+    node = make_node(CONV, [Value(x), Value(w)], attributes(1, padding=1))
+    for prepared in (True, False):
+        assert conv.choose(node, host_target(), prepared)[0] == "winograd"
+
+
 @pytest.mark.parametrize(("size", "channels"), [(56, 64), (28, 128), (14, 256), (7, 512)])
 def test_layers_of_residual_networks(size, channels):
     x, w = (Dim.symbol("N"), size, size, channels), (3, 3, channels, channels)
@@ -180,7 +217,6 @@ def test_layers_of_residual_networks(size, channels):
 
 OTHERS = {
     "strides": ((8, 28, 28, 64), (3, 3, 64, 64), {"strides": 2}),
-    "dilated": ((8, 28, 28, 64), (3, 3, 64, 64), {"rhs_dilation": 2}),
     "transposed": ((8, 28, 28, 64), (3, 3, 64, 64), {"lhs_dilation": 2}),
     "groups": ((8, 28, 28, 64), (3, 3, 32, 64), {"feature_groups": 2}),
     "window": ((8, 28, 28, 64), (3, 5, 64, 64), {}),

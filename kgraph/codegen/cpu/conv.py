@@ -7,8 +7,8 @@ copy is small against the products, lies in the second-level cache, and serves a
 units. Sizes of images may be symbolic: only the loops around blocks and the borders of the copy depend on them.
 
 A 1x1 convolution that reads every pixel is a plain product (`gemm`); one with a group per channel goes to `depthwise`;
-3x3 windows of stride 1 go to `winograd` where that is estimated to be faster; what neither this nor those take is left
-to `conv_direct`. `choose` says which and why.
+windows of 3 or 3x3 taps and stride 1 go to `winograd` where that is estimated to be faster; what neither this nor those
+take is left to `conv_direct`. `choose` says which and why.
 
 Interface for the layout pass: as in `gemm`, `packing_for(node, target)` names the layout of the weight operand.
 """

@@ -1,9 +1,11 @@
-"""Convolutions with 3x3 windows by Winograd's algorithm: when it is the faster one, and how its work is cut.
+"""Convolutions with windows of 3, or 3x3, by Winograd's algorithm: when it is the faster one, and how its work is cut.
 
-A tile of m x m outputs takes (m + 2)^2 products per channel and filter in place of 9 m^2: 2.25 times fewer for m = 2, 4
-times fewer for m = 4. Against that stand the transforms, outputs beyond the image in the last tiles, and filters that
-take (m + 2)^2 / 9 times the memory. `schedule` weighs them for a shape. m = 6 would save another 10 to 20 % of the
-products of large images, at ten times the error of a direct convolution (m = 4: twice, m = 2: less than once).
+A tile of m x m outputs takes (m + 2)^2 products per channel and filter in place of 9 m^2: 2.25 times fewer for m = 2,
+4 times fewer for m = 4; along one axis, m + 2 in place of 3 m, 1.5 and 2 times fewer. Against that stand the
+transforms, outputs beyond the image in the last tiles, and filters that take (m + 2)^2 / 9 times the memory.
+`schedule` weighs them for a shape. Where a window is dilated, the outputs of a tile lie as far apart as its taps. m =
+6 would save another 10 to 20 % of the products of large images, at ten times the error of a direct convolution (m = 4:
+twice, m = 2: less than once).
 
 `KGRAPH_WINOGRAD=0` switches the algorithm off.
 """
@@ -27,7 +29,7 @@ from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
 from kgraph.codegen.eager import run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType, Value, make_node
-from kgraph.ir.dims import ceil_div, evaluate
+from kgraph.ir.dims import ceil_div, evaluate, product
 from kgraph.ops.packing import winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
@@ -42,8 +44,9 @@ LARGEST_BLOCK = 64  # tiles
 FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have something to share
 
 # Estimates, in the time of one multiply-add of vectors. Bytes of filters arrive while products are made.
-TRANSFORM = {2: 180, 4: 400}  # of one vector of channels, or of filters, of a tile, by m
-FILTER_TRANSFORM = {2: 40, 4: 80}  # of one vector of filters
+# Of one vector of channels, or of filters, of a tile, and of one vector of filters; by axes and m.
+TRANSFORM = {(1, 2): 35, (1, 4): 60, (2, 2): 180, (2, 4): 400}
+FILTER_TRANSFORM = {(1, 2): 10, (1, 4): 15, (2, 2): 40, (2, 4): 80}
 TILE_OVERHEAD = 0.5  # of a step of k in a register tile
 # Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
 # come back, in many streams at once.
@@ -66,7 +69,7 @@ class Schedule(NamedTuple):
     def reason(self) -> str:
         """Why, for `explain`."""
         found = f"measured: {self.measured}" if self.measured else _estimate(self.cost)
-        return f"{self.outputs}x{self.outputs} outputs, {found}"
+        return f"{self.outputs} outputs along an axis, {found}"
 
 
 def _estimate(cost: float) -> str:
@@ -74,8 +77,14 @@ def _estimate(cost: float) -> str:
 
 
 class _Problem(NamedTuple):
-    """The sizes of a convolution, symbolic ones replaced. prepared: whether filters are transformed ahead of calls."""
+    """The sizes of a convolution, symbolic ones replaced.
 
+    axes: of an image; where there is one, `high` is 1. dilations: of the window. prepared: whether filters are
+    transformed ahead of calls.
+    """
+
+    axes: int
+    dilations: tuple[int, ...]
     images: int
     high: int
     wide: int
@@ -86,17 +95,22 @@ class _Problem(NamedTuple):
     @property
     def direct_products(self) -> int:
         """Scalar multiply-adds of a direct convolution."""
-        return self.images * self.high * self.wide * self.channels * self.filters * TAPS * TAPS
+        return self.images * self.high * self.wide * self.channels * self.filters * self.window
+
+    @property
+    def window(self) -> int:
+        """Taps of a window."""
+        return TAPS**self.axes
 
 
 def refusal(node: Node) -> str | None:
     """Why a conv node is none that Winograd's algorithm can compute; None if it is one."""
     x, w = node.inputs
     attrs = node.attrs
-    if w.type.rank != 4 or tuple(w.shape[:2]) != (TAPS, TAPS):
-        return "the window is not 3x3"
-    if any(n != 1 for key in ("strides", "lhs_dilation", "rhs_dilation") for n in attrs[key]):
-        return "strides or dilations"
+    if w.type.rank not in (3, 4) or set(w.shape[:-2]) != {TAPS}:
+        return "the window is not 3 or 3x3"
+    if any(n != 1 for key in ("strides", "lhs_dilation") for n in attrs[key]):
+        return "strides or dilated inputs"
     if attrs["feature_groups"] != 1:
         return "several groups"
     if any(isinstance(n, Dim) for n in w.shape) or 0 in w.shape:
@@ -126,7 +140,7 @@ def schedule(node: Node, target, prepared: bool, outputs: int | None = None) -> 
     estimated = "direct" if best.cost * LEAST_GAIN > 1 else str(best.outputs)
     names = "direct", *map(str, PAIRS)
     candidates = {name: functools.partial(_candidate, node, target, problems, name) for name in names}
-    chosen, measured = tuning.decide(("conv 3x3", *problems), target, estimated, candidates)
+    chosen, measured = tuning.decide(("conv of 3 taps", *problems), target, estimated, candidates)
     if chosen != "direct":
         return _schedule(int(chosen), problems, target)._replace(measured=measured)
     return f"measured: {measured}" if measured else _estimate(best.cost)
@@ -141,9 +155,11 @@ def _candidate(node: Node, target, problems: tuple[_Problem, ...], name: str) ->
     problems = tuple(p for p in problems if p.direct_products <= MOST_MEASURED) or problems[:1]
     most = max(problem.images for problem in problems)
     for problem in problems:
-        low, high = ([p[side] for p in node.attrs["padding"]] for side in (0, 1))
-        size = [n + TAPS - 1 - a - b for n, a, b in zip((problem.high, problem.wide), low, high)]
-        shapes = (problem.images, *size, problem.channels), (TAPS, TAPS, problem.channels, problem.filters)
+        sizes = (problem.high, problem.wide)[-problem.axes :]
+        beyond = [(TAPS - 1) * d - sum(p) for d, p in zip(problem.dilations, node.attrs["padding"], strict=True)]
+        size = [n + more for n, more in zip(sizes, beyond, strict=True)]
+        window = [TAPS] * problem.axes
+        shapes = (problem.images, *size, problem.channels), (*window, problem.channels, problem.filters)
         one = make_node(node.primitive, [Value(TensorType(shape, DTYPE)) for shape in shapes], node.attrs)
         parts = take_apart(one, "conv")
         assert isinstance(parts, Parts)
@@ -172,12 +188,14 @@ def layout_for(node: Node, target, prepared: bool = True, outputs: int | None = 
 def _problems(node: Node, prepared: bool) -> tuple[_Problem, ...]:
     """The node for each assumed number of images."""
     sizes = [ASSUMED_SIZE if isinstance(n, Dim) else n for n in node.output.shape[1:-1]]
+    high, wide = sizes if len(sizes) == 2 else (1, *sizes)
     images = node.inputs[0].shape[0]
     counts = [images]
     if isinstance(images, Dim):
         counts = [evaluate(images, dict.fromkeys(images.symbols(), n)) for n in ASSUMED_IMAGES]
-    channels, filters = node.inputs[1].shape[2:]
-    return tuple(_Problem(max(n, 1), sizes[0], sizes[1], channels, filters, prepared) for n in counts)
+    channels, filters = node.inputs[1].shape[-2:]
+    fixed = (channels, filters, prepared)
+    return tuple(_Problem(len(sizes), tuple(node.attrs["rhs_dilation"]), max(n, 1), high, wide, *fixed) for n in counts)
 
 
 @functools.cache
@@ -188,12 +206,14 @@ def _schedule(outputs: int, problems: tuple[_Problem, ...], target) -> Schedule:
     first = problems[0]
     panels = -(-first.filters // (vectors * lanes))
     direct = [_direct_cost(p, lanes) for p in problems]
+    counts = [_tiles(p, outputs) for p in problems]
     best: Schedule | None = None
     for tile in range(LEAST_TILE, most + 1):
         for block in range(tile, max(LARGEST_BLOCK, tile) + 1, tile):
-            blocks = -(-_tiles(first, outputs) // block)
+            blocks = -(-counts[0] // block)
             group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
-            costs = [_cost(p, outputs, tile, block, group * vectors * lanes, target) for p in problems]
+            width = group * vectors * lanes
+            costs = [_cost(p, outputs, n, tile, block, width, target) for p, n in zip(problems, counts)]
             cost = sum(c / d for c, d in zip(costs, direct)) / len(problems)
             if best is None or cost < best.cost:
                 best = Schedule(outputs, tile, block, group, cost)
@@ -207,7 +227,13 @@ def _is_shared(problem: _Problem, how: Schedule) -> bool:
 
 
 def _tiles(problem: _Problem, outputs: int) -> int:
-    return problem.images * -(-problem.high // outputs) * -(-problem.wide // outputs)
+    sizes = (problem.high, problem.wide)[-problem.axes :]
+    return problem.images * product(_tiles_along(n, outputs, d) for n, d in zip(sizes, problem.dilations, strict=True))
+
+
+def _tiles_along(size, outputs: int, dilation: int):
+    """Tiles along an axis: those that begin with the first outputs, as many as there are gaps, then the next ones."""
+    return dilation * ceil_div(ceil_div(size, dilation), outputs)
 
 
 def _both(products: float, arrival: float) -> float:
@@ -218,14 +244,14 @@ def _both(products: float, arrival: float) -> float:
 def _direct_cost(problem: _Problem, lanes: int) -> float:
     vectors = -(-problem.filters // lanes)
     pixels = problem.images * problem.high * problem.wide
-    arrival = TAPS * TAPS * problem.channels * problem.filters * itemsize(DTYPE) / (MEMORY_BYTES * lanes)
-    return _both(pixels * TAPS * TAPS * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
+    arrival = problem.window * problem.channels * problem.filters * itemsize(DTYPE) / (MEMORY_BYTES * lanes)
+    return _both(pixels * problem.window * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
 
 
-def _cost(problem: _Problem, outputs: int, tile: int, block: int, group: int, target) -> float:
-    """The estimate for one problem; group: filters of a unit."""
+def _cost(problem: _Problem, outputs: int, tiles: int, tile: int, block: int, group: int, target) -> float:
+    """The estimate for one problem; tiles: of all images. group: filters of a unit."""
     lanes, size = target.lanes(DTYPE), itemsize(DTYPE)
-    points, tiles = (outputs + TAPS - 1) ** 2, _tiles(problem, outputs)
+    points = (outputs + TAPS - 1) ** problem.axes
     channel_vectors, vectors = -(-problem.channels // lanes), -(-problem.filters // lanes)
     rounded = -(-tiles // tile)
     filters = points * problem.channels * problem.filters * size
@@ -241,9 +267,10 @@ def _cost(problem: _Problem, outputs: int, tile: int, block: int, group: int, ta
     # What the second-level cache does not hold is written to the third and read again.
     spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / (SPILLED_BYTES * lanes)
     cost = _both(products, arrival) + spilled
-    cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[outputs]
+    way = problem.axes, outputs
+    cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[way]
     if not problem.prepared:
-        cost += problem.channels * vectors * FILTER_TRANSFORM[outputs] + filters / (MEMORY_BYTES * lanes)
+        cost += problem.channels * vectors * FILTER_TRANSFORM[way] + filters / (MEMORY_BYTES * lanes)
     return cost
 
 
@@ -255,37 +282,42 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
     node = parts.node
     x, w = node.inputs
     calls: list[KernelCall] = []
-    filters: Value | Temporary = parts.operands[1]
+    transformed: Value | Temporary = parts.operands[1]
     layout = parts.packed[1]
     if layout is None:
         layout = layout_for(node, target, prepared=False, outputs=outputs)
         calls.append(filters_call(parts.operands[1], layout))
-        filters = calls[-1].operands[1]
+        transformed = calls[-1].operands[1]
     how = schedule(node, target, parts.packed[1] is not None, layout[2])
     assert isinstance(how, Schedule)
     out_sizes = tuple(parts.result.shape[1:-1])
-    tiles = tuple(ceil_div(n, how.outputs) for n in out_sizes)
-    count = x.shape[0] * (tiles[0] * tiles[1])
+    dilations = tuple(node.attrs["rhs_dilation"])
+    row_pitch = out_sizes[-1] * dilations[0] if len(dilations) == 2 else 1
+    tiles = tuple(_tiles_along(n, how.outputs, d) for n, d in zip(out_sizes, dilations, strict=True))
+    count = x.shape[0] * product(tiles)
     vectors, lanes = register_tile(target)[1], target.lanes(DTYPE)
-    panels = -(-w.shape[3] // (vectors * lanes))
+    channels, filters = w.shape[-2:]
+    panels = -(-filters // (vectors * lanes))
     table = SizeTable()
     plan = WinogradPlan(
         pairs=tuple(float(p) for p in PAIRS[how.outputs]),
         outputs=how.outputs,
+        dilations=dilations,
         images=table(x.shape[0]),
         tiles=table.all(tiles),
         sizes=table.all(x.shape[1:-1]),
         out_sizes=table.all(out_sizes),
+        out_pitches=(table(row_pitch), dilations[-1]),
         origins=table.all(-low for low, _ in node.attrs["padding"]),
-        channels=w.shape[2],
-        filters=w.shape[3],
+        channels=channels,
+        filters=filters,
         tile=how.tile,
         block=how.block,
         group=how.group,
         shared=how.group < panels and _is_shared(_problems(node, True)[0], how),
         lanes=lanes,
         vectors=vectors,
-        epilogue=tuple(parts.epilogue(DTYPE, w.shape[3], 2)),
+        epilogue=tuple(parts.epilogue(DTYPE, filters, 2)),
     )
     inputs: Value | Temporary = parts.operands[0]
     if plan.shared:
@@ -295,12 +327,12 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
         *calls,
         KernelCall(
             spec=KernelSpec("winograd" + parts.name, "kgraph.codegen.cpu.winograd_kernel:render_winograd", tuple(plan)),
-            operands=[inputs, filters, *(v for _, v in parts.extras), *parts.outputs],
+            operands=[inputs, transformed, *(v for _, v in parts.extras), *parts.outputs],
             outputs=len(parts.outputs),
             sizes=list(table.values),
             extent=ceil_div(count, how.block) * -(-panels // how.group),
-            flops=2 * plan.side**2 * count * plan.channels * plan.filters,
-            bytes=x.type.nbytes + filters.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
+            flops=2 * plan.points * count * plan.channels * plan.filters,
+            bytes=x.type.nbytes + transformed.type.nbytes + sum(v.type.nbytes for v in parts.outputs),
             scratch_bytes=plan.scratch()["end"],
             # The groups of a block share its transformed inputs, unless all units do.
             notes={"inplace": parts.inplace(2), "grain": 1 if plan.shared else -(-panels // how.group)},
@@ -318,7 +350,7 @@ def _inputs_call(x: Value | Temporary, plan: WinogradPlan, table: SizeTable, til
         outputs=1,
         sizes=list(table.values),
         extent=ceil_div(tiles, plan.tile),
-        flops=4 * plan.side**2 * tiles * plan.channels,
+        flops=4 * plan.points * tiles * plan.channels,
         bytes=x.type.nbytes + out.type.nbytes,
         scratch_bytes=plan.input_scratch()["end"],
         notes={"algorithm": "winograd inputs"},

@@ -25,11 +25,12 @@ DTYPE = "float32"
 class FiltersPlan(NamedTuple):
     """Params of `render_filters`. Sizes are those of run time, so that one kernel serves many shapes.
 
-    pairs: of points of the transform. channels, filters, padded: sizes; the last one with the filters that fill up the
-    last vector. lanes, vectors: of a vector, of a full panel. wide: whether to compute in float64.
-    scaled: whether there is a factor for each filter, a second operand.
+    axes: of the windows. pairs: of points of the transform. channels, filters, padded: sizes; the last one with the
+    filters that fill up the last vector. lanes, vectors: of a vector, of a full panel. wide: whether to compute in
+    float64. scaled: whether there is a factor for each filter, a second operand.
     """
 
+    axes: int
     pairs: tuple[float, ...]
     channels: tuple
     filters: tuple
@@ -41,15 +42,18 @@ class FiltersPlan(NamedTuple):
 
 
 def filters_call(w: Value, layout: tuple, wide: bool = False, scale: Value | None = None) -> KernelCall:
-    """The call that brings filters [3, 3, channels, filters] into a "winograd" layout, in a Temporary.
+    """The call that brings filters [3, channels, filters] or [3, 3, channels, filters] into a "winograd" layout.
+
+    It writes a Temporary.
 
     wide: computes in float64. scale: [filters], factors for `w`; the products are rounded.
     """
-    _, _, outputs, panel, lanes, dtype = layout
+    _, shape, outputs, panel, lanes, dtype = layout
     points, channels, filters = matrix_sizes(layout)
     padded = padded_columns(layout)
     table = SizeTable()
     plan = FiltersPlan(
+        axes=len(shape) - 2,
         pairs=tuple(float(p) for p in PAIRS[outputs]),
         channels=table.run_time(channels),
         filters=table.run_time(filters),
@@ -66,7 +70,7 @@ def filters_call(w: Value, layout: tuple, wide: bool = False, scale: Value | Non
         outputs=1,
         sizes=list(table.values),
         extent=channels,
-        flops=(TAPS + outputs + 2) * (outputs + 2) * 2 * TAPS * channels * filters,
+        flops=(TAPS + outputs + 2) ** (plan.axes - 1) * (outputs + 2) * 2 * TAPS * channels * filters,
         bytes=w.type.nbytes + out.type.nbytes,
         scratch_bytes=TAPS * (outputs + 2) * lanes * (8 if wide else 4),
     )
@@ -90,16 +94,23 @@ def render_filters(params: tuple, target) -> str:
 
         def vector(filter, mask, slot):
             factors = scale and b.load(scale, filter, lanes, mask)
-            with b.loop(0, TAPS) as j:
-                places = [(j + i * TAPS) * row + (channel * filters + filter) for i in range(TAPS)]
+
+            def taps_at(first, step: int) -> list:
+                places = [(first + i * step) * row + (channel * filters + filter) for i in range(TAPS)]
                 taps = [b.load(source, place, lanes, mask) for place in places]
-                taps = [widen(b, b.mul(tap, factors) if scale else tap, DTYPE, sums) for tap in taps]
-                for i, value in enumerate(filter_transform(b, taps, pairs)):
-                    b.store(stage, (j + i * TAPS) * lanes, value)
+                return [widen(b, b.mul(tap, factors) if scale else tap, DTYPE, sums) for tap in taps]
+
             number = b.int(filter) // lanes
             first = number // vectors * vectors
             width = b.min(padded - first * lanes, vectors * lanes)
             at = out + (first * lanes * channels + channel * width + (number - first) * lanes)
+            if plan.axes == 1:
+                for j, value in enumerate(filter_transform(b, taps_at(0, 1), pairs)):
+                    b.store(at, j * matrix, convert(b, value, sums, DTYPE))
+                return
+            with b.loop(0, TAPS) as j:
+                for i, value in enumerate(filter_transform(b, taps_at(j, TAPS), pairs)):
+                    b.store(stage, (j + i * TAPS) * lanes, value)
             with b.loop(0, side) as i:
                 taps = [b.load(stage, (i * TAPS + j) * lanes, lanes) for j in range(TAPS)]
                 for j, value in enumerate(filter_transform(b, taps, pairs)):

@@ -5,6 +5,7 @@ Ahead where few tiles are shared by many panels of filters, so that no thread tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from llvmlite import ir
@@ -28,18 +29,31 @@ def render_inputs(params: tuple, target) -> str:
     return b.ir_text()
 
 
+def both_axes(values: Sequence, alone) -> tuple:
+    """(of rows, of columns); where images have columns only, that of rows is `alone`."""
+    return (alone, *values) if len(values) == 1 else tuple(values)
+
+
 class TileGrid:
-    """Tiles of outputs, counted through all images; `count` of them."""
+    """Tiles of outputs, counted through all images; `count` of them.
+
+    The outputs of a tile lie `dilations` apart: tiles that begin beside one another fill the gaps of the first.
+    """
 
     def __init__(self, b: KernelBuilder, plan: WinogradPlan):
-        self.outputs, self.tiles = plan.outputs, resolve_all(b, plan.tiles)
+        self.outputs, self.tiles = plan.outputs, both_axes(resolve_all(b, plan.tiles), 1)
+        self.dilations = both_axes(plan.dilations, 1)
         self.count = resolve(b, plan.images) * (self.tiles[0] * self.tiles[1])
 
     def place(self, index):
         """(image, first row, first column) of the outputs of a tile."""
         high, wide = self.tiles
         rest = index // wide
-        return rest // high, (rest % high) * self.outputs, (index % wide) * self.outputs
+        row, col = (
+            number // d * (self.outputs * d) + number % d
+            for number, d in zip((rest % high, index % wide), self.dilations, strict=True)
+        )
+        return rest // high, row, col
 
 
 class InputTransform:
@@ -48,7 +62,9 @@ class InputTransform:
     def __init__(self, b: KernelBuilder, plan: WinogradPlan, grid: TileGrid, offsets: dict[str, int]):
         self.b, self.plan, self.grid = b, plan, grid
         self.pairs = tuple(Fraction(p) for p in plan.pairs)
-        self.origins, self.sizes = resolve_all(b, plan.origins), resolve_all(b, plan.sizes)
+        self.origins = both_axes(resolve_all(b, plan.origins), 0)
+        self.sizes = both_axes(resolve_all(b, plan.sizes), 1)
+        self.rows = plan.side if plan.axes == 2 else 1  # of inputs that a tile meets
         # What is never written together has a name of its own, so that LLVM may reorder accesses. Zeros stand in for
         # inputs beyond the image: they are read through the same addresses.
         self.x = Pointer(b, b.operand(0, DTYPE).value, DTYPE, "pixels")
@@ -69,10 +85,11 @@ class InputTransform:
         with b.loop(0, tiles) as tile:
             image, top, left = self.grid.place(first + tile)
             first_row, first_col = b.int(top + self.origins[0]), b.int(left + self.origins[1])
-            columns = [first_col + j for j in range(side)]
+            down, right = self.grid.dilations
+            columns = [first_col + j * right for j in range(side)]
             columns_inside = [b.ir.and_(c >= 0, c < wide) for c in columns]
-            with b.loop(0, side) as i:
-                r = first_row + i
+            with b.loop(0, self.rows) as i:
+                r = first_row + i * down
                 inside = b.ir.and_(b.ir.and_(r >= 0, r < high), b.int(first + tile) < self.grid.count)
                 line = self.x + ((image * high + r) * wide) * plan.channels
                 for j, c in enumerate(columns):
@@ -93,18 +110,24 @@ class InputTransform:
             addresses, *at = function.args
             stage, out = (Pointer(b, p, DTYPE, s) for p, s in zip(at, ("stage", "inputs"), strict=True))
 
+            def inputs(numbers, channel, mask) -> list:
+                pixels = [b.ir.load(self._address(addresses, number), typ=PTR) for number in numbers]
+                return [b.load(Pointer(b, p, DTYPE, "pixels"), channel, lanes, mask) for p in pixels]
+
+            def transform(x: list, to: Pointer, step: int) -> None:
+                for i, value in enumerate(input_transform(b, x, self.pairs)):
+                    b.store(to, i * step, value)
+
             def vector(channel, mask, slot):
+                if plan.axes == 1:
+                    transform(inputs(range(side), channel, mask), out + channel, plan.input_matrix)
+                    return
                 with b.loop(0, side) as j:
-                    pixels = [b.ir.load(self._address(addresses, j + i * side), typ=PTR) for i in range(side)]
-                    x = [b.load(Pointer(b, p, DTYPE, "pixels"), channel, lanes, mask) for p in pixels]
-                    for i, value in enumerate(input_transform(b, x, self.pairs)):
-                        b.store(stage, (j + i * side) * lanes, value)
+                    column = inputs([j + i * side for i in range(side)], channel, mask)
+                    transform(column, stage + j * lanes, side * lanes)
                 with b.loop(0, side) as i:
-                    row = stage + i * (side * lanes)
-                    x = [b.load(row, j * lanes, lanes) for j in range(side)]
-                    at = out + (i * (side * plan.input_matrix) + channel)
-                    for j, value in enumerate(input_transform(b, x, self.pairs)):
-                        b.store(at, j * plan.input_matrix, value)
+                    row = [b.load(stage + i * (side * lanes), j * lanes, lanes) for j in range(side)]
+                    transform(row, out + (i * (side * plan.input_matrix) + channel), plan.input_matrix)
 
             b.vector_loop(0, plan.channels, lanes, vector)
         return function

@@ -1,4 +1,4 @@
-"""The kernel of a Winograd convolution: transforms around products of matrices, one per pair of points.
+"""The kernel of a Winograd convolution: transforms around products of matrices, one per point, or pair of points.
 
 One unit of work is a block of output tiles, counted through all images, times some panels of filters. It transforms
 the inputs that its tiles meet, channels in vectors, unless a kernel ahead has done so; multiplies, pair of points by
@@ -17,7 +17,7 @@ from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, subfunction
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileSet
 from kgraph.codegen.cpu.products import plain
 from kgraph.codegen.cpu.strided import resolve_all
-from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid
+from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid, both_axes
 from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
 from kgraph.codegen.cpu.winograd_transform import output_transform
 
@@ -38,7 +38,7 @@ class _Winograd:
         self.b, self.plan = b, plan
         self.pairs = tuple(Fraction(p) for p in plan.pairs)
         self.grid = TileGrid(b, plan)
-        self.out_sizes = resolve_all(b, plan.out_sizes)
+        self.out_sizes = both_axes(resolve_all(b, plan.out_sizes), 1)
         self.panels = Panels(plan.filters, plan.width, plan.lanes)
         code = TileCode(
             product=plain(DTYPE),
@@ -55,8 +55,8 @@ class _Winograd:
             requests=min(plan.block // plan.tile, REQUESTING_TILES),
         )
         self.products = TileSet(b, code, None)
-        pitches = (plan.out_sizes[1], 1)
-        self.finisher = Finisher(b, Epilogue(*plan.epilogue), DTYPE, plan.lanes, pitches, sums_row=plan.outputs)
+        epilogue = Epilogue(*plan.epilogue)
+        self.finisher = Finisher(b, epilogue, DTYPE, plan.lanes, plan.out_pitches, sums_row=plan.outputs)
         offsets = plan.scratch()
 
         def scratch(name: str) -> Pointer:
@@ -85,7 +85,7 @@ class _Winograd:
                     transformed.set(b.i64(place))
             begin = group * plan.group
             end = b.min(begin + plan.group, self.panels.count())
-            with b.loop(0, plan.side**2) as point:
+            with b.loop(0, plan.points) as point:
                 at = inputs + point * plan.input_matrix
                 self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
             with b.loop(0, tiles) as tile:
@@ -123,7 +123,7 @@ class _Winograd:
             self.products.call(shape, a, filters, to, 0, 0, 0, requested=requested + turn * width)
 
     def _sums(self, place) -> Pointer:
-        return self.sums + place * (self.plan.side**2 * self.plan.sums_matrix)
+        return self.sums + place * (self.plan.points * self.plan.sums_matrix)
 
     # -- outputs ------------------------------------------------------------------------------------------------
     def _outputs(self, tile, image, row, col, panel, place, vectors: int, masked: bool) -> None:
@@ -132,12 +132,19 @@ class _Winograd:
         width = vectors * plan.lanes
         sums = self._sums(place) + tile * width
         b.ir.call(self._output_function(vectors), [sums.value, self.stage.value, self.outputs.value])
-        extents = (b.min(plan.outputs, high - row), b.min(plan.outputs, wide - col))
+        down, right = self.grid.dilations
+        rows = self._inside(high - row, down) if plan.axes == 2 else 1
+        extents = (rows, self._inside(wide - col, right))
         pixel = (image * high + row) * wide + col
         column = panel * plan.width
         buffers, sizes = b.function.args[:2]
         remaining = plan.filters - column
         self.finisher.call(buffers, sizes, self.outputs, pixel, column, remaining, extents, vectors, masked)
+
+    def _inside(self, left, dilation: int):
+        """How many outputs of a tile lie in the image, where `left` pixels do from its first one on."""
+        b = self.b
+        return b.min(self.plan.outputs, b.ceil_div(b.max(left, 0), dilation))
 
     def _output_function(self, vectors: int) -> ir.Function:
         """transform(a tile's sums in the first matrix, room for one vector of filters, where its outputs go)."""
@@ -149,15 +156,20 @@ class _Winograd:
         with subfunction(b, name, [PTR] * 3) as function:
             scopes = ("sums", "stage", "outputs")
             sums, stage, out = (Pointer(b, p, DTYPE, s) for p, s in zip(function.args, scopes, strict=True))
+
+            def transform(source: Pointer, distance: int, to: Pointer, step: int) -> None:
+                values = [b.load(source, i * distance, lanes) for i in range(side)]
+                for i, value in enumerate(output_transform(b, values, self.pairs)):
+                    b.store(to, i * step, value)
+
             with b.loop(0, width, lanes) as lane:
-                with b.loop(0, side) as j:
-                    at = sums + (j * plan.sums_matrix + lane)
-                    values = [b.load(at, i * (side * plan.sums_matrix), lanes) for i in range(side)]
-                    for i, value in enumerate(output_transform(b, values, self.pairs)):
-                        b.store(stage, (j + i * side) * lanes, value)
-                with b.loop(0, plan.outputs) as i:
-                    values = [b.load(stage + i * (side * lanes), j * lanes, lanes) for j in range(side)]
-                    at = out + (i * (plan.outputs * width) + lane)
-                    for j, value in enumerate(output_transform(b, values, self.pairs)):
-                        b.store(at, j * width, value)
+                if plan.axes == 1:
+                    transform(sums + lane, plan.sums_matrix, out + lane, width)
+                else:
+                    with b.loop(0, side) as j:
+                        at = sums + (j * plan.sums_matrix + lane)
+                        transform(at, side * plan.sums_matrix, stage + j * lanes, side * lanes)
+                    with b.loop(0, plan.outputs) as i:
+                        to = out + (i * (plan.outputs * width) + lane)
+                        transform(stage + i * (side * lanes), lanes, to, width)
         return function

@@ -14,8 +14,9 @@ LINE = 16  # elements of a cache line
 class WinogradPlan(NamedTuple):
     """Params of `render_winograd`. Sizes are `int` or ("size", slot).
 
-    pairs: of points of the transforms. outputs: along an axis of a tile. images, tiles: how many there are, and tiles
-    along the rows and columns of one. sizes, out_sizes: rows and columns of an image. origins: minus the padding below.
+    pairs: of points of the transforms. outputs: along an axis of a tile, `dilations` apart, as its inputs are. images,
+    tiles: how many there are, and tiles along the axes of one: rows and columns, or columns only. sizes, out_sizes: of
+    an image. out_pitches: pixels between rows, and columns, of a tile's outputs. origins: minus the padding below.
     tile: output tiles of a register tile. block: those of a unit, a multiple of `tile`. group: panels of a unit.
     shared: whether a kernel ahead transforms the inputs, as several units read those of a block. lanes, vectors: of a
     vector, a panel.
@@ -23,10 +24,12 @@ class WinogradPlan(NamedTuple):
 
     pairs: tuple[float, ...]
     outputs: int
+    dilations: tuple[int, ...]
     images: int | tuple
     tiles: tuple
     sizes: tuple
     out_sizes: tuple
+    out_pitches: tuple
     origins: tuple
     channels: int
     filters: int
@@ -42,6 +45,16 @@ class WinogradPlan(NamedTuple):
     def side(self) -> int:
         """Inputs along an axis of a tile."""
         return self.outputs + TAPS - 1
+
+    @property
+    def axes(self) -> int:
+        """Of an image: 1 or 2."""
+        return len(self.tiles)
+
+    @property
+    def points(self) -> int:
+        """Of the transforms, over all axes: so many matrices there are of inputs, filters, and sums."""
+        return self.side**self.axes
 
     @property
     def width(self) -> int:
@@ -61,7 +74,7 @@ class WinogradPlan(NamedTuple):
     @property
     def inputs_block(self) -> int:
         """Elements of the transformed inputs of a block of tiles."""
-        return self.side**2 * self.input_matrix
+        return self.points * self.input_matrix
 
     @property
     def sums_matrix(self) -> int:
@@ -70,10 +83,10 @@ class WinogradPlan(NamedTuple):
 
     def scratch(self) -> dict[str, int]:
         """Byte offsets in a thread's scratch, and the `end`."""
-        points, size = self.side**2, itemsize(DTYPE)
+        points, size = self.points, itemsize(DTYPE)
         sections = {
             "sums": points * self.sums_matrix * self.group * size,
-            "outputs": self.outputs**2 * self.width * size,
+            "outputs": self.outputs**self.axes * self.width * size,
             "stage": points * self.lanes * size,
         }
         if not self.shared:
@@ -82,10 +95,10 @@ class WinogradPlan(NamedTuple):
 
     def input_scratch(self) -> dict[str, int]:
         """The same for the kernel that transforms inputs only."""
-        return _offsets({"stage": self.side**2 * self.lanes * itemsize(DTYPE), **self._input_sections()})
+        return _offsets({"stage": self.points * self.lanes * itemsize(DTYPE), **self._input_sections()})
 
     def _input_sections(self) -> dict[str, int]:
-        return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.side**2 * 8}
+        return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.points * 8}
 
 
 def _offsets(sections: dict[str, int]) -> dict[str, int]:
