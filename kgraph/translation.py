@@ -16,7 +16,7 @@ from kgraph.codegen.updates import arrange_updates
 from kgraph.ir import Graph, copy_graph
 from kgraph.passes.independent_rows import independent_rows
 from kgraph.passes.manager import Pass, PassContext, run_passes
-from kgraph.passes.pipeline import INFERENCE, PIPELINES, for_bodies
+from kgraph.passes.pipeline import INFERENCE, PIPELINES
 from kgraph.passes.prologue import split_prologue
 from kgraph.preparation import Preparation
 from kgraph.program_cache import Entry, Graphs
@@ -46,7 +46,7 @@ def translate(
     split = split_prologue(optimised)
     seconds["passes"] = time.perf_counter() - start
     start = time.perf_counter()
-    lowered = lower(split.main, target, context.decisions, lambda body: optimise(body, target, for_bodies(passes))[0])
+    lowered = lower(split.main, target, context.decisions)
     arrange_updates(lowered, donations, target)
     lowered.rows, _ = independent_rows(graph)
     preparation = Preparation.of(split.prologue, graph.params)

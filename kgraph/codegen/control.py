@@ -13,7 +13,7 @@ from kgraph.codegen.cpu.repeat import SPEC as REPEAT
 from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.target import Target
 from kgraph.ir import Dim, Graph, Node, TensorType, Value, append_graph, constant_value, live_nodes
-from kgraph.runtime.control import Body, Branches, Scan, While
+from kgraph.runtime.control import Body, Branches, Scan, While, changing
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import HostStep
 
@@ -51,6 +51,14 @@ class ControlStep:
     node: Node
     bodies: list[LoweredBody] = field(default_factory=list)
 
+    @property
+    def outputs(self) -> list[Value]:
+        """The results that the step gives; any other one of a loop is the operand of its number."""
+        results = self.node.outputs
+        if self.node.name != "while_loop":
+            return list(results)
+        return [results[i] for i in changing(self.bodies[-1].results)]
+
     def __call__(self, arrays, sizes):
         raise RuntimeError(f"the step {self.node.name} was never linked")
 
@@ -81,13 +89,12 @@ class ControlStep:
 def lower_control(
     node: Node,
     known: set[str],
-    optimise: Callable[[Graph], Graph],
     lower: Callable[[Graph], Lowered],
     target: Target | CudaTarget,
 ) -> ControlStep | str:
     """The step for a node of control flow, or the reason why its bodies cannot be compiled.
 
-    known: symbols whose values the program around it has. optimise, lower: what turns a body into a program.
+    known: symbols whose values the program around it has. lower: what turns a body into a program.
     """
     attrs = node.attrs
     if node.name == "cond":
@@ -98,7 +105,7 @@ def lower_control(
         graphs = [attrs["body"]]
     step = ControlStep(node)
     for graph in graphs:
-        body = _lower_body(graph, known, optimise, lower)
+        body = _lower_body(graph, known, lower)
         if isinstance(body, str):
             return body
         step.bodies.append(body)
@@ -117,10 +124,9 @@ def _followed_by(body: Graph, test: Graph) -> Graph:
     return joined
 
 
-def _lower_body(graph: Graph, known: set[str], optimise: Callable, lower: Callable) -> LoweredBody | str:
+def _lower_body(graph: Graph, known: set[str], lower: Callable) -> LoweredBody | str:
     own = Graph([Value(v.type, name=v.name) for v in graph.inputs], name=graph.name)
     own.outputs = append_graph(own, graph, own.inputs)
-    own = optimise(own)
     inputs = list(own.inputs)
     constants: list[np.ndarray] = []
     outputs: list[Value] = []

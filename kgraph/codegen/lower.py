@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,17 +63,14 @@ class Lowered:
         return make(name, self.buffers, steps, self.inputs, self.outputs, self.params, kernels=kernels, **fields)
 
 
-def lower(graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None = None) -> Lowered:
-    """Lower `graph` (after all passes) for `target`; host steps are added to `decisions` with their reason.
-
-    optimise: the passes for bodies of control flow; without it these run through their references.
-    """
-    return _Lowering(graph, target, decisions, optimise).run()
+def lower(graph: Graph, target, decisions: list[Decision]) -> Lowered:
+    """Lower `graph` (after all passes) for `target`; host steps are added to `decisions` with their reason."""
+    return _Lowering(graph, target, decisions).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, target, decisions: list[Decision], optimise: Callable[[Graph], Graph] | None):
-        self.graph, self.target, self.decisions, self.optimise = graph, target, decisions, optimise
+    def __init__(self, graph: Graph, target, decisions: list[Decision]):
+        self.graph, self.target, self.decisions = graph, target, decisions
         self.families = families.for_target(target)
         self.out = Lowered()
         self.ids: dict[Value | Temporary, int] = {}
@@ -173,19 +170,21 @@ class _Lowering:
 
     def _host(self, node: Node, reason: str) -> None:
         function: Callable = HostFunction(node.primitive, node.attrs)
-        if node.name in control.PRIMITIVES and self.optimise is not None:
-            step = control.lower_control(node, self._symbols(), self.optimise, self._lower_body, self.target)
+        outputs: Sequence[Value] = node.outputs
+        if node.name in control.PRIMITIVES:
+            step = control.lower_control(node, self._symbols(), self._lower_body, self.target)
             if isinstance(step, str):
                 reason = step
             else:
-                function, reason = step, step.reason
+                function, reason, outputs = step, step.reason, step.outputs
         operands = [self.ids[v] for v in node.inputs]
-        operands += [self._buffer("temporary", v) for v in node.outputs]
+        self.ids.update((out, self.ids[given]) for out, given in zip(node.outputs, node.inputs) if out not in outputs)
+        operands += [self._buffer("temporary", v) for v in outputs]
         self.out.steps.append(
             HostStep(
                 function=function,
                 operands=tuple(operands),
-                outputs=len(node.outputs),
+                outputs=len(outputs),
                 reason=reason,
                 label=node.name,
                 layers=tuple(sorted(node.provenance)),
@@ -195,7 +194,7 @@ class _Lowering:
         self.decisions.append(Decision(node.name, "host step", reason, node.provenance))
 
     def _lower_body(self, body: Graph) -> Lowered:
-        return lower(body, self.target, [], self.optimise)
+        return lower(body, self.target, [])
 
     def _symbols(self) -> set[str]:
         """Symbols of which every call of the program knows the value."""

@@ -18,10 +18,12 @@ class PassContext:
 
     accepts: asks the code generator whether it has a kernel for a node; None, or the reason why not.
     packing: asks it how a node wants its weights laid out; a list of (operand index, layout), or None.
+    passes: those that run, for the bodies within a graph.
     """
 
     accepts: Callable = lambda node: None
     packing: Callable = lambda node: None
+    passes: Sequence[Pass] = ()
     decisions: list[Decision] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -33,7 +35,8 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext) -> Gr
     """Apply `passes` in order and give the last graph.
 
     KGRAPH_DUMP=dir writes the text of every stage (`003_fuse.txt`), KGRAPH_STOP_AFTER=name ends after that pass (after
-    its first run; `6_canonicalise` names a later one), KGRAPH_VERIFY=1 verifies after each one (the tests set it).
+    its first run; `6_canonicalise` names a later one; bodies of control flow go as far), KGRAPH_VERIFY=1 verifies after
+    each one (the tests set it).
     Raises ValueError for a KGRAPH_STOP_AFTER that is no pass.
     """
     dump = os.environ.get("KGRAPH_DUMP")
@@ -43,9 +46,13 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext) -> Gr
     if stop_after and not any(stop_after in both for both in labels):
         known = ", ".join(f"{number}_{pass_.__name__}" for number, pass_ in enumerate(passes, start=1))
         raise ValueError(f"KGRAPH_STOP_AFTER={stop_after!r} is no pass; passes: {known}")
+    context.passes = passes
+    stopped = False
     if dump:
         _dump(graph, dump, 0, "captured")
     for number, pass_ in enumerate(passes, start=1):
+        if stopped and pass_.__name__ != "optimise_bodies":
+            continue
         start = time.perf_counter()
         graph = pass_(graph, context)
         name = pass_.__name__
@@ -56,8 +63,7 @@ def run_passes(graph: Graph, passes: Sequence[Pass], context: PassContext) -> Gr
             verify(graph, after=name)
         if dump:
             _dump(graph, dump, number, name)
-        if stop_after in labels[number - 1]:
-            break
+        stopped = stopped or stop_after in labels[number - 1]
     return graph
 
 

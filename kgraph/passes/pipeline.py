@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-
-from kgraph.ir import Graph
 from kgraph.passes.canonicalise import canonicalise
 from kgraph.passes.collapse_dot import collapse_dot
 from kgraph.passes.common_subexpressions import common_subexpressions
@@ -19,8 +15,9 @@ from kgraph.passes.fuse import fuse
 from kgraph.passes.group_recurrent import group_recurrent
 from kgraph.passes.inline_cond import inline_cond
 from kgraph.passes.layout import layout
-from kgraph.passes.manager import Pass, PassContext
+from kgraph.passes.manager import Pass
 from kgraph.passes.merge_scans import merge_scans
+from kgraph.passes.optimise_bodies import optimise_bodies
 from kgraph.passes.reshape_motion import reshape_motion
 from kgraph.passes.split_scan import split_scan
 from kgraph.passes.transpose_motion import transpose_motion
@@ -49,6 +46,7 @@ INFERENCE: list[Pass] = [
     duplicate_producers,
     fuse,
     layout,
+    optimise_bodies,
     common_subexpressions,
     dead_code,
 ]
@@ -60,18 +58,3 @@ TRAINING: list[Pass] = [pass_ for pass_ in INFERENCE if pass_ not in _PREPARE_WE
 
 PIPELINES = {"inference": INFERENCE, "training": TRAINING}
 
-
-def for_bodies(passes: Sequence[Pass]) -> list[Pass]:
-    """The passes for bodies of control flow: those of the graph around, under the same names and numbers.
-
-    What prepares weights does nothing, because all that a body reads are operands.
-    """
-    return [_skipped(pass_) if pass_ in _PREPARE_WEIGHTS else pass_ for pass_ in passes]
-
-
-def _skipped(pass_: Pass) -> Pass:
-    @functools.wraps(pass_)
-    def skip(graph: Graph, context: PassContext) -> Graph:
-        return graph
-
-    return skip

@@ -82,9 +82,10 @@ def decode_control(
         return Branches(tuple([body(b, num_inputs - 1, num_outputs) for b in bodies]))
     if kind == "while":
         first, again = fields
-        if num_inputs != num_outputs:
-            raise ValueError("a loop gives another number of values than it takes")
-        return While(body(first, num_inputs, 1), body(again, num_inputs, num_inputs + 1))
+        loop = While(body(first, num_inputs, 1), body(again, num_inputs, num_inputs + 1))
+        if len(loop.changing) != num_outputs:
+            raise ValueError("a loop gives another number of values than it changes")
+        return loop
     if kind != "scan":
         raise ValueError(f"there is no step of the kind {kind!r}")
     encoded, num_carry, num_xs, length, reverse = fields

@@ -99,17 +99,23 @@ class Branches:
 class While:
     """The function of a `while_loop` step.
 
-    first: whether to begin. body: the next operands, then whether to go on.
+    first: whether to begin. body: the next operands, then whether to go on. The step gives what becomes of the
+    operands that change.
     """
 
     first: Body
     body: Body
 
+    @property
+    def changing(self) -> tuple[int, ...]:
+        """Numbers of the operands that the body does not just pass on."""
+        return changing(self.body.results)
+
     def __call__(self, arrays: Arrays, sizes: dict[str, int]) -> list[np.ndarray]:
         given = [*arrays, *self.first.extra(sizes)]
         binding = self.first.bind([a.shape for a in given])
         if not self.first.run(binding, given, self.first.result_types(sizes, binding))[0]:
-            return list(arrays)
+            return self._changed(arrays)
         rest = self.body.extra(sizes)
         given = [*arrays, *rest]
         binding = self.body.bind([a.shape for a in given])
@@ -120,8 +126,11 @@ class While:
         while True:
             *given, go_on = self.body.run(binding, given, types)
             if not go_on:
-                return given
+                return self._changed(given)
             given += rest
+
+    def _changed(self, carries: Arrays) -> list[np.ndarray]:
+        return [carries[i] for i in self.changing]
 
     def _on_addresses(self, binding: Binding, given: Arrays, types: list) -> list[np.ndarray]:
         runs = NativeRuns(binding, given, self.body.repeat)
@@ -131,7 +140,12 @@ class While:
         runs.carry(sources)
         while runs.repeat(_TURNS, flag):
             pass
-        return runs.finish(types[:-1])
+        return runs.finish({i: types[i] for i in self.changing})
+
+
+def changing(results: Sequence[tuple[str, int]]) -> tuple[int, ...]:
+    """Numbers of the operands that the body of a loop with these `results` (see `Body`) does not just pass on."""
+    return tuple(i for i, place in enumerate(results[:-1]) if place != ("input", i))
 
 
 @dataclass(frozen=True)
@@ -203,7 +217,7 @@ class Scan:
         for slot, last in ahead:
             runs.put(slot, last)
         runs.repeat(1)
-        return runs.finish(types[: self.num_carry])
+        return runs.finish(dict(enumerate(types[: self.num_carry])))
 
 
 def _check_carried(body: Body, arrays: Arrays, types: Sequence[tuple]) -> None:
@@ -298,12 +312,12 @@ class NativeRuns:
         self._repeat(table.buffer_info()[0])
         return bool(table[TABLE.index("going")])
 
-    def finish(self, types: Sequence[tuple]) -> list[np.ndarray]:
-        """Copies of the carried values, of these shapes and dtypes; the object is spent afterwards."""
+    def finish(self, types: dict[int, tuple]) -> list[np.ndarray]:
+        """Copies of carried values, by their numbers with shapes and dtypes; the object is spent afterwards."""
         out = []
-        for slot, (shape, dtype) in enumerate(types, self.first):
+        for number, (shape, dtype) in types.items():
             a = np.empty(shape, dtype)
-            ctypes.memmove(a.ctypes.data, self.cells[slot], a.nbytes)
+            ctypes.memmove(a.ctypes.data, self.cells[self.first + number], a.nbytes)
             out.append(a)
         self.binding._free.append(self.context)
         return out

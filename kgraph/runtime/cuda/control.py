@@ -53,13 +53,13 @@ def _branches(step: Branches, arrays: Arrays, sizes: dict[str, int], device: Dev
 
 def _while(step: While, arrays: Arrays, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
     if not _run(step.first, [*arrays, *_extra(step.first, sizes, device)], sizes, device)[0]:
-        return list(arrays)
+        return [arrays[i] for i in step.changing]
     rest = _extra(step.body, sizes, device)
     while True:
         *given, go_on = _run(step.body, [*arrays, *rest], sizes, device)
         _check_carried(step.body, arrays, given)
         if not go_on:
-            return given
+            return [given[i] for i in step.changing]
         arrays = given
 
 
