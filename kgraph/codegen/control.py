@@ -27,7 +27,7 @@ _VIEWS = frozenset({"reshape", "stop_gradient", "optimization_barrier"})
 
 @dataclass
 class LoweredBody:
-    """A body before its kernels are compiled; the fields are those of `runtime.control.Body`."""
+    """A body before its kernels are compiled; the fields are those of `runtime.control.Body`, and of its program."""
 
     name: str
     lowered: Lowered
@@ -37,10 +37,11 @@ class LoweredBody:
     constants: tuple[np.ndarray, ...]
     symbols: tuple[str, ...]
     repeat: str = ""
+    donations: tuple[tuple[int, int], ...] = ()
 
     def link(self, build: Callable[..., Program]) -> Body:
-        """The body with its program, made by `build(name, lowered, input names)`."""
-        program = build(self.name, self.lowered, self.input_names)
+        """The body with its program, made by `build(name, lowered, **fields)`."""
+        program = build(self.name, self.lowered, input_names=self.input_names, donations=self.donations)
         return Body(program, self.results, self.types, self.constants, self.symbols, self.repeat)
 
 
@@ -113,7 +114,22 @@ def lower_control(
         body = step.bodies[-1]
         body.repeat = spec_key(REPEAT, target)
         body.lowered.specs[body.repeat] = REPEAT
+        body.donations = _donations(body, node.attrs.get("num_carry", len(node.outputs)))
     return step
+
+
+def _donations(body: LoweredBody, num_carry: int) -> tuple[tuple[int, int], ...]:
+    """Carries whose place what an iteration makes of them may take, as nothing else is made of either."""
+    lowered, results = body.lowered, body.results
+    typed = lambda b: (lowered.buffers[b].shape, lowered.buffers[b].dtype)
+    return tuple(
+        (i, number)
+        for i, (kind, number) in enumerate(results[:num_carry])
+        if kind == "output"
+        and results.count((kind, number)) == 1
+        and ("input", i) not in results
+        and typed(lowered.inputs[i]) == typed(lowered.outputs[number])
+    )
 
 
 def _followed_by(body: Graph, test: Graph) -> Graph:
@@ -132,7 +148,7 @@ def _lower_body(graph: Graph, known: set[str], lower: Callable) -> LoweredBody |
     outputs: list[Value] = []
     results: list[tuple[str, int]] = []
     for value in own.outputs:
-        root = _root(value)
+        root = root_of(value)
         literal = constant_value(root)
         if literal is not None:
             constants.append(np.ascontiguousarray(literal))
@@ -161,7 +177,7 @@ def _lower_body(graph: Graph, known: set[str], lower: Callable) -> LoweredBody |
     )
 
 
-def _root(value: Value) -> Value:
+def root_of(value: Value) -> Value:
     """The value whose bytes a value has."""
     while value.node is not None and value.node.name in _VIEWS:
         value = value.node.inputs[0]

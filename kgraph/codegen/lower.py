@@ -11,6 +11,7 @@ import numpy as np
 from kgraph.codegen import control, families
 from kgraph.codegen.cache import spec_key
 from kgraph.codegen.kernel import KernelCall, KernelSpec, LibraryCall, Temporary
+from kgraph.codegen.views import dense_offset
 from kgraph.decisions import Decision
 from kgraph.ir import Dim, Graph, Node, Value, constant_value
 from kgraph.ops.host import HostFunction
@@ -50,8 +51,8 @@ class Lowered:
         make: the class of the program, or a function that calls it.
         """
 
-        def build(body_name: str, lowered: Lowered, input_names: tuple[str, ...]) -> Program:
-            return lowered.program(f"{name}/{body_name}", objects, make, input_names=input_names)
+        def build(body_name: str, lowered: Lowered, **fields) -> Program:
+            return lowered.program(f"{name}/{body_name}", objects, make, **fields)
 
         steps = [
             replace(step, function=step.function.link(build))
@@ -74,6 +75,8 @@ class _Lowering:
         self.families = families.for_target(target)
         self.out = Lowered()
         self.ids: dict[Value | Temporary, int] = {}
+        # What kernels should write where results are wanted, rather than have it copied there.
+        self.results = {control.root_of(v) for v in graph.outputs}
 
     def run(self) -> Lowered:
         graph, out = self.graph, self.out
@@ -99,6 +102,9 @@ class _Lowering:
             self._buffer("dim", node.output, value=node.attrs["dim"])
         elif name in ("reshape", "stop_gradient", "optimization_barrier"):
             self._buffer("temporary", node.output, alias=self.ids[node.inputs[0]])
+        elif name == "slice" and node.output not in self.results and (first := dense_offset(node)) is not None:
+            offset = first * node.output.type.itemsize
+            self._buffer("temporary", node.output, alias=self.ids[node.inputs[0]], offset=offset)
         else:
             reason = self.families.accepts(node)
             if reason is None:

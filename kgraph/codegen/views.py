@@ -42,6 +42,16 @@ def _dynamic_slice_view(node: Node):
     return 0, list(zip(node.output.shape, dense_strides(node.inputs[0].shape), strict=True))
 
 
+def dense_offset(node: Node) -> int | Dim | None:
+    """The element of a slice's operand from which on the slice lies there, where it lies there densely."""
+    x, out = node.inputs[0], node.output
+    base, axes = _slice_view(node)
+    varying = [k for k, n in enumerate(out.shape) if isinstance(n, Dim) or n != 1]
+    dense = dense_strides(out.shape)
+    inside = all(axes[k][1] == dense[k] for k in varying)
+    return base if inside and out.type.rank == x.type.rank else None
+
+
 VIEWS = {
     "transpose": _transpose_view,
     "slice": _slice_view,

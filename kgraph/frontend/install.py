@@ -34,6 +34,9 @@ COARSE = frozenset(
         "keras.src.layers.preprocessing.image_preprocessing.equalization",
     }
 )
+# KerasHub's, in which `keras_backend.generation` does.
+_TASKS = ("causal_lm", "image_to_image", "inpaint", "text_to_image")
+GENERATING = frozenset(f"keras_hub.src.models.{task}" for task in _TASKS)
 
 
 class _AliasLoader:
@@ -65,12 +68,14 @@ class _WrappingLoader:
         return getattr(self.loader, name)
 
 
-class _CoarseLoader(_WrappingLoader):
-    """Hands a module to `keras_backend.coarse` once it is loaded."""
+class _ReplacingLoader(_WrappingLoader):
+    """Hands a module to one of `keras_backend`, which replaces functions in it, once it is loaded."""
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        importlib.import_module(f"{PACKAGE}.coarse").apply(module.__name__, module)
+        if foreign_backend() is None:  # KerasHub may be imported on another backend
+            who = "generation" if module.__name__ in GENERATING else "coarse"
+            importlib.import_module(f"{PACKAGE}.{who}").apply(module.__name__, module)
 
 
 class _ConfigLoader(_WrappingLoader):
@@ -89,17 +94,19 @@ class _ConfigLoader(_WrappingLoader):
 
 
 class KerasBackendFinder:
-    """Answers for `keras.src.backend.numpy`, its submodules, Keras' configuration module, and those of `COARSE`."""
+    """Answers for `keras.src.backend.numpy`, its submodules, Keras' configuration module, and those of `COARSE` and
+    `GENERATING`."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if not fullname.startswith("keras.src."):
+        if not fullname.startswith(("keras.src.", "keras_hub.src.models.")):
             return None
         if fullname == SERVED:
             return importlib.machinery.ModuleSpec(fullname, _AliasLoader(INTERFACE), is_package=True)
         if fullname.startswith(SERVED + "."):
             own = PACKAGE + fullname[len(SERVED) :]
             return importlib.machinery.ModuleSpec(fullname, _AliasLoader(own))
-        wrapper = _ConfigLoader if fullname == CONFIG else _CoarseLoader if fullname in COARSE else None
+        replaced = fullname in COARSE or fullname in GENERATING
+        wrapper = _ConfigLoader if fullname == CONFIG else _ReplacingLoader if replaced else None
         if wrapper is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

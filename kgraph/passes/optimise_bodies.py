@@ -17,7 +17,7 @@ from kgraph.passes.prologue import split_prologue
 
 
 def optimise_bodies(graph: Graph, context: PassContext) -> Graph:
-    """`while(x, w; x -> x @ w)  ->  while(x, pack(w); x -> fusion{dot; packed}(x, .))`, where w depends on weights alone.
+    """`while(x, w; x -> x @ w)  ->  while(x, pack(w); x -> fusion{dot; packed}(x, .))`, where w is made of weights.
 
     Constants among the operands move into the bodies, and what a loop passes on unchanged is its operand afterwards.
     """

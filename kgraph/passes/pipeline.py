@@ -21,6 +21,7 @@ from kgraph.passes.optimise_bodies import optimise_bodies
 from kgraph.passes.reshape_motion import reshape_motion
 from kgraph.passes.split_scan import split_scan
 from kgraph.passes.transpose_motion import transpose_motion
+from kgraph.passes.window_updates import window_updates
 
 INFERENCE: list[Pass] = [
     dead_code,
@@ -30,6 +31,8 @@ INFERENCE: list[Pass] = [
     fold_constants,
     common_subexpressions,
     merge_scans,
+    dead_code,
+    window_updates,
     dead_code,
     split_scan,
     transpose_motion,
@@ -57,4 +60,3 @@ _PREPARE_WEIGHTS = (fold_batch_norm, layout)
 TRAINING: list[Pass] = [pass_ for pass_ in INFERENCE if pass_ not in _PREPARE_WEIGHTS]
 
 PIPELINES = {"inference": INFERENCE, "training": TRAINING}
-

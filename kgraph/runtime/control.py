@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,8 +135,7 @@ class While:
     def _on_addresses(self, binding: Binding, given: Arrays, types: list) -> list[np.ndarray]:
         runs = NativeRuns(binding, given, self.body.repeat)
         *sources, flag = [runs.slot(place) for place in self.body.results]
-        for number in range(len(binding.program.outputs)):
-            runs.alternate(number)
+        runs.place_outputs(given)
         runs.carry(sources)
         while runs.repeat(_TURNS, flag):
             pass
@@ -208,9 +207,7 @@ class Scan:
             ahead.append((into, np.empty_like(row(stack, 0))))
             runs.put(into, row(stack, first + sign if count > 1 else first))
             runs.move(into, sign * row(stack, 0).nbytes)
-        for number in range(len(binding.program.outputs)):
-            if runs.first_output + number not in written:
-                runs.alternate(number)
+        runs.place_outputs(carries, written)
         runs.carry(sources[: self.num_carry])
         for start in range(0, count - 1, _TURNS):
             runs.repeat(min(_TURNS, count - 1 - start))
@@ -275,7 +272,15 @@ class NativeRuns:
         self._kept.append(a)
         self.cells[slot] = a.ctypes.data
 
-    def alternate(self, number: int) -> None:
+    def place_outputs(self, carries: Arrays, written: Collection[int] = ()) -> None:
+        """Place the outputs but for the cells `written`: over the carry that was donated for one, else in turn."""
+        for number, donor in enumerate(self.binding.storage.donors):
+            if donor >= 0:
+                self.put(self.first_output + number, np.array(carries[donor], order="C"))
+            elif self.first_output + number not in written:
+                self._alternate(number)
+
+    def _alternate(self, number: int) -> None:
         """Write an output to two pieces of memory in turn: what was written last can be read by the next run."""
         b = self.binding.program.outputs[number]
         nbytes = self.binding.storage.nbytes[b]

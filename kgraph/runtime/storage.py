@@ -151,21 +151,50 @@ def _roots(program: Program, evaluate: Callable[[object], int]) -> tuple[list[in
     return roots, offsets
 
 
-def _donate(program: Program, storage: Storage, roots, claims, first, last) -> set[int]:
-    """Write outputs into donated input arrays, where nobody reads the old content by then; gives the outputs' roots."""
+def _donate(program: Program, storage: Storage, roots, claims, first, last) -> dict[int, int]:
+    """Write outputs into donated input arrays, where nobody reads the old content by then.
+
+    Gives root -> the root of the output in whose place it lies: the outputs' own, and what they are made of in place.
+    """
     storage.donors = [-1] * len(program.outputs)
-    donated: set[int] = set()
+    donated: dict[int, int] = {}
     # A host step can fail, and what came before it must not have destroyed anything.
     no_return = max((i for i, step in enumerate(program.steps) if isinstance(step, HostStep)), default=-1)
     for number, output in program.donations:
         source, root = program.inputs[number], roots[program.outputs[output]]
         if claims.get(root) != output or first.get(root, -1) <= no_return:
             continue
-        written, read = first[root], last.get(source, -1)
-        if written > read or (written == read and _may_overwrite(program, roots, written, root, source)):
+        read = last.get(source, -1)
+        # Several steps may change the array one after the other.
+        chain = [root]
+        while (made_of := _overwritten(program, storage, roots, first, last, chain[-1])) is not None:
+            chain.append(made_of)
+        if first[chain[-1]] != read:
+            chain = [root]
+        written = first[chain[-1]]
+        if written > read or (written == read and _may_overwrite(program, roots, written, chain[-1], source)):
             storage.donors[output] = number
-            donated.add(root)
+            storage.num_in_place += len(chain) - 1
+            donated.update(dict.fromkeys(chain, root))
     return donated
+
+
+def _overwritten(program: Program, storage: Storage, roots, first, last, root: int) -> int | None:
+    """The temporary that the step which makes buffer `root` may overwrite with it."""
+    index = first[root]
+    step = program.steps[index]
+    for output, source in () if isinstance(step, HostStep) else step.inplace:
+        src = step.operands[source]
+        if (
+            step.operands[output] == root
+            and roots[src] == src
+            and program.buffers[src].kind == "temporary"
+            and last[src] == index
+            and storage.nbytes[src] == storage.nbytes[root] > 0
+            and _may_overwrite(program, roots, index, root, src)
+        ):
+            return src
+    return None
 
 
 def _may_overwrite(program: Program, roots, index: int, root: int, source: int) -> bool:
@@ -178,13 +207,15 @@ def _may_overwrite(program: Program, roots, index: int, root: int, source: int) 
     return all(step.operands[i] == source and i in allowed for i in range(inputs) if roots[step.operands[i]] == source)
 
 
-def _merge_in_place(program: Program, storage: Storage, roots, offsets, first, last, donated) -> dict[int, int]:
+def _merge_in_place(
+    program: Program, storage: Storage, roots, offsets, first, last, donated: dict[int, int]
+) -> dict[int, int]:
     """Let outputs overwrite inputs that die at the same step, where the step allows it; gives root -> leader.
 
-    donated: roots that have their place already.
+    donated: roots that have their place already, with their leaders.
     """
     buffers, nbytes = program.buffers, storage.nbytes
-    leaders: dict[int, int] = {}
+    leaders: dict[int, int] = {root: leader for root, leader in donated.items() if root != leader}
     group_last = dict(last)
     for index, step in enumerate(program.steps):
         overwritten: set[int] = set()

@@ -22,9 +22,11 @@ ALLOWED = {
 # What another room supplies when asked for, imported inside a function: the text of operations, and the kernel on which
 # eager draws of many random words run.
 LAZY = {("ir", "ops"), ("ops", "codegen")}
-# Keras' own `predict` and `fit` run on the public API, as a user's code would, and on compiled steps.
+# Keras' own `predict` and `fit`, and KerasHub's `generate`, run on the public API, as a user's code would, and on
+# compiled steps.
 _TRAINER = "frontend/keras_backend/trainer.py"
 EXCEPTIONS = {(_TRAINER, "kgraph.api"), (_TRAINER, "kgraph.gradients"), (_TRAINER, "kgraph.train_step")}
+EXCEPTIONS.add(("frontend/keras_backend/generation.py", "kgraph.api"))
 
 
 def imports_of(path: Path):

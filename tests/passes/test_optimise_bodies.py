@@ -1,4 +1,4 @@
-"""What bodies of control flow have of the passes: weights prepared for them ahead of calls, constants, fewer operands."""
+"""What bodies of control flow have of the passes: weights prepared ahead of calls, constants, fewer operands."""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 
+from kgraph import ops
+from kgraph.compiler import compile_graph
+from kgraph.frontend.tracer import trace
+from kgraph.ir import TensorType
 from kgraph.runtime import threads
 from kgraph.runtime.plan import Buffer, HostStep, NativeStep
 from tests.runtime.kernels import HEAVY, N, program
@@ -82,6 +86,64 @@ def test_a_chain_of_updates_ends_in_the_input():
     (y,) = p([x])
     assert y is x
     np.testing.assert_allclose(y, np.full(8, (before + 2).sum()), rtol=1e-5)
+
+
+def test_steps_in_a_row_change_the_input_where_it_lies():
+    p = program(buffers(1, 3), [add_one(0, 1), add_one(1, 2), add_one(2, 3)], (0,), (3,), donations=[(0, 0)])
+    x = array(10)
+    before = x.copy()
+    (y,) = p([x])
+    assert y is x
+    np.testing.assert_allclose(x, before + 3, rtol=1e-6)
+    assert p.bind({"N": 10}).storage.arena_bytes == 0
+    assert p.bind({"N": 10}).storage.num_in_place == 2  # besides the output itself
+
+
+def test_steps_in_a_row_leave_what_is_read_in_between():
+    # The second reader comes after the step that would overwrite what it reads.
+    steps = [add_one(0, 1), add_one(1, 2), NativeStep("multiply_add", (1, 2, 3), 1, N, sizes=(0,))]
+    p = program(buffers(1, 3), steps, (0,), (2, 3), donations=[(0, 0)])
+    x = array(10)
+    before = x.copy()
+    new, product = p([x])
+    assert new is x
+    np.testing.assert_allclose(new, before + 2, rtol=1e-6)
+    np.testing.assert_allclose(product, (before + 1) * (before + 2), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((7,), (3,)),
+        ((40, 60, 50), (3, 60, 50)),
+        ((40, 60, 50), (2, 7, 11)),
+        ((3, 90_001), (2, 70_000)),
+        ((5, 4, 0), (1, 2, 0)),
+        ((1, 200_000), (1, 9)),
+    ],
+)
+def test_windows_are_written_where_a_donated_array_lies(shape, rows):
+    """By several threads where the array is large, with long rows cut into chunks; twice in a row."""
+    types = [TensorType(shape, "float32"), TensorType(rows, "float32"), *[TensorType((), "int32")] * len(shape)]
+
+    def build(x, update, *starts):
+        return ops.dynamic_update_slice(
+            ops.dynamic_update_slice(x, update, *starts), ops.neg(update), *[np.int32(0)] * len(shape)
+        )
+
+    compiled = compile_graph(trace(build, *types), donations=[(0, 0)])
+    rng = np.random.default_rng(0)
+    update = rng.normal(size=rows).astype(np.float32)
+    for _ in range(5):
+        starts = [int(rng.integers(-2, n + 2)) for n in shape]
+        x = rng.normal(size=shape).astype(np.float32)
+        wanted = x.copy()
+        clamped = [min(max(s, 0), n - m) for s, n, m in zip(starts, shape, rows)]
+        wanted[tuple(slice(s, s + m) for s, m in zip(clamped, rows))] = update
+        wanted[tuple(slice(0, m) for m in rows)] = -update
+        (y,) = compiled.program([x, update, *(np.array(s, np.int32) for s in starts)])
+        assert y is x or not x.size
+        np.testing.assert_array_equal(x, wanted)
 
 
 def test_state_passed_through_and_read_by_another_output():

@@ -187,6 +187,24 @@ static int kg_may_overwrite(kg_planner *p, int32_t index, int32_t root, int32_t 
     return 1;
 }
 
+/* The temporary that the step which makes buffer `root` may overwrite with it, or -1. */
+static int32_t kg_overwritten(kg_planner *p, int32_t root)
+{
+    const kg_program *program = p->program;
+    int32_t index = p->first[root], k;
+    const kg_step *step = program->steps + index;
+    const int32_t *operands = program->operands + step->operands;
+    for (k = 0; k < step->num_inplace; k++) {
+        int32_t out = operands[program->inplace[step->inplace + 2 * k]];
+        int32_t src = operands[program->inplace[step->inplace + 2 * k + 1]];
+        if (out == root && p->roots[src] == src && program->buffers[src].kind == KG_BUFFER_TEMPORARY &&
+            p->last[src] == index && p->plan->nbytes[src] == p->plan->nbytes[root] && p->plan->nbytes[root] > 0 &&
+            kg_may_overwrite(p, index, root, src))
+            return src;
+    }
+    return -1;
+}
+
 static void kg_donate(kg_planner *p)
 {
     const kg_program *program = p->program;
@@ -194,12 +212,23 @@ static void kg_donate(kg_planner *p)
     for (k = 0; k < program->num_donations; k++) {
         int32_t number = program->donations[2 * k], output = program->donations[2 * k + 1];
         int32_t source = program->inputs[number], root = p->roots[program->outputs[output]];
-        int32_t written = p->first[root], read = p->last[source];
-        if (p->claimed[root] != output || written < 0)
+        int32_t read = p->last[source], begin = root, made_of, written;
+        if (p->claimed[root] != output || p->first[root] < 0)
             continue;
-        if (written > read || (written == read && kg_may_overwrite(p, written, root, source))) {
+        /* Several steps may change the array one after the other. */
+        while ((made_of = kg_overwritten(p, begin)) >= 0)
+            begin = made_of;
+        if (p->first[begin] != read)
+            begin = root;
+        written = p->first[begin];
+        if (written > read || (written == read && kg_may_overwrite(p, written, begin, source))) {
             p->plan->donors[output] = number;
             p->donated[root] = 1;
+            for (made_of = root; made_of != begin;) {
+                made_of = kg_overwritten(p, made_of);
+                p->donated[made_of] = 1;
+                p->leader[made_of] = root;
+            }
         }
     }
 }

@@ -130,11 +130,17 @@ def _lower_overlay(name: str, axes, operands: list, background: str) -> KernelCa
         background,
         len(operands) - 1,
     )
-    return _call(name, "assemble:render_overlay", params, operands, table, product(outer))
+    call = _call(name, "assemble:render_overlay", params, operands, table, product(outer))
+    if background == "array":
+        call.notes["inplace"] = ((len(operands) - 1, 1),)
+    return call
 
 
 def render_overlay(params, target) -> str:
-    """A unit is a row of the result, or a chunk of it: background, foreground, background."""
+    """A unit is a row of the result, or a chunk of it: background, foreground, background.
+
+    Where the result is the background itself, the foreground alone is written.
+    """
     dtype, axes, strides, outer_sizes, chunk, background, out_operand = params
     b = KernelBuilder("overlay", target)
     foreground, back, destination = (b.operand(k, dtype) for k in (0, 1, out_operand))
@@ -152,6 +158,11 @@ def render_overlay(params, target) -> str:
         else:
             copy_row(b, to, back + at, count)
 
+    if background == "array":
+        same = b.ir.icmp_unsigned("==", destination.value, back.value)
+        with b.if_then(same):
+            _write_foreground(b, destination, foreground, axes, row_strides, chunk)
+            b.ir.ret_void()
     with b.loop(b.begin, b.end):
         at = walk.offset()
         start = walk.index(len(outer_sizes) - 1) * chunk if chunk else 0
@@ -164,6 +175,30 @@ def render_overlay(params, target) -> str:
                 write_background(destination + at, at, count)
         walk.advance()
     return b.ir_text()
+
+
+def _write_foreground(b: KernelBuilder, destination: Pointer, foreground: Pointer, axes, row_strides, chunk) -> None:
+    """The part of the foreground that lies in the units of this call."""
+    size, own, low, _ = axes[-1]
+
+    def first_element(unit: Int) -> Int:
+        if not chunk:
+            return unit * size
+        chunks = b.ceil_div(size, chunk)
+        return (unit // chunks) * size + (unit % chunks) * chunk
+
+    begin, end = first_element(b.begin), first_element(b.end)
+    for (_, _, start, _), stride in zip(axes[:-1], row_strides):
+        low = low + start * stride
+    rows = [m for _, m, _, _ in axes[:-1]]
+    walk = Odometer(b, rows or [1], [row_strides[:-1] or [0]])
+    walk.seek(b.int(0))
+    with b.loop(0, product(rows)) as row:
+        at = walk.offset() + low
+        first, last = b.int(b.max(at, begin)), b.int(b.min(at + own, end))
+        with b.if_then(first < last):
+            copy_row(b, destination + first, foreground + (row * own + (first - at)), last - first)
+        walk.advance()
 
 
 def _resolve_start(b: KernelBuilder, start):
