@@ -101,3 +101,44 @@ def test_narrower_vectors():
     attrs = {"scale": 0.3, "is_causal": True, "has_mask": False, "has_bias": False}
     y, expected = run(arrays, target=host_target(32), **attrs)
     compare(y, expected, 1e-5)
+
+
+@FEW
+@given(
+    batch=st.integers(1, 9),
+    queries=st.integers(1, 4),
+    keys=st.integers(1, 1100),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (8, 1), (12, 12)]),
+    depth=st.integers(1, 70),
+    value_depth=st.integers(1, 70),
+    seen=st.lists(st.integers(0, 1100), min_size=2, max_size=2),
+    dtype=st.sampled_from(["float32", "float64", "float16"]),
+    parts=st.integers(1, 3),
+)
+def test_few_queries_read_what_they_see(batch, queries, keys, heads, depth, value_depth, seen, dtype, parts):
+    """A mask with whole blocks that are not seen, and one query that sees nothing: it weighs all keys alike."""
+    arrays = arrays_for(batch, queries, keys, *heads, depth, value_depth, dtype=dtype)
+    mask = np.zeros((batch, 1, queries, keys), bool)
+    mask[..., min(seen) : max(seen)] = True
+    mask[0, :, 0] = False
+    arrays.append(mask)
+    declared = [a.shape for a in arrays]
+    declared[1:3] = [(batch, S, *a.shape[2:]) for a in arrays[1:3]]
+    declared[3] = (*mask.shape[:3], S)
+    attrs = {"scale": depth**-0.5, "is_causal": False, "has_mask": True, "has_bias": False}
+    y, expected = run(arrays, declared, {"S": keys}, parts, **attrs)
+    compare(y, expected, {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3}[dtype])
+
+
+def test_few_queries_take_a_kernel_of_their_own():
+    def kernel(queries, heads, key_heads, batch=8):
+        shapes = [(batch, queries, heads, 16), (batch, S, key_heads, 16), (batch, S, key_heads, 16)]
+        values = [Value(TensorType(shape, "float32")) for shape in shapes]
+        attrs = {"scale": 1.0, "is_causal": True, "has_mask": False, "has_bias": False}
+        (call,) = attention.lower(make_node(ATTENTION, values, attrs), host_target())
+        return call.spec.name, call.extent
+
+    assert kernel(1, 4, 4) == ("attention_rows", 8 * 4)
+    assert kernel(2, 8, 2) == ("attention_rows", 8 * 2)  # the queries of four heads in a unit
+    assert kernel(2, 16, 1, batch=1) == ("attention_rows", 16)
+    assert kernel(9, 4, 4)[0] == kernel(L, 4, 4)[0] == "attention_causal"

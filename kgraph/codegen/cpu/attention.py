@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kgraph.codegen.attention import LOG2E, MASKED, extra_strides
+from kgraph.codegen.cpu import attention_rows
 from kgraph.codegen.cpu.attention_operands import (
     AttentionOperands,
     Shape,
@@ -78,6 +79,8 @@ def _layout(shape: Shape, target) -> Layout:
 
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of an attention node."""
+    if attention_rows.takes(node):
+        return attention_rows.lower(node, target)
     q, k, v, *rest = node.inputs
     batch, queries, heads, depth = q.shape
     keys = k.shape[1]
