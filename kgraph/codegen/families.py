@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 from kgraph.codegen.kernel import KernelCall
-from kgraph.ir import Node
+from kgraph.ir import Node, Value
 
 # Modules of kgraph.codegen.cpu, by primitive name. What is elementwise and not named here goes to `loop`.
 BY_PRIMITIVE = {
@@ -91,6 +91,14 @@ def lower(node: Node, target) -> list[KernelCall]:
     if family is None:
         raise ValueError(f"no kernel family for {node.name}")
     return family.lower(node, target)
+
+
+def views(node: Node) -> tuple[Value, ...]:
+    """Operands, results of slices, in whose place the kernels of the node read what was sliced."""
+    family = family_of(node)
+    if family is None or not hasattr(family, "views") or accepts(node) is not None:
+        return ()
+    return family.views(node)
 
 
 def packing_for(node: Node, target) -> tuple | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,22 @@ def lower(graph: Graph, target, decisions: list[Decision]) -> Lowered:
     return _Lowering(graph, target, decisions).run()
 
 
+def _read_by_views(graph: Graph, kernels: ModuleType) -> set[Node]:
+    """Slices, and reshapes of them, whose readers all read the operand instead."""
+    found: set[Node] = set()
+    if not any(node.name == "slice" for node in graph.nodes):
+        return found
+    uses, results = graph.uses(), set(graph.outputs)
+    views = {node: kernels.views(node) for node in graph.nodes if node.name not in ("slice", "reshape")}
+    for node in reversed(graph.nodes):
+        if node.name not in ("slice", "reshape") or node.output in results:
+            continue
+        readers = uses.get(node.output, ())
+        if readers and all(r in found or node.output in views.get(r, ()) for r in readers):
+            found.add(node)
+    return found
+
+
 class _Lowering:
     def __init__(self, graph: Graph, target, decisions: list[Decision]):
         self.graph, self.target, self.decisions = graph, target, decisions
@@ -77,6 +94,7 @@ class _Lowering:
         self.ids: dict[Value | Temporary, int] = {}
         # What kernels should write where results are wanted, rather than have it copied there.
         self.results = {control.root_of(v) for v in graph.outputs}
+        self.unread = _read_by_views(graph, self.families)
 
     def run(self) -> Lowered:
         graph, out = self.graph, self.out
@@ -96,6 +114,8 @@ class _Lowering:
 
     def _node(self, node: Node) -> None:
         name = node.name
+        if node in self.unread:
+            return
         if name == "constant":
             self._buffer("constant", node.output, value=np.ascontiguousarray(node.attrs["value"]))
         elif name == "dim_value":

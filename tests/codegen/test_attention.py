@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from kgraph import ops
 from kgraph.codegen.cpu import attention
+from kgraph.compiler import compile_graph
+from kgraph.frontend.tracer import trace
 from kgraph.ir import Dim, TensorType, Value, make_node
+from kgraph.ir.interpreter import evaluate
 from kgraph.ops.attention import ATTENTION
 from tests.codegen.driver import host_target, run_node
 from tests.codegen.samples import check_sample, compare
@@ -142,3 +145,41 @@ def test_few_queries_take_a_kernel_of_their_own():
     assert kernel(2, 8, 2) == ("attention_rows", 8 * 2)  # the queries of four heads in a unit
     assert kernel(2, 16, 1, batch=1) == ("attention_rows", 16)
     assert kernel(9, 4, 4)[0] == kernel(L, 4, 4)[0] == "attention_causal"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("queries", [1, 12])
+def test_keys_and_values_are_read_out_of_a_cache(batch, queries):
+    """Windows of one array that do not lie densely: few queries read them there, many after a copy."""
+    layers, keys, heads, depth = 2, 37, 4, 24
+    cache_type = TensorType((batch, layers, 2, keys, heads, depth), "float32")
+
+    def build(q, cache):
+        parts = []
+        for which in range(2):
+            start, limit = (0, 1, which, 0, 0, 0), (batch, 2, which + 1, keys, heads, depth)
+            part = ops.slice(cache, start=start, limit=limit, stride=(1,) * 6)
+            parts.append(ops.reshape(part, shape=(batch, keys, heads, depth)))
+        return ops.attention(q, *parts, scale=0.2)
+
+    graph = trace(build, TensorType((batch, queries, heads, depth), "float32"), cache_type)
+    compiled = compile_graph(graph)
+    labels = [s.label for s in compiled.program.steps]
+    assert labels == (["attention_rows"] if queries == 1 else [*["slice"] * (0 if batch == 1 else 2), "attention"])
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(v.shape).astype(np.float32) for v in graph.inputs]
+    (y,), (expected,) = compiled.program(arrays), evaluate(graph, arrays, precision="float64")
+    compare(y, expected, 1e-5)
+
+
+def test_a_part_of_a_cache_with_another_reader_is_copied_for_it():
+    def build(q, cache):
+        part = ops.slice(cache, start=(0, 3, 0, 0), limit=(2, 9, 4, 8), stride=(1,) * 4)
+        return ops.attention(q, part, part, scale=0.2), ops.mul(part, np.float32(2))
+
+    graph = trace(build, TensorType((2, 1, 4, 8), "float32"), TensorType((2, 12, 4, 8), "float32"))
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(v.shape).astype(np.float32) for v in graph.inputs]
+    wanted = evaluate(graph, arrays, precision="float64")
+    for y, expected in zip(compile_graph(graph).program(arrays), wanted, strict=True):
+        compare(y, expected, 1e-5)

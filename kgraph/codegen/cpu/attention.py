@@ -23,7 +23,7 @@ from kgraph.codegen.cpu.block_product import BlockProduct, Panel
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer, compute_dtype, itemsize
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Node
+from kgraph.ir import Node, Value
 from kgraph.ir.dims import ceil_div, product
 
 QUERY_TILE = 32
@@ -35,6 +35,11 @@ def accepts(node: Node) -> str | None:
     if node.name != "attention":
         return f"{node.name} is not attention"
     return accepts_operands(*node.inputs[:3])
+
+
+def views(node: Node) -> tuple[Value, ...]:
+    """Keys and values that are slices, where they are read out of what was sliced."""
+    return attention_rows.views(node) if attention_rows.takes(node) else ()
 
 
 class Layout(NamedTuple):

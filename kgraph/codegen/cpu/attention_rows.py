@@ -6,13 +6,16 @@ nor are the values of keys without weight: a cache that is filled in part costs 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from kgraph.codegen.attention import LOG2E, MASKED, extra_strides
 from kgraph.codegen.cpu.attention_operands import AttentionOperands, Shape, exp2_nonpositive
 from kgraph.codegen.cpu.builder import Int, KernelBuilder, Pointer, compute_dtype, itemsize
-from kgraph.codegen.cpu.strided import SizeTable
+from kgraph.codegen.cpu.strided import SizeTable, dense_strides, resolve_all
 from kgraph.codegen.cpu.transpose import transpose_vectors
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node
+from kgraph.codegen.views import VIEWS
+from kgraph.ir import Dim, Node, Value
 from kgraph.ir.dims import ceil_div, product
 
 # Above so many rows a product over tiles is faster than to look at one row after the other.
@@ -44,6 +47,43 @@ def _by_head(node: Node) -> bool:
     return not isinstance(batch, Dim) and batch * key_heads < LEAST_UNITS
 
 
+class _Source(NamedTuple):
+    """Where keys or values lie: in a value, from an element on, so many elements from one batch entry to the next."""
+
+    value: Value
+    first: int | Dim
+    batch_stride: int | Dim
+
+
+def views(node: Node) -> tuple[Value, ...]:
+    """Keys and values that the kernel reads out of what they are slices of."""
+    return tuple(x for x in node.inputs[1:3] if _source(x).value is not x)
+
+
+def _source(x: Value) -> _Source:
+    """The place of keys or values; rows of all heads lie one behind the other."""
+    dense = dense_strides(x.shape)
+    sliced = x
+    while sliced.node is not None and sliced.node.name == "reshape" and _varying(sliced) == _varying_before(sliced):
+        sliced = sliced.node.inputs[0]
+    if sliced.node is not None and sliced.node.name == "slice":
+        first, axes = VIEWS["slice"](sliced.node)
+        strides = iter([stride for n, stride in axes if isinstance(n, Dim) or n != 1])
+        own = [0 if not isinstance(n, Dim) and n == 1 else next(strides) for n in x.shape]
+        if all(stride in (0, wanted) for stride, wanted in zip(own[1:], dense[1:])):
+            return _Source(sliced.node.inputs[0], first, own[0])
+    return _Source(x, 0, dense[0])
+
+
+def _varying(x: Value) -> list:
+    """The sizes of its axes of more than one element."""
+    return [n for n in x.shape if isinstance(n, Dim) or n != 1]
+
+
+def _varying_before(x: Value) -> list:
+    return _varying(x.producer.inputs[0])
+
+
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of an attention node that `takes` accepts."""
     q, k, v, *rest = node.inputs
@@ -54,14 +94,16 @@ def lower(node: Node, target) -> list[KernelCall]:
     lanes = target.lanes(compute)
     table = SizeTable()
     extras = tuple(table.all(extra_strides(x)) for x in rest)
-    params = (tuple(shape), queries, table.run_time(keys), extras, _by_head(node))
+    sources = [_source(k), _source(v)]
+    places = tuple((table.run_time(s.first), table.run_time(s.batch_stride)) for s in sources)
+    params = (tuple(shape), queries, table.run_time(keys), extras, _by_head(node), places)
     rows = _rows(node)
     elements = rows * (ceil_div(keys, lanes) * lanes + 1) + _fixed_elements(shape, rows, lanes)
     tensors = (*node.inputs, node.output)
     return [
         KernelCall(
             KernelSpec("attention_rows", "attention_rows:render_attention_rows", params),
-            list(tensors),
+            [q, *(s.value for s in sources), *rest, node.output],
             outputs=1,
             sizes=table.values,
             extent=batch * (heads if _by_head(node) else k.shape[2]),
@@ -88,12 +130,13 @@ def render_attention_rows(params, target) -> str:
 
 class _RowsKernel(AttentionOperands):
     def __init__(self, params, target):
-        shape, queries, keys, strides, by_head = params
+        shape, queries, keys, strides, by_head, places = params
         shape = Shape(*shape)
         super().__init__(KernelBuilder("attention_rows", target), shape, queries, keys, strides)
         b, lanes = self.b, self.lanes
         self.out = b.operand(self.next_operand, shape.dtype)
         self.queries = queries
+        self.k_place, self.v_place = (resolve_all(b, place) for place in places)
         self.group = 1 if by_head else shape.heads // shape.key_heads
         self.units_per_key_head = shape.heads // shape.key_heads if by_head else 1
         self.rows = queries * self.group
@@ -144,11 +187,14 @@ class _RowsKernel(AttentionOperands):
             for column in range(0, self.value_depth, lanes):
                 b.store(self.sums, r * self.value_depth + column, self.zero)
 
-    def _rows_of(self, x: Pointer, batch, key_head, depth: int, first, count: int, inside: bool) -> list[Pointer]:
+    def _rows_of(
+        self, x: Pointer, where, batch, key_head, depth: int, first, count: int, inside: bool
+    ) -> list[Pointer]:
         """`count` keys or values from `first` on, the last one again where there are no more."""
         b = self.b
         stride = self.shape.key_heads * depth
-        source = x + (batch * self.total_keys * stride + key_head * depth)
+        begin, batch_stride = where
+        source = x + (batch * batch_stride + begin + key_head * depth)
         place = lambda j: first + j if inside else b.min(first + j, self.total_keys - 1)
         return [source + place(j) * stride for j in range(count)]
 
@@ -157,7 +203,7 @@ class _RowsKernel(AttentionOperands):
         masked = b.constant(MASKED[self.compute], self.compute, lanes)
 
         def block(i, mask, slot) -> None:
-            keys = self._rows_of(self.k, batch, key_head, shape.depth, i, lanes, inside=mask is None)
+            keys = self._rows_of(self.k, self.k_place, batch, key_head, shape.depth, i, lanes, inside=mask is None)
             with b.loop(0, self.rows) as r:
                 query, head = self._place(r, first_head)
 
@@ -229,7 +275,7 @@ class _RowsKernel(AttentionOperands):
         def block(i, mask, slot) -> None:
             weights = b.load(self.scores, r * self.stride + i, lanes)
             with b.if_then(b.any(b.compare(">", weights, self.zero))):
-                values = self._rows_of(self.v, batch, key_head, depth, i, lanes, inside=mask is None)
+                values = self._rows_of(self.v, self.v_place, batch, key_head, depth, i, lanes, inside=mask is None)
                 for j, value in enumerate(values):
                     weight = b.load_broadcast(self.scores, r * self.stride + i + j, lanes)
                     for variable, column in zip(sums, columns):

@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 from kgraph.codegen.kernel import KernelCall
-from kgraph.ir import Node
+from kgraph.ir import Node, Value
 
 # Modules of kgraph.codegen.cuda, by primitive name. What is elementwise and not named here goes to `loop`.
 BY_PRIMITIVE = {
@@ -80,6 +80,11 @@ def lower(node: Node, target) -> list[KernelCall]:
     if family is None:
         raise ValueError(f"no CUDA kernel family for {node.name}")
     return family.lower(node, target)
+
+
+def views(node: Node) -> tuple[Value, ...]:
+    """None: kernels read slices as arrays of their own."""
+    return ()
 
 
 def packing_for(node: Node, target) -> tuple | None:
