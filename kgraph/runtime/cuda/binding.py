@@ -65,6 +65,13 @@ class _LibraryCall:
 _Work = _Launch | _LibraryCall
 
 
+class _Preparation(NamedTuple):
+    """A launch that makes what the library reads of a parameter or constant. key: equal ones make the same."""
+
+    launch: _Launch
+    key: tuple
+
+
 class _Copy(NamedTuple):
     """Bytes that move within the device."""
 
@@ -124,6 +131,7 @@ class CudaBinding:
         self._donors = {output: number for number, output in program.donations}
         self._place_own_memory()
         self.refusals: dict[int, str] = {}  # why the library does not take a step, by its number
+        self._preparations: list[_Preparation] = []
         self._segments = self._cut(value)
         self._params = sorted({p.index for p in self._places() if p.space == "param"})
         self._constants = sorted({p.index for p in self._places() if p.space == "constant"})
@@ -188,10 +196,19 @@ class CudaBinding:
         if isinstance(plan, str):
             self.refusals[number] = plan
             return None
-        around = [[w for s in steps for w in self._launch(s, number, value)] for steps in (call.before, call.after)]
-        return [*around[0], _LibraryCall(plan, buffers, number), *around[1]]
+        work: list[_Work | _Copy] = []
+        for before in call.before:
+            launches = self._launch(before, number, value)
+            if self.storage.places[before.operands[-1]].space == "prepared":
+                source = self.storage.places[before.operands[0]]
+                key = (before.kernel, source.space, source.index, source.offset)
+                self._preparations += [_Preparation(launch, (*key, *launch.sizes)) for launch in launches]
+            else:
+                work += launches
+        after = [launch for step in call.after for launch in self._launch(step, number, value)]
+        return [*work, _LibraryCall(plan, buffers, number), *after]
 
-    def _launch(self, step: LaunchStep, number: int, value: Callable[[Any], int]) -> list[_Work | _Copy]:
+    def _launch(self, step: LaunchStep, number: int, value: Callable[[Any], int]) -> list[_Launch]:
         """A step as a launch; none where there is nothing to do."""
         extent = value(step.extent)
         if extent <= 0:
@@ -284,14 +301,34 @@ class CudaBinding:
                 bases[space, number] = bases["input", donor]
         program = self.program
         for index in self._params:
-            value = program.values[index]
-            if value is None:
-                raise KGraphError(f"{program.name}: parameter {index} has no value")
-            bases["param", index] = program.resident_params.address(index, value)
+            bases["param", index] = program.resident_params.address(index, self._param(index))
         for index in self._constants:
             resident = program.resident_constants if index in program.constants else self._dims
             bases["constant", index] = resident.address(index, self.constants[index])
+        for preparation in self._preparations:
+            target, _, _ = preparation.launch.buffers[-1]
+            bases[target.space, target.index] = self._prepared(preparation)
         return _Call(bases, tuple(bases.values()))
+
+    def _param(self, index: int) -> np.ndarray:
+        value = self.program.values[index]
+        if value is None:
+            raise KGraphError(f"{self.program.name}: parameter {index} has no value")
+        return value
+
+    def _prepared(self, preparation: _Preparation) -> int:
+        """Where what the library reads of a parameter or constant lies; it is made unless it is there."""
+        work = preparation.launch
+        (source, given, given_dtype), (_, nbytes, dtype) = work.buffers
+        array = self._param(source.index) if source.space == "param" else self.constants[source.index]
+
+        def fill(address: int) -> None:
+            room = Allocation(self.device, array.nbytes)  # nothing else reads it there
+            self.device.copy_in(room.address, array)
+            buffers = [Argument(room.address + source.offset, given, given_dtype), Argument(address, nbytes, dtype)]
+            self.device.launch(work.function, work.grid, work.block, work.shared_bytes, buffers, work.sizes)
+
+        return self.program.prepared.made(preparation.key, array, nbytes, fill)
 
     def _address(self, place: Place, call: _Call) -> int:
         return call.bases[place.space, place.index] + place.offset
