@@ -17,7 +17,7 @@ from kgraph import errors
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import simulator_target
 from kgraph.compiler import compile_graph
-from kgraph.ir import Dim, Graph, TensorType, Value
+from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value
 from kgraph.ir.dims import evaluate
 from kgraph.ir.interpreter import evaluate as evaluate_graph
 from kgraph.report import explain
@@ -277,6 +277,25 @@ def test_the_library_is_told_how_addresses_are_aligned(library):
             told.append([min(tensor.attributes[900][0], 64) for tensor in tensors])
     # Filters, image, result; where nothing is known they are aligned like an element.
     assert told == [[64, 2, 64], [64, 64, 64], [64, 2, 64], [64, 64, 2]]
+
+
+def test_iterations_of_loops_are_aligned_like_their_elements(library):
+    """Slices of sequences, and places in what is stacked."""
+    attrs = convolution((1, 3, 3, 1), (3, 3, 1, 1), padding=1).attrs
+    image, weights = TensorType((1, 3, 3, 1), "float16"), TensorType((3, 3, 1, 1), "float16")
+    body = Graph([Value(image), Value(weights)], name="body")
+    body.outputs = [add(body, "conv", *body.inputs, **attrs)]
+    graph = Graph([Value(TensorType((5, *image.shape), "float16")), Value(weights)], name="loop")
+    scan = {"num_carry": 0, "num_xs": 1, "length": 5, "reverse": False}
+    graph.outputs = list(graph.add(PRIMITIVES["scan"], graph.inputs, body=body, **scan))
+    program = compile_graph(graph, target=TARGET, passes=[]).program
+    arrays = [filled(v.shape, v.dtype, n) for n, v in enumerate(graph.inputs)]
+    for _ in range(3):
+        (got,) = program(arrays)
+        np.testing.assert_allclose(got, evaluate_graph(graph, arrays)[0], rtol=2e-3, atol=2e-3)
+    assert program.stats()["library_calls"] == 1
+    assert len(library.convolved) == 10  # launched, captured
+    assert all(op.attributes[705][0].attributes[900] == [2] for op, _ in library.convolved)
 
 
 def test_the_device_is_the_thread_s_when_the_library_is_called(library, monkeypatch):

@@ -11,6 +11,7 @@ from kgraph.decisions import Decision
 from kgraph.runtime.cuda.binding import CudaBinding
 from kgraph.runtime.cuda.device import Device
 from kgraph.runtime.cuda.device_array import Allocation
+from kgraph.runtime.cuda.device_plan import LOOP_LAUNCHES, DevicePlan
 from kgraph.runtime.cuda.libraries import NAMES
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import LaunchStep
@@ -47,10 +48,15 @@ class CudaProgram(Program):
         return self._bind(tuple([tuple(a.shape) for a in arrays]))(arrays, out)
 
     def decisions(self) -> list[Decision]:
-        """The steps that the device's libraries do not take, at any of the sizes bound."""
+        """Steps that the device's libraries do not take and loops too long for graphs, at any of the sizes bound."""
         bindings: list[Any] = list(self._bindings.values())
-        found = dict.fromkeys(item for binding in bindings for item in binding.refusals.items())
-        return [Decision(self.steps[n].label, f"kgraph's kernel, not {self._library(n)}", why) for n, why in found]
+        plans: list[DevicePlan] = [binding.plan for binding in bindings]
+        found = dict.fromkeys(item for plan in plans for item in plan.refusals.items())
+        out = [Decision(self.steps[n].label, f"kgraph's kernel, not {self._library(n)}", why) for n, why in found]
+        for n, count in dict.fromkeys(item for plan in plans for item in plan.long_loops.items()):
+            why = f"it takes {count}, and graphs keep no more than {LOOP_LAUNCHES} of a loop"
+            out.append(Decision(self.steps[n].label, "Python makes the launches of its iterations in every call", why))
+        return out
 
     def _library(self, number: int) -> str:
         """The library that might do a step."""
@@ -71,7 +77,7 @@ class CudaProgram(Program):
             "arena_bound": max([b.storage.arena_bound for b in bindings], default=0),
             "in_place_outputs": max([sum(d >= 0 for d in b.storage.donors) for b in bindings], default=0),
             "graphs": sum(b.num_graphs() for b in bindings),
-            "library_calls": max([b.num_library_calls() for b in bindings], default=0),
+            "library_calls": max([b.plan.num_library_calls() for b in bindings], default=0),
             "native_steps": launches,
             "host_steps": len(self.steps) - launches,
             "kernels": len(self.kernels),
