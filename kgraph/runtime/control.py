@@ -311,8 +311,27 @@ class NativeRuns:
         self._copies.extend((a.ctypes.data, slot, a.nbytes, step))
 
     def carry(self, sources: Sequence[int]) -> None:
-        """The first inputs of a run are read where these cells point to in the run before."""
-        self._sources, self._new = array("q", sources), array("q", bytes(8 * len(sources)))
+        """The first inputs of a run are read where these cells point to in the run before; call it last.
+
+        What a carry takes over from another one may lie where an output is about to be written again: it is copied.
+        """
+        own, alternating = list(sources), set(self._toggles[::PAIR_WORDS])
+        behind = {number: self._runs_behind(number, sources, alternating) for number in range(len(sources))}
+        for number in sorted((n for n, runs in behind.items() if runs), key=behind.__getitem__, reverse=True):
+            memory = self._kept[number].copy()
+            self.put(self.first + number, memory)
+            self.copy(memory, sources[number], 0)
+            own[number] = self.first + number
+        self._sources, self._new = array("q", own), array("q", bytes(8 * len(own)))
+
+    def _runs_behind(self, number: int, sources: Sequence[int], alternating: set[int]) -> int:
+        """How many runs an output of these cells takes to get to a carry, beyond the first; 0 if none gets there."""
+        for runs in range(len(sources)):
+            slot = sources[number]
+            number = slot - self.first
+            if not 0 <= number < len(sources):
+                return runs if slot in alternating else 0
+        return 0
 
     def repeat(self, count: int, flag: int = -1) -> bool:
         """Up to `count` runs, as long as the output at the cell `flag` is true; gives that output's last value."""
