@@ -33,6 +33,13 @@ class Shuffles:
         """The value of the thread at a place of the warp."""
         return self._exchange("shfl_sync", value, dtype, place)
 
+    def synchronise(self) -> None:
+        """The threads of the warp see what all of them have written before."""
+        if self.k.target.simulator:
+            self.k.synchronise()
+        else:
+            self.k.line("cuda.syncwarp()")
+
     def _exchange(self, name: str, value: str, dtype: str, by: str) -> str:
         """`value` is a variable in compute form, and so is what this gives."""
         k = self.k
