@@ -47,10 +47,11 @@ class LoweredBody:
 
 @dataclass
 class ControlStep:
-    """Stands for the function of a host step until the kernels of its bodies are compiled."""
+    """Stands for the function of a host step until the kernels of its bodies are compiled. on_device: of a GPU."""
 
     node: Node
     bodies: list[LoweredBody] = field(default_factory=list)
+    on_device: bool = False
 
     @property
     def outputs(self) -> list[Value]:
@@ -67,14 +68,23 @@ class ControlStep:
     def reason(self) -> str:
         """What the step is, for `explain`."""
         steps = [step for body in self.bodies for step in body.lowered.steps]
-        hosts = [step.label for step in steps if isinstance(step, HostStep)]
-        kernels = f"{len(steps) - len(hosts)} kernel calls"
+        functions = [step.function for step in steps if isinstance(step, HostStep)]
+        hosts = [step.label for step in steps if isinstance(step, HostStep) and not _is_launched(step.function)]
+        kernels = f"{len(steps) - len(functions)} kernel calls"
         if self.node.name == "cond":
             text = f"its branches are compiled ({kernels}); Python calls the one that is chosen"
+        elif self.is_launched:
+            text = f"its body is compiled ({kernels}), which is launched for all iterations at once"
         else:
             who = "native code counts" if self.bodies[-1].repeat and not hosts else "Python counts"
             text = f"its body is compiled ({kernels}); {who} the iterations"
         return text + (f"; host steps in there: {', '.join(hosts)}" if hosts else "")
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether a GPU runs all of it without Python in between."""
+        steps = [step for body in self.bodies for step in body.lowered.steps if isinstance(step, HostStep)]
+        return self.on_device and self.node.name == "scan" and all(_is_launched(step.function) for step in steps)
 
     def link(self, build: Callable[..., Program]) -> Any:
         """The step's function."""
@@ -104,7 +114,7 @@ def lower_control(
         graphs = [attrs["cond"], _followed_by(attrs["body"], attrs["cond"])]
     else:
         graphs = [attrs["body"]]
-    step = ControlStep(node)
+    step = ControlStep(node, on_device=isinstance(target, CudaTarget))
     for graph in graphs:
         body = _lower_body(graph, known, lower)
         if isinstance(body, str):
@@ -130,6 +140,10 @@ def _donations(body: LoweredBody, num_carry: int) -> tuple[tuple[int, int], ...]
         and ("input", i) not in results
         and typed(lowered.inputs[i]) == typed(lowered.outputs[number])
     )
+
+
+def _is_launched(function: Callable) -> bool:
+    return isinstance(function, ControlStep) and function.is_launched
 
 
 def _followed_by(body: Graph, test: Graph) -> Graph:

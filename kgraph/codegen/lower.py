@@ -139,8 +139,9 @@ class _Lowering:
         self.out.steps.append(self._step(node, call))
         self.out.step_nodes.append(node)
 
-    def _step(self, node: Node, call: KernelCall) -> NativeStep:
-        operands = self._operands(node, call, len(call.operands) - call.outputs)
+    def _step(self, node: Node, call: KernelCall, kind: str = "temporary") -> NativeStep:
+        """kind: of the buffers that the call is the first to write."""
+        operands = self._operands(node, call, len(call.operands) - call.outputs, kind)
         key = spec_key(call.spec, self.target)
         self.out.specs[key] = call.spec
         fields = {
@@ -164,18 +165,30 @@ class _Lowering:
 
     def _library(self, node: Node, call: LibraryCall) -> LibraryStep:
         # In the order in which they would run, so that each finds what the one before it wrote.
-        before: list[Any] = [self._step(node, c) for c in call.before]
+        before: list[Any] = [self._step(node, c, "prepared" if self._is_state(c) else "temporary") for c in call.before]
         operands = self._operands(node, call, len(call.operands) - 1)
         after: list[Any] = [self._step(node, c) for c in call.after]
         return LibraryStep(call.task, operands, tuple(before), tuple(after))
 
-    def _operands(self, node: Node, call: KernelCall | LibraryCall, first_output: int) -> tuple[int, ...]:
+    def _is_state(self, call: KernelCall) -> bool:
+        """Whether all that a call reads is one param or constant."""
+        buffers, read = self.out.buffers, call.operands[: len(call.operands) - call.outputs]
+        if len(read) != 1 or read[0] not in self.ids:
+            return False
+        b = self.ids[read[0]]
+        while buffers[b].alias >= 0:
+            b = buffers[b].alias
+        return buffers[b].kind in ("param", "constant")
+
+    def _operands(
+        self, node: Node, call: KernelCall | LibraryCall, first_output: int, kind: str = "temporary"
+    ) -> tuple[int, ...]:
         """The buffers of a call's operands; those that it is the first to write are made."""
         operands = []
         for position, operand in enumerate(call.operands):
             if operand not in self.ids:
                 if position >= first_output or isinstance(operand, Temporary):
-                    self._buffer("temporary", operand)
+                    self._buffer(kind, operand)
                 elif constant_value(operand) is not None:  # a table of the family's own
                     self._node(operand.producer)
                 else:

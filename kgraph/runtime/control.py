@@ -13,6 +13,7 @@ import math
 from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -22,9 +23,11 @@ from kgraph.runtime import context as context_module
 from kgraph.runtime.binding import Binding
 from kgraph.runtime.context import FIRST_EXTERNAL
 from kgraph.runtime.plan import Program
+from kgraph.runtime.storage import Storage
 from kgraph.types import np_dtype
 
 Arrays = Sequence[np.ndarray]
+Type = tuple[tuple[int, ...], np.dtype]
 # The words of the table of `codegen.cpu.repeat`. run, context: the executor's entry and its argument. cells: addresses
 # of the program's inputs and outputs. count: iterations. flag: the cell of the output that says whether to go on, or
 # -1. first, carries, sources: so many cells from `first` on take, after each iteration, the addresses in these cells;
@@ -38,6 +41,13 @@ PAIR_WORDS, COPY_WORDS = 2, 4
 # Iterations between two looks at Python's signals.
 _TURNS = 256
 _REPEAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Bound(Protocol):
+    """A program at concrete sizes."""
+
+    sizes: dict[str, int]
+    storage: Storage
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Body:
         """The program for operands (and extras) of these shapes."""
         return self.program.bind(self.program.resolve(shapes))
 
-    def result_types(self, sizes: dict[str, int], binding: Binding) -> list[tuple[tuple[int, ...], np.dtype]]:
+    def result_types(self, sizes: dict[str, int], binding: Bound) -> list[Type]:
         """Concrete shapes and dtypes of the results. Raises KGraphError where the program does not give these."""
         known, program = {**sizes, **binding.sizes}, self.program
         types = [(tuple([evaluate(s, known) for s in shape]), np_dtype(dtype)) for shape, dtype in self.types]
@@ -120,7 +130,7 @@ class While:
         given = [*arrays, *rest]
         binding = self.body.bind([a.shape for a in given])
         types = self.body.result_types(sizes, binding)
-        _check_carried(self.body, arrays, types[:-1])
+        check_carried(self.body.program.name, types_of(arrays), types[:-1])
         if self.body.repeat and is_one_native_call(binding):
             return self._on_addresses(binding, given, types)
         while True:
@@ -163,7 +173,7 @@ class Scan:
         rest = [*arrays[held:], *self.body.extra(sizes)]
         binding = self.body.bind([a.shape for a in carries] + [x.shape[1:] for x in xs] + [a.shape for a in rest])
         types = self.body.result_types(sizes, binding)
-        _check_carried(self.body, carries, types)
+        check_carried(self.body.program.name, types_of(carries), types)
         if any(len(x) != count for x in xs):
             raise KGraphError(f"{self.body.program.name}: a sequence has another length than {count}")
         stacks = [np.empty((count, *shape), dtype) for shape, dtype in types[self.num_carry :]]
@@ -217,13 +227,16 @@ class Scan:
         return runs.finish(dict(enumerate(types[: self.num_carry])))
 
 
-def _check_carried(body: Body, arrays: Arrays, types: Sequence[tuple]) -> None:
-    """Raises KGraphError where a carried value enters with another type than the body gives it."""
-    for number, (a, (shape, dtype)) in enumerate(zip(arrays, types)):
-        if a.shape != shape or a.dtype != dtype:
-            raise KGraphError(
-                f"{body.program.name}: carry {number} is {a.dtype}{list(a.shape)}, not {dtype}{list(shape)}"
-            )
+def check_carried(name: str, before: Sequence[Type], after: Sequence[Type]) -> None:
+    """Raises KGraphError where a carried value leaves the body of a loop with another type than it entered with."""
+    for number, ((shape, dtype), (later, later_dtype)) in enumerate(zip(before, after)):
+        if tuple(shape) != tuple(later) or dtype != later_dtype:
+            raise KGraphError(f"{name}: carry {number} is {dtype}{list(shape)}, not {later_dtype}{list(later)}")
+
+
+def types_of(arrays: Sequence) -> list[Type]:
+    """Shapes and dtypes of arrays."""
+    return [(a.shape, a.dtype) for a in arrays]
 
 
 def is_one_native_call(binding: Binding) -> bool:
@@ -298,8 +311,27 @@ class NativeRuns:
         self._copies.extend((a.ctypes.data, slot, a.nbytes, step))
 
     def carry(self, sources: Sequence[int]) -> None:
-        """The first inputs of a run are read where these cells point to in the run before."""
-        self._sources, self._new = array("q", sources), array("q", bytes(8 * len(sources)))
+        """The first inputs of a run are read where these cells point to in the run before; call it last.
+
+        What a carry takes over from another one may lie where an output is about to be written again: it is copied.
+        """
+        own, alternating = list(sources), set(self._toggles[::PAIR_WORDS])
+        behind = {number: self._runs_behind(number, sources, alternating) for number in range(len(sources))}
+        for number in sorted((n for n, runs in behind.items() if runs), key=behind.__getitem__, reverse=True):
+            memory = self._kept[number].copy()
+            self.put(self.first + number, memory)
+            self.copy(memory, sources[number], 0)
+            own[number] = self.first + number
+        self._sources, self._new = array("q", own), array("q", bytes(8 * len(own)))
+
+    def _runs_behind(self, number: int, sources: Sequence[int], alternating: set[int]) -> int:
+        """How many runs an output of these cells takes to get to a carry, beyond the first; 0 if none gets there."""
+        for runs in range(len(sources)):
+            slot = sources[number]
+            number = slot - self.first
+            if not 0 <= number < len(sources):
+                return runs if slot in alternating else 0
+        return 0
 
     def repeat(self, count: int, flag: int = -1) -> bool:
         """Up to `count` runs, as long as the output at the cell `flag` is true; gives that output's last value."""

@@ -21,7 +21,7 @@ from kgraph.types import SHORT_NAMES, np_dtype
 
 __all__ = ["Binding", "Buffer", "HostStep", "NativeStep", "Program", "StepTime"]
 
-_KINDS = frozenset({"input", "param", "constant", "temporary", "dim"})
+_KINDS = frozenset({"input", "param", "constant", "temporary", "prepared", "dim"})
 _MAX_BINDINGS = 16
 # Idle arenas of a program may hold this much together; beyond it, those of other sizes than the current are released.
 _IDLE_ARENA_BYTES = 256 << 20

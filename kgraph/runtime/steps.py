@@ -15,7 +15,8 @@ from kgraph.dims import Dim
 class Buffer:
     """A dense row-major tensor that steps read and write.
 
-    kind: "input", "param", "constant", "temporary", or "dim" (a scalar holding a size that `value` gives as a Dim).
+    kind: "input", "param", "constant", "temporary", "prepared" (made of one param or constant, for a device's library,
+        and kept until that changes), or "dim" (a scalar holding a size that `value` gives as a Dim).
     shape: tuple of `int | Dim`; dtype: a dtype name. value: the array of a constant.
     alias: id of the buffer in whose storage this one lies, `offset` bytes from its start; -1 for storage of its own.
     """
@@ -121,7 +122,8 @@ class Convolution:
 class LibraryStep:
     """What a library may do in place of a launch and of those that continue it.
 
-    operands: buffer ids, by whose positions `task` names them. before, after: the launches around it.
+    operands: buffer ids, by whose positions `task` names them. before, after: the launches around it; those before it
+    that write a "prepared" buffer run when that has to be made again.
     """
 
     task: Product | Convolution

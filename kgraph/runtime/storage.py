@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Place:
     """Where a buffer lies: `offset` bytes into number `index` of a space.
 
-    space: "input", "param", "constant" (index = buffer id there), "output", or "arena" (index 0).
+    space: "input", "param", "constant" and "prepared" (index = buffer id there), "output", or "arena" (index 0).
     """
 
     space: str
@@ -121,7 +121,7 @@ def place_buffers(program: Program, evaluate: Callable[[object], int]) -> Storag
         elif kind in ("input", "param"):
             storage.places.append(Place(kind, program.numbers[root], offsets[b]))
         else:
-            storage.places.append(Place("constant", root, offsets[b]))
+            storage.places.append(Place("prepared" if kind == "prepared" else "constant", root, offsets[b]))
         if offsets[b] < 0 or offsets[b] + nbytes[b] > max(nbytes[root], 0):
             raise ValueError(f"buffer {b} ({buffer.name!r}) does not fit into buffer {root} that it is a view of")
     return storage

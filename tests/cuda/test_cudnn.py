@@ -17,8 +17,9 @@ from kgraph import errors
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import simulator_target
 from kgraph.compiler import compile_graph
-from kgraph.ir import Dim, Graph, TensorType, Value
+from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value
 from kgraph.ir.dims import evaluate
+from kgraph.ir.interpreter import evaluate as evaluate_graph
 from kgraph.report import explain
 from kgraph.runtime.cuda.cudnn import Convolutions, padding_behind
 from kgraph.runtime.cuda.device import device_for
@@ -278,6 +279,25 @@ def test_the_library_is_told_how_addresses_are_aligned(library):
     assert told == [[64, 2, 64], [64, 64, 64], [64, 2, 64], [64, 64, 2]]
 
 
+def test_iterations_of_loops_are_aligned_like_their_elements(library):
+    """Slices of sequences, and places in what is stacked."""
+    attrs = convolution((1, 3, 3, 1), (3, 3, 1, 1), padding=1).attrs
+    image, weights = TensorType((1, 3, 3, 1), "float16"), TensorType((3, 3, 1, 1), "float16")
+    body = Graph([Value(image), Value(weights)], name="body")
+    body.outputs = [add(body, "conv", *body.inputs, **attrs)]
+    graph = Graph([Value(TensorType((5, *image.shape), "float16")), Value(weights)], name="loop")
+    scan = {"num_carry": 0, "num_xs": 1, "length": 5, "reverse": False}
+    graph.outputs = list(graph.add(PRIMITIVES["scan"], graph.inputs, body=body, **scan))
+    program = compile_graph(graph, target=TARGET, passes=[]).program
+    arrays = [filled(v.shape, v.dtype, n) for n, v in enumerate(graph.inputs)]
+    for _ in range(3):
+        (got,) = program(arrays)
+        np.testing.assert_allclose(got, evaluate_graph(graph, arrays)[0], rtol=2e-3, atol=2e-3)
+    assert program.stats()["library_calls"] == 1
+    assert len(library.convolved) == 10  # launched, captured
+    assert all(op.attributes[705][0].attributes[900] == [2] for op, _ in library.convolved)
+
+
 def test_the_device_is_the_thread_s_when_the_library_is_called(library, monkeypatch):
     """A thread that has not used the device has no context, and libraries find the device by that."""
     node = convolution((1, 5, 5, 2), (3, 3, 2, 2), "float16")
@@ -340,6 +360,80 @@ def test_sums_in_pieces_are_the_library_s_as_a_whole(library):
     check(node)
     library.engines = []
     check(node)
+
+
+def launches_of(monkeypatch) -> list[int]:
+    """Gets the number of blocks of every launch from here on, those of captured ones when they are replayed."""
+    device, found = device_for("cuda-simulator"), []
+    launch = device.launch
+
+    def counted(function, grid, *rest):
+        if device._captured is None:
+            found.append(grid)
+        launch(function, grid, *rest)
+
+    monkeypatch.setattr(device, "launch", counted)
+    return found
+
+
+def with_params(*params: tuple[int, ...], constant: np.ndarray | None = None) -> Graph:
+    """Two convolutions of x[N, 5, 5, 4] in a row by weights that are parameters, or one of them a constant."""
+    graph = Graph([Value(TensorType((N, 5, 5, 4), "float16"), name="x")], name="two")
+    graph.params = [Value(TensorType(shape, "float16"), name=f"w{n}") for n, shape in enumerate(params)]
+    weights = list(graph.params)
+    if constant is not None:
+        weights.append(add(graph, "constant", value=constant))
+    attrs = convolution((1, 5, 5, 4), (3, 3, 4, 4), padding=1).attrs
+    value = graph.inputs[0]
+    for number in range(2):
+        value = add(graph, "conv", value, weights[number % len(weights)], **attrs)
+    graph.outputs = [value]
+    return graph
+
+
+@pytest.mark.parametrize("kind", ["two", "one for both", "one is a constant"])
+def test_weights_are_copied_when_they_are_assigned(library, monkeypatch, kind):
+    """And not in every call: the copies are no part of what is captured."""
+    shape = (3, 3, 4, 4)
+    constant = filled(shape, "float16", 5) if kind == "one is a constant" else None
+    graph = with_params(*[shape] * (2 if kind == "two" else 1), constant=constant)
+    program = compile_graph(graph, target=TARGET).program
+    launched = launches_of(monkeypatch)
+    program.set_params({n: filled(shape, "float16", n + 1) for n in range(len(graph.params))})
+    copies = []
+
+    def call(rows: int):
+        launched.clear()
+        x = filled((rows, 5, 5, 4), "float16", rows)
+        (got,) = program([x])
+        copies.append(len(launched))
+        (wanted,) = evaluate_graph(graph, [x], list(program.values))
+        np.testing.assert_allclose(got.astype(np.float64), wanted.astype(np.float64), rtol=4e-3, atol=4e-2)
+
+    for _ in range(3):  # launched, captured, replayed
+        call(2)
+    call(1)  # other sizes of the image: the weights are the same
+    program.set_param(0, filled(shape, "float16", 9))
+    for rows in (2, 2, 1):
+        call(rows)
+    first = 1 if kind == "one for both" else 2
+    assert copies == [first, 0, 0, 0, 1, 0, 0]
+    assert program.stats()["library_calls"] == 2
+    assert program.stats()["prepared_bytes"] == first * np.prod(shape) * 2
+    # The parameters themselves are nobody's operands, and have no place on the device.
+    assert program.resident_params.nbytes() == 0
+
+
+def test_weights_that_the_library_leaves_are_not_copied(library, monkeypatch):
+    library.engines = []
+    graph = with_params((3, 3, 4, 4))
+    program = compile_graph(graph, target=TARGET).program
+    program.set_param(0, filled((3, 3, 4, 4), "float16", 1))
+    launched = launches_of(monkeypatch)
+    for _ in range(2):
+        program([filled((2, 5, 5, 4), "float16")])
+    assert len(launched) == 4
+    assert program.stats()["prepared_bytes"] == 0
 
 
 def network():

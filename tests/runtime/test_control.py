@@ -109,6 +109,39 @@ def test_carries_may_rotate_and_rest():
         check(compiled, graph, *(normal(5, seed=i) for i in range(3)), normal(steps, 5))
 
 
+def product(x, y):
+    return ops.dot_general(x, y, lhs_contract=(1,), rhs_contract=(0,))
+
+
+def behind(a, b, c, d, x):
+    """A recurrence over several steps: outputs are carried on until they are read again, and may not be overwritten."""
+    new = ops.tanh(ops.add(product(a, b), ops.add(product(c, d), x)))
+    return [b, c, d, new]
+
+
+@pytest.mark.parametrize("stacked", ["nothing", "the result", "what came in"])
+def test_carries_may_lie_several_steps_behind(stacked):
+    def build(*operands):
+        results = behind(*operands)
+        return results + {"nothing": [], "the result": results[3:], "what came in": [*operands[3:0:-1]]}[stacked]
+
+    graph = scanned(build, [f32(4, 4)] * 4, [f32(T, 4, 4)])
+    compiled = compile_graph(graph)
+    for steps in (1, 2, 3, 8):
+        check(compiled, graph, *(normal(4, 4, seed=i) for i in range(4)), normal(steps, 4, 4, seed=5))
+
+
+def test_carries_of_while_loops_may_lie_several_steps_behind():
+    def step(n, x, *carries):
+        return [ops.add(n, np.int32(1)), x, *behind(*carries, x)]
+
+    types = [TensorType((), "int32"), *[f32(4, 4)] * 5]
+    more = record_region("more", types, lambda n, *_: [ops.lt(n, np.int32(8))])
+    attrs = {"cond": more, "body": record_region("step", types, step)}
+    graph = trace(lambda *operands: ops.while_loop(*operands, **attrs), *types)
+    check(compile_graph(graph), graph, np.array(0, np.int32), *(normal(4, 4, seed=i) for i in range(5)))
+
+
 def test_scalars_and_integers_are_carried():
     def build(i, total, x):
         new = ops.add(total, ops.mul(x, ops.convert(i, dtype="float32")))

@@ -1,10 +1,11 @@
-"""What the threads of a block accumulate, each in variables of its own, and how these are merged in shared memory."""
+"""What the threads of a block accumulate, each in variables of its own, and how these are merged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from kgraph.codegen.cuda import scalar_ops
+from kgraph.codegen.cuda.shuffles import Shuffles
 from kgraph.codegen.cuda.source import KernelSource, Operand
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.reductions import POSITIONS, neutral
@@ -26,45 +27,83 @@ def strips(k: KernelSource, start: str, stop: str, stride: int, group: int = GRO
 
 
 class Lanes:
-    """Merges what the lanes of each result have: `stride` threads lie between two lanes."""
+    """Merges what the lanes of each result have: `stride` threads lie between two lanes.
+
+    The lanes of a result that are in one warp exchange values; what several warps have goes through shared memory. The
+    order of merging is that of these numbers alone.
+    """
 
     def __init__(self, k: KernelSource, sums: Sequence[Accumulator], lanes: int, stride: int):
         self.k, self.sums, self.lanes, self.stride = k, sums, lanes, stride
+        self.within = max(min(lanes, k.target.group // stride), 1)  # lanes of a result in a warp
+        self.pieces = lanes // self.within
         self.arrays: list[list[Operand]] = []
-        if lanes > 1:
-            self.arrays = [[k.shared(dtype, k.block) for dtype in s.dtypes] for s in sums]
+        if self.pieces > 1:
+            self.arrays = [[k.shared(dtype, k.block // self.within) for dtype in s.dtypes] for s in sums]
 
-    def merge(self, thread: str, lane: str) -> None:
-        """Leaves the results in lane 0. All threads of the block come here."""
-        k = self.k
+    def merge(self, thread: str, lane: str, spread: bool = False) -> None:
+        """Leaves the results in lane 0, or in all lanes. All threads of the block come here, and meet again before they
+        come here once more: `synchronise`."""
         if self.lanes == 1:
             return
-        for arrays, s in zip(self.arrays, self.sums):
-            for array, name in zip(arrays, s.names):
-                k.store(array, thread, name)
-        k.synchronise()
-        half = k.fresh("half")
-        k.line(f"{half} = {k.i(self.lanes // 2)}")
-        with k.suite(f"while {half} > {k.i(0)}:"):
-            with k.suite(f"if {lane} < {half}:"):
-                other = k.let(k.add(thread, k.mul(half, self.stride) if self.stride > 1 else half))
-                for arrays, s in zip(self.arrays, self.sums):
-                    s.merge([k.load(array, other) for array in arrays])
-                    for array, name in zip(arrays, s.names):
-                        k.store(array, thread, name)
+        k, within, stride = self.k, self.within, self.stride
+        shuffles = Shuffles(k, thread) if within > 1 else None
+        self._merge_neighbours(shuffles, within)
+        if self.pieces > 1:
+            first = k.mul(k.div(thread, self.lanes * stride), self.pieces * stride)
+            first = k.let(k.add(first, k.mod(thread, stride)) if stride > 1 else first, "first")
+            with k.suite(f"if {k.mod(lane, within)} == {k.i(0)}:"):
+                place = k.let(k.add(first, k.mul(k.div(lane, within), stride)))
+                for array, name in self._variables():
+                    k.store(array, place, name)
             k.synchronise()
-            k.line(f"{half} = {k.div(half, 2)}")
+            if self.pieces > within:  # too many for the lanes in a warp to take one each
+                if spread:
+                    self._merge_pieces(first)
+                else:
+                    with k.suite(f"if {lane} == {k.i(0)}:"):
+                        self._merge_pieces(first)
+                return
+            self._fetch(k.let(k.add(first, k.mul(k.mod(lane, self.pieces), stride))))
+            self._merge_neighbours(shuffles, self.pieces)
+        if spread and shuffles is not None:
+            place = k.let(k.sub(shuffles.place, k.mul(k.mod(lane, within), stride)), "first")
+            for s in self.sums:
+                for name, dtype in zip(s.names, s.dtypes):
+                    k.line(f"{name} = {shuffles.of(name, dtype, place)}")
 
-    def spread(self, thread: str, lane: str) -> None:
-        """Gives the merged results to all lanes. All threads of the block come here."""
+    def synchronise(self) -> None:
+        """Between two merges: before other values take the places in shared memory."""
+        if self.arrays:
+            self.k.synchronise()
+
+    def _merge_pieces(self, first: str) -> None:
         k = self.k
-        if self.lanes == 1:
-            return
-        first = k.let(k.sub(thread, k.mul(lane, self.stride)))
+        self._fetch(first)
+        with k.range(1, k.i(self.pieces), 1) as number:
+            place = k.let(k.add(first, k.mul(number, self.stride)))
+            for arrays, s in zip(self.arrays, self.sums):
+                s.merge([k.load(array, place) for array in arrays])
+
+    def _variables(self) -> Iterator[tuple[Operand, str]]:
+        """Array and name of every variable."""
         for arrays, s in zip(self.arrays, self.sums):
-            for array, name in zip(arrays, s.names):
-                k.line(f"{name} = {k.load(array, first)}")
-        k.synchronise()  # before anything else takes the arrays
+            yield from zip(arrays, s.names)
+
+    def _fetch(self, place: str) -> None:
+        for array, name in self._variables():
+            self.k.line(f"{name} = {self.k.load(array, place)}")
+
+    def _merge_neighbours(self, shuffles: Shuffles | None, count: int) -> None:
+        """Merges `count` lanes of a result that follow each other in a warp; leaves it in the first one."""
+        if shuffles is None or count == 1:
+            return
+        k, distance = self.k, self.k.fresh("distance")
+        k.line(f"{distance} = {k.i(count // 2 * self.stride)}")
+        with k.suite(f"while {distance} >= {k.i(self.stride)}:"):
+            for s in self.sums:
+                s.merge([shuffles.down(name, dtype, distance) for name, dtype in zip(s.names, s.dtypes)])
+            k.line(f"{distance} = {k.div(distance, 2)}")
 
 
 class Accumulator:

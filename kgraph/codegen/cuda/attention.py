@@ -12,6 +12,7 @@ from kgraph.codegen.attention import MASKED
 from kgraph.codegen.cuda.attention_block import AttentionBlock, Plan, plan_of
 from kgraph.codegen.cuda.attention_tiles import Rows, choose_tile
 from kgraph.codegen.cuda.mma import instruction_for
+from kgraph.codegen.cuda.shuffles import Shuffles
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
 from kgraph.ir import Node
@@ -63,8 +64,8 @@ class _Forward(AttentionBlock):
         rows = self.tile.rows
         self.sums = self.tiles.new_sums()
         self.maxima, self.norms, self.factors = (self.shared(rows) for _ in range(3))
-        self.parts = self.shared(self.tile.block)
-        self.lanes = self.tile.block // rows  # threads that share a row of scores
+        self.lanes = self.tile.block // rows  # neighbouring threads that share a row of scores
+        self.shuffles = Shuffles(self.k, self.thread)
 
     def text(self) -> str:
         k, tile = self.k, self.tile
@@ -131,31 +132,31 @@ class _Forward(AttentionBlock):
         with k.range(0, k.i(count), 1) as i:
             score = k.load(self.scores, k.add(first, i))
             k.line(f"{best} = ({score} if {score} > {best} else {best})")
-        k.store(self.parts, self.thread, best)
-        k.synchronise()
-        for other in self._lanes(row):
+        for other in self._of_lanes(best, lane):
             k.line(f"{best} = ({other} if {other} > {best} else {best})")
         k.line(f"{total} = {self.literal(0)}")
         with k.range(0, k.i(count), 1) as i:
             weight = k.let(self.exp2(f"{k.load(self.scores, k.add(first, i))} - {best}"))
             k.store(weights, i, weight)
             k.line(f"{total} = {total} + {weight}")
-        k.synchronise()
-        k.store(self.parts, self.thread, total)
+        totals = self._of_lanes(total, lane)
+        self.shuffles.synchronise()  # the row's scores have been read
         with k.range(0, k.i(count), 1) as i:
             self.tiles.put_weight(self.scores, row, k.add(column, i), k.load(weights, i))
-        k.synchronise()
         with k.suite(f"if {lane} == {k.i(0)}:"):
             factor = k.let(self.exp2(f"{before} - {best}"))
             norm = k.let(f"{k.load(self.norms, row)} * {factor}")
-            for other in self._lanes(row):
+            for other in totals:
                 norm = k.let(f"{norm} + {other}")
             k.store(self.norms, row, norm)
             k.store(self.maxima, row, best)
             k.store(self.factors, row, factor)
         k.synchronise()
 
-    def _lanes(self, row: str) -> list[str]:
-        """What the threads of a row left in `parts`."""
+    def _of_lanes(self, value: str, lane: str) -> list[str]:
+        """The values of the threads of a row."""
+        if self.lanes == 1:
+            return [value]
         k = self.k
-        return [k.load(self.parts, k.add(k.mul(row, self.lanes), lane)) for lane in range(self.lanes)]
+        first = k.let(k.sub(self.shuffles.place, lane), "first")
+        return [self.shuffles.of(value, self.dtype, k.let(k.add(first, n))) for n in range(self.lanes)]

@@ -1,8 +1,9 @@
 """What a library for convolutions may do in place of kernels: see `kgraph.runtime.cuda.cudnn`.
 
 The library wants filters first, [filters, window, channels of a group], where graphs have [window, channels, filters]:
-weights are copied before it runs, and their cotangents after. The copies are small against the convolution, and so
-are kernels of a few microseconds.
+weights are copied before it runs, and their cotangents after. Parameters are copied when they have changed (see
+`runtime.steps.LibraryStep`); in training steps the copies are small against the convolution, and so are kernels of a
+few microseconds.
 
 With a dilated image and steps of 1, a convolution is the cotangent of another one's image, whose steps are the dilation
 and whose filters are these, from the last tap to the first.

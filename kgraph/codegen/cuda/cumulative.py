@@ -1,16 +1,17 @@
 """Running sums, products, extrema and log-sum-exps along one axis.
 
 A block scans `units` rows side by side with `lanes` threads for each, as reduce.py reduces them, tile by tile: a lane
-scans a few neighbouring elements, the lanes' totals are scanned in shared memory, and the last one is carried to the
-next tile. Few long rows are cut into chunks: a first kernel finds the chunks' totals, a second one scans these, and a
-third one scans the chunks, each from what those before it have together. So the order of combination is that of sizes
-and target alone.
+scans a few neighbouring elements, the lanes' totals are scanned within warps, then in shared memory, and the last is
+carried to the next tile. Few long rows are cut into chunks: a first kernel finds the chunks' totals, a second one scans
+these, and a third one scans the chunks, each from what those before it have together. So the order of combination is
+that of sizes and target alone.
 """
 
 from __future__ import annotations
 
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.reduce import WAVES, BlockShape
+from kgraph.codegen.cuda.shuffles import Shuffles
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.expressions import DTYPES, EXPENSIVE, compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
@@ -152,7 +153,10 @@ class _Scan:
         across, along = (k.div, k.mod) if shape.inner else (k.mod, k.div)
         width = shape.lanes if shape.inner else shape.units
         self.slot, self.lane = k.let(across(self.thread, width), "slot"), k.let(along(self.thread, width), "lane")
-        self.array: Operand | None = k.shared(self.dtype, k.block) if shape.lanes > 1 else None
+        self.within = max(min(shape.lanes, k.target.group // self.stride), 1)  # lanes of a row in a warp
+        self.pieces = shape.lanes // self.within
+        self.array: Operand | None = k.shared(self.dtype, k.block // self.within) if self.pieces > 1 else None
+        self.shuffles = Shuffles(k, self.thread) if self.within > 1 else None
         self.carry = k.fresh("carry")
 
     def start(self) -> None:
@@ -187,27 +191,42 @@ class _Scan:
 
     def _across(self, value: str) -> tuple[str, str]:
         """What the lanes before this one have together ("" for nothing), and what all of them have."""
-        k, array = self.k, self.array
-        if array is None:
-            return "", value
-        k.store(array, self.thread, value)
+        before, total = self._within_warp(value)
+        if self.array is None:
+            return before, total
+        # What each warp has of the row lies in shared memory, in the order of its lanes.
+        k, array, stride = self.k, self.array, self.stride
+        own = k.let(k.div(self.lane, self.within), "piece")
+        first = k.mul(k.div(self.thread, self.lanes * stride), self.pieces * stride)
+        first = k.let(k.add(first, k.mod(self.thread, stride)) if stride > 1 else first, "first")
+        with k.suite(f"if {k.mod(self.lane, self.within)} == {k.i(0)}:"):
+            k.store(array, k.add(first, k.mul(own, stride)), total)
         k.synchronise()
-        step = k.fresh("step")
-        k.line(f"{step} = {k.i(1)}")
-        with k.suite(f"while {step} < {k.i(self.lanes)}:"):
-            other = k.fresh("other")
-            k.line(f"{other} = {self.neutral}")
-            with k.suite(f"if {self.lane} >= {step}:"):
-                k.line(f"{other} = {k.load(array, k.sub(self.thread, k.mul(step, self.stride)))}")
-            k.synchronise()
-            k.store(array, self.thread, self.fold(other, k.load(array, self.thread)))
-            k.synchronise()
-            k.line(f"{step} = {k.mul(step, 2)}")
-        before = k.fresh("before")
-        k.line(f"{before} = {self.neutral}")
-        with k.suite(f"if {self.lane} > {k.i(0)}:"):
-            k.line(f"{before} = {k.load(array, k.sub(self.thread, self.stride))}")
-        last = k.sub(k.add(self.thread, (self.lanes - 1) * self.stride), k.mul(self.lane, self.stride))
-        total = k.load(array, last)
+        all_before, whole = k.fresh("before"), k.fresh("whole")
+        k.line(f"{all_before} = {self.neutral}")
+        k.line(f"{whole} = {self.neutral}")
+        with k.range(0, k.i(self.pieces), 1) as number:
+            piece = k.load(array, k.add(first, k.mul(number, stride)))
+            k.line(f"{all_before} = ({whole} if {number} == {own} else {all_before})")
+            k.line(f"{whole} = {self.fold(whole, piece)}")
         k.synchronise()  # before the next tile takes the array
-        return before, total
+        return self.fold(all_before, before) if before else all_before, whole
+
+    def _within_warp(self, value: str) -> tuple[str, str]:
+        """The same of the lanes in the thread's warp alone."""
+        k, shuffles = self.k, self.shuffles
+        if shuffles is None:
+            return "", value
+        place = k.let(k.mod(self.lane, self.within), "place")
+        through, step = k.fresh("through"), k.fresh("step")
+        k.line(f"{through} = {value}")
+        k.line(f"{step} = {k.i(1)}")
+        with k.suite(f"while {step} < {k.i(self.within)}:"):
+            other = shuffles.up(through, self.dtype, k.let(k.mul(step, self.stride)))
+            other = k.let(f"({other} if {place} >= {step} else {self.neutral})")
+            k.line(f"{through} = {self.fold(other, through)}")
+            k.line(f"{step} = {k.mul(step, 2)}")
+        before = shuffles.up(through, self.dtype, k.i(self.stride))
+        before = k.let(f"({before} if {place} > {k.i(0)} else {self.neutral})", "before")
+        last = k.sub(k.add(shuffles.place, (self.within - 1) * self.stride), k.mul(place, self.stride))
+        return before, shuffles.of(through, self.dtype, k.let(last))

@@ -4,10 +4,10 @@ A node is an elementwise prologue over the operands' common shape, one or more r
 elementwise epilogue over what they leave. A block makes `units` results side by side with `lanes` threads for each:
 - where the innermost merged axis is reduced, the lanes of a result are neighbours and walk along the row together;
 - where it is kept, neighbouring threads have neighbouring results, and the lanes walk down the rows.
-So memory is read by neighbouring threads at neighbouring addresses either way. Lanes are merged in shared memory, in an
-order that is the block's alone. Where there are few results of many operands, the reduced axes are cut into chunks of a
-length that sizes and target decide: a first kernel leaves a row of partial results per chunk, a second reduces those.
-Long float sums keep the rounding errors of their steps beside the sum.
+So memory is read by neighbouring threads at neighbouring addresses either way. Lanes are merged within warps, then in
+shared memory, in an order that is the block's alone. Where there are few results of many operands, the reduced axes are
+cut into chunks of a length that sizes and target decide: a first kernel leaves a row of partial results per chunk, a
+second reduces those. Long float sums keep the rounding errors of their steps beside the sum.
 """
 
 from __future__ import annotations
@@ -203,8 +203,7 @@ def render(params: tuple, target) -> str:
             place = k.let(place)
             for output, value in zip(outputs, k.emit(epilogue, values)):
                 k.store(output, place, value)
-        if merged.arrays:
-            k.synchronise()  # before the next results take the arrays
+        merged.synchronise()
     return k.text()
 
 

@@ -3,8 +3,8 @@
 A row is everything that one statistic covers. As in reduce.py a block takes `units` rows side by side with `lanes`
 threads for each, so that neighbouring threads read neighbouring addresses whether the innermost merged axis is reduced
 or kept. Rows of known length up to `MOST_KEPT` elements a thread are read once, go through the elementwise prologue and
-stay in registers; longer ones are read again for each look at them, from a cache in general. Statistics are merged in
-shared memory and go back to all lanes of the row. Results are written once, through the elementwise epilogue.
+stay in registers; longer ones are read again for each look at them, from a cache in general. Statistics are merged and
+go back to all lanes of the row. Results are written once, through the elementwise epilogue.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class RowKernel:
     def merge(self, sums: Sequence[Accumulator]) -> None:
         """Leaves in every lane of a row what the lanes have together."""
         lanes = Lanes(self.k, sums, self.shape.lanes, 1 if self.shape.inner else self.shape.units)
-        lanes.merge(self.thread, self.lane)
-        lanes.spread(self.thread, self.lane)
+        lanes.merge(self.thread, self.lane, spread=True)
+        lanes.synchronise()
 
     def write(self, visit: Callable[[str, Spot], str | list[str]]) -> None:
         """The last look: `visit(value, spot)` gives the core's result, or a list of results, which go through the

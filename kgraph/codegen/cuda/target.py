@@ -18,8 +18,8 @@ class CudaTarget:
     """What a renderer may ask about the device; hashable, and part of every kernel's cache key.
 
     capability: (major, minor) of the compute capability. simulator: whether Numba's simulator runs the kernels.
-    block: threads of a block of elementwise kernels and reductions. group: threads that work on one row together where
-        a whole block would have too little to do: a warp. Both are powers of two. num_sms: multiprocessors.
+    block: threads of a block of elementwise kernels and reductions. group: threads of a warp, which work on one row
+        together where a whole block would have too little to do. Both are powers of two. num_sms: multiprocessors.
     unroll: elements that a thread of a simple kernel reads before it computes, so that it waits for memory once.
     shared_bytes: shared memory that a kernel may declare. ordinal: number of the GPU, which no kernel depends on.
     products, convolutions: whether the device has a library for them. tf32: whether they may round float32 to TF32.

@@ -1,4 +1,6 @@
-"""Branches and loops on a device: Python calls the compiled bodies, and values stay where they are.
+"""Branches and loops on a device of which Python calls the compiled bodies; values stay where they are.
+
+These are branches, loops of unknown length, and scans with host steps in their bodies; `loops.py` has other scans.
 
 Only what decides is copied to the host: the number of a branch, and whether a loop goes on.
 """
@@ -10,7 +12,7 @@ from typing import Any
 
 from kgraph.dims import evaluate
 from kgraph.errors import KGraphError
-from kgraph.runtime.control import Body, Branches, Scan, While
+from kgraph.runtime.control import Body, Branches, Scan, While, check_carried, types_of
 from kgraph.runtime.cuda.device import Device
 from kgraph.runtime.cuda.device_array import DeviceArray
 
@@ -57,7 +59,7 @@ def _while(step: While, arrays: Arrays, sizes: dict[str, int], device: Device) -
     rest = _extra(step.body, sizes, device)
     while True:
         *given, go_on = _run(step.body, [*arrays, *rest], sizes, device)
-        _check_carried(step.body, arrays, given)
+        check_carried(step.body.program.name, types_of(arrays), types_of(given))
         if not go_on:
             return [given[i] for i in step.changing]
         arrays = given
@@ -74,17 +76,8 @@ def _scan(step: Scan, arrays: Arrays, sizes: dict[str, int], device: Device) -> 
     stacks = [DeviceArray.empty(device, (count, *shape), dtype) for shape, dtype in types[step.num_carry :]]
     for t in range(count)[:: -1 if step.reverse else 1]:
         results = _run(step.body, [*carries, *(x[t : t + 1].reshape(x.shape[1:]) for x in xs), *rest], sizes, device)
-        _check_carried(step.body, carries, results)
+        check_carried(step.body.program.name, types_of(carries), types_of(results))
         carries = results[: step.num_carry]
         for stack, y in zip(stacks, results[step.num_carry :]):
             device.copy(stack[t : t + 1].address, y.address, y.nbytes)
     return [*carries, *stacks]
-
-
-def _check_carried(body: Body, before: Arrays, after: Arrays) -> None:
-    """Raises KGraphError where a carried value leaves with another type than it entered with."""
-    for number, (a, b) in enumerate(zip(before, after)):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            raise KGraphError(
-                f"{body.program.name}: carry {number} is {a.dtype}{list(a.shape)}, not {b.dtype}{list(b.shape)}"
-            )

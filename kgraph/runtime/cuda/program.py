@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from kgraph.decisions import Decision
 from kgraph.runtime.cuda.binding import CudaBinding
 from kgraph.runtime.cuda.device import Device
 from kgraph.runtime.cuda.device_array import Allocation
+from kgraph.runtime.cuda.device_plan import LOOP_LAUNCHES, DevicePlan
 from kgraph.runtime.cuda.libraries import NAMES
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import LaunchStep
@@ -26,7 +27,7 @@ class CudaProgram(Program):
 
     def __init__(self, *args, device: Device, **fields):
         self.device = device
-        self.resident_params, self.resident_constants = Resident(device), Resident(device)
+        self.resident_params, self.resident_constants, self.prepared = (Resident(device) for _ in range(3))
         super().__init__(*args, **fields)
 
     def _load(self) -> None:
@@ -40,16 +41,22 @@ class CudaProgram(Program):
 
     def set_params(self, arrays: Mapping[int, np.ndarray]) -> None:
         super().set_params(arrays)
-        self.resident_params.keep_only(self.values)
+        for resident in (self.resident_params, self.prepared):
+            resident.keep_only([*self.values, *self.constants.values()])
 
     def __call__(self, arrays: Sequence, out: Sequence[np.ndarray | None] | None = None) -> tuple:
         return self._bind(tuple([tuple(a.shape) for a in arrays]))(arrays, out)
 
     def decisions(self) -> list[Decision]:
-        """The steps that the device's libraries do not take, at any of the sizes bound."""
+        """Steps that the device's libraries do not take and loops too long for graphs, at any of the sizes bound."""
         bindings: list[Any] = list(self._bindings.values())
-        found = dict.fromkeys(item for binding in bindings for item in binding.refusals.items())
-        return [Decision(self.steps[n].label, f"kgraph's kernel, not {self._library(n)}", why) for n, why in found]
+        plans: list[DevicePlan] = [binding.plan for binding in bindings]
+        found = dict.fromkeys(item for plan in plans for item in plan.refusals.items())
+        out = [Decision(self.steps[n].label, f"kgraph's kernel, not {self._library(n)}", why) for n, why in found]
+        for n, count in dict.fromkeys(item for plan in plans for item in plan.long_loops.items()):
+            why = f"it takes {count}, and graphs keep no more than {LOOP_LAUNCHES} of a loop"
+            out.append(Decision(self.steps[n].label, "Python makes the launches of its iterations in every call", why))
+        return out
 
     def _library(self, number: int) -> str:
         """The library that might do a step."""
@@ -66,10 +73,11 @@ class CudaProgram(Program):
             "bindings": len(bindings),
             "arena_bytes": sum(b.storage.arena_bytes for b in bindings),
             "device_bytes": sum(b.held_bytes() for b in bindings),
+            "prepared_bytes": self.prepared.nbytes(),
             "arena_bound": max([b.storage.arena_bound for b in bindings], default=0),
             "in_place_outputs": max([sum(d >= 0 for d in b.storage.donors) for b in bindings], default=0),
             "graphs": sum(b.num_graphs() for b in bindings),
-            "library_calls": max([b.num_library_calls() for b in bindings], default=0),
+            "library_calls": max([b.plan.num_library_calls() for b in bindings], default=0),
             "native_steps": launches,
             "host_steps": len(self.steps) - launches,
             "kernels": len(self.kernels),
@@ -78,22 +86,32 @@ class CudaProgram(Program):
 
 
 class Resident:
-    """Host arrays with a copy on the device each, which is filled again when another array takes an array's place."""
+    """Host arrays with a copy on the device each, or what is made of one there; the memory is filled again when another
+    array takes an array's place."""
 
     def __init__(self, device: Device):
         self._device = device
-        self._arrays: dict[int, np.ndarray] = {}
-        self._memory: dict[int, tuple[int, Allocation]] = {}
+        self._arrays: dict[Hashable, np.ndarray] = {}
+        self._memory: dict[Hashable, tuple[int, Allocation]] = {}
 
-    def address(self, key: int, array: np.ndarray) -> int:
+    def address(self, key: Hashable, array: np.ndarray) -> int:
         """Where the content of `array` lies, which is known by `key`. It stays there as long as sizes do not change."""
+        return self.made(key, array, array.nbytes, lambda address: self._device.copy_in(address, array))
+
+    def made(self, key: Hashable, array: np.ndarray, nbytes: int, fill: Callable[[int], None]) -> int:
+        """Where the `nbytes` lie that `fill(address)` makes of `array`, which are known by `key`."""
         if self._arrays.get(key) is not array:
-            if key not in self._memory or self._memory[key][0] != array.nbytes:
-                self._memory[key] = array.nbytes, Allocation(self._device, array.nbytes)
-            self._device.copy_in(self._memory[key][1].address, array)
+            if key not in self._memory or self._memory[key][0] != nbytes:
+                self._memory[key] = nbytes, Allocation(self._device, nbytes)
+            fill(self._memory[key][1].address)
             self._arrays[key] = array
         return self._memory[key][1].address
 
-    def keep_only(self, arrays: Sequence) -> None:
-        """Let go of host arrays that have been replaced; their memory on the device is kept for what replaces them."""
-        self._arrays = {key: array for key, array in self._arrays.items() if array is arrays[key]}
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(nbytes for nbytes, _ in self._memory.values())
+
+    def keep_only(self, arrays: Sequence[np.ndarray | None]) -> None:
+        """Let go of host arrays that are not among these; their memory on the device is kept for what replaces them."""
+        wanted = set(map(id, arrays))
+        self._arrays = {key: array for key, array in self._arrays.items() if id(array) in wanted}
