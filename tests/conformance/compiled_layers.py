@@ -72,10 +72,10 @@ def check(layer_cls, init_kwargs: dict, call_kwargs: dict, *inputs) -> None:
     compiled = kgraph.compile(layer, example=Arguments(*args, **kwargs))
     result = compiled(*args, **kwargs)
     exact = functools.partial(_in_float64, layer_cls, init_kwargs, before, args, kwargs)
-    _assert_agree(expected, result, f"{layer_cls.__name__}, compiled", exact)
+    assert_agree(expected, result, f"{layer_cls.__name__}, compiled", exact)
     state = [variable.numpy() for variable in layer.variables]
     names = ", ".join(variable.path for variable in layer.variables)
-    _assert_agree(expected_state, state, f"{layer_cls.__name__}, variables ({names}) after a compiled call")
+    assert_agree(expected_state, state, f"{layer_cls.__name__}, variables ({names}) after a compiled call")
 
 
 def _in_float64(layer_cls, init_kwargs: dict, weights: list, args: tuple, kwargs: dict):
@@ -91,8 +91,11 @@ def _in_float64(layer_cls, init_kwargs: dict, weights: list, args: tuple, kwargs
     return layer(*args, **kwargs)
 
 
-def _assert_agree(expected, found, what: str, exact=None) -> None:
-    """exact: gives the outputs without rounding, for float32 results that differ by more than `FLOAT32_TOLERANCE`."""
+def assert_agree(expected, found, what: str, exact=None) -> None:
+    """Raise AssertionError where structures, shapes, dtypes or values differ.
+
+    exact: gives the outputs without rounding, for float32 results that differ by more than `FLOAT32_TOLERANCE`.
+    """
     from keras.src import tree
 
     tree.assert_same_structure(expected, found)

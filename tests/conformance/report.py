@@ -1,4 +1,4 @@
-"""Counts per folder of Keras' tests, side by side for two backends, as text and as a section of the README."""
+"""Counts per folder of a project's tests, side by side for two backends, as text and as a section of the README."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.conformance import gaps
-from tests.conformance.runner import ROOT, FileResult
+from tests.conformance.runner import ROOT, FileResult, below_source
 
 OUTCOMES = ("passed", "failed", "skipped")
 # A test that passes on kgraph and was not run on the peer is the peer's at best.
 _COUNTED_AS = {"crashed": "failed", "given": "passed"}
-BEGIN, END = "<!-- conformance: written by `python -m tests.conformance --readme` -->", "<!-- conformance: end -->"
+# A project's part of the README is between two marks.
+MARKS = {
+    "keras": ("<!-- conformance: written by `python -m tests.conformance --readme` -->", "<!-- conformance: end -->"),
+    "keras_hub": (
+        "<!-- KerasHub: written by `python -m tests.conformance --suite keras_hub --readme` -->",
+        "<!-- KerasHub: end -->",
+    ),
+}
 
 
 def folder_of(file: str) -> str:
-    """The folder of a test below `keras/src`; backends' own tests by backend."""
-    parts = file.removeprefix("keras/src/").split("/")
+    """The folder of a test below the package's `src`; backends' own tests by backend."""
+    parts = below_source(file).split("/")
     return "/".join(parts[:2]) if parts[0] == "backend" else parts[0]
 
 
@@ -93,9 +100,9 @@ def _kind(reason: str) -> str:
     return "test JAX itself" if "jax" in reason.lower() else "other"
 
 
-def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
+def readme_section(ours: list[FileResult], peer: list[FileResult], package: str = "keras") -> str:
     """The section's text, from the results of all files on both backends."""
-    entries = gaps.load()
+    entries = gaps.load(package)
     all_ours = sum(counts(ours).values(), Counter())
     kinds: Counter = Counter()
     for reason, number in only_on(peer, ours).items():
@@ -111,13 +118,15 @@ def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
         + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
         + "."
     )
-    return "\n".join([BEGIN, comparison(ours, peer), "", *textwrap.wrap(text, 118), END])
+    begin, end = MARKS[package]
+    return "\n".join([begin, comparison(ours, peer), "", *textwrap.wrap(text, 118), end])
 
 
 def write_readme(section: str, path: Path = ROOT / "README.md") -> None:
     """Replace the section between its marks. Raises ValueError where the README has no marks."""
     text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no place for the section: {BEGIN} ... {END}")
-    before, _, rest = text.partition(BEGIN)
-    path.write_text(before + section + rest.partition(END)[2])
+    begin, *_, end = section.splitlines()
+    if begin not in text or end not in text:
+        raise ValueError(f"{path} has no place for the section: {begin} ... {end}")
+    before, _, rest = text.partition(begin)
+    path.write_text(before + section + rest.partition(end)[2])

@@ -142,13 +142,14 @@ def test_counts_and_differences():
 
 def test_the_section_of_the_readme_is_replaced(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{report.BEGIN}\nyesterday's\n{report.END}\nafter\n")
+    begin, end = report.MARKS["keras"]
+    path.write_text(f"before\n{begin}\nyesterday's\n{end}\nafter\n")
     result = FileResult(FILE, {f"{FILE}::a": ("passed", "")}, done=True)
     report.write_readme(report.readme_section([result], [result]), path)
     text = path.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n| folder")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n| folder")
+    assert text.endswith(f"{end}\nafter\n")
     assert "yesterday" not in text
     path.write_text("no marks")
     with pytest.raises(ValueError, match="no place"):
-        report.write_readme("", path)
+        report.write_readme(report.readme_section([result], [result]), path)

@@ -1,0 +1,118 @@
+"""What KerasHub's tests check with `run_layer_test`, `run_backbone_test` and `run_task_test` also goes through kgraph.
+
+Layers, backbones and tasks are compiled and have to give what the eager ones give, backbones for a second length too,
+on which nothing was traced. Tasks take a step of `fit` besides, whose gradients have to be those of a step of
+`fit(run_eagerly=True)`: plain gradient descent with a large rate, so that the change of a weight is its gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import numpy as np
+
+from tests.conformance.compiled_layers import assert_agree, check
+
+LENGTH = 3  # of the second call of a backbone for sequences
+# A power of two, so that it is the gradients that round, and not the sums of weights and changes.
+RATE = 1024.0
+# Relative to the largest gradient of a weight, or to a part of the model's largest where the weight's own are smaller:
+# those that vanish but for rounding, such as the biases of keys in attention, have no digits to compare.
+GRADIENT_TOLERANCE, SMALLEST_PART = 1e-3, 1e-3
+
+
+def install() -> None:
+    """Wrap the methods of KerasHub's test case that build layers and models."""
+    from keras_hub.src.tests.test_case import TestCase
+
+    for name, further in (
+        ("run_layer_test", check_layer),
+        ("run_backbone_test", check_backbone),
+        ("run_task_test", check_task),
+    ):
+        setattr(TestCase, name, _followed_by(getattr(TestCase, name), further))
+
+
+def _followed_by(original, further):
+    """original, and then further with those of its arguments that it takes, by name."""
+    signature, taken = inspect.signature(original), inspect.signature(further).parameters
+
+    @functools.wraps(original)
+    def run(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        further(**{name: given.arguments[name] for name in taken})
+
+    return run
+
+
+def check_layer(cls, init_kwargs, input_data) -> None:
+    """Raise AssertionError where the compiled layer differs from the eager one."""
+    first = next(iter(inspect.signature(cls.call).parameters.keys() - {"self"}), None)
+    whole = isinstance(input_data, dict) and not input_data.keys() <= inspect.signature(cls.call).parameters.keys()
+    check(cls, init_kwargs, {}, {first: input_data} if whole else input_data)
+
+
+def check_backbone(cls, init_kwargs, input_data) -> None:
+    """Raise AssertionError where the compiled backbone differs from the eager one, for one of two lengths."""
+    from keras import tree
+
+    backbone = cls(**init_kwargs)
+    inputs = [input_data]
+    if backbone.token_embedding is not None and all(len(x.shape) == 2 for x in tree.flatten(input_data)):
+        inputs.append(tree.map_structure(lambda x: x[:, :LENGTH], input_data))
+    _check_calls(backbone, inputs)
+
+
+def check_task(cls, init_kwargs, train_data, compile_kwargs) -> None:
+    """Raise AssertionError where the compiled task, or a step of `fit`, differs from the eager one."""
+    import keras
+
+    task = cls(**init_kwargs)
+    x, y, sample_weight = map(_arrays, keras.utils.unpack_x_y_sample_weight(task.preprocessor(*train_data)))
+    _check_calls(task, [x])
+    task.preprocessor = None
+    _check_step(task, compile_kwargs or {}, x, y, sample_weight)
+
+
+def _arrays(data):
+    """data, with the batch in arrays; labels may be in a list."""
+    import keras
+
+    if data is None or isinstance(data, list):
+        return None if data is None else np.asarray(data)
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, data)
+
+
+def _check_calls(model, inputs: list) -> None:
+    import kgraph
+
+    compiled = kgraph.compile(model)
+    for x in inputs:
+        assert_agree(model(x, training=False), compiled(x), f"{type(model).__name__}, compiled")
+
+
+def _check_step(task, compile_kwargs: dict, x, y, sample_weight) -> None:
+    import keras
+
+    before = [variable.numpy() for variable in task.variables]
+    changes = []
+    for run_eagerly in (True, False):
+        for variable, value in zip(task.variables, before, strict=True):
+            variable.assign(value)
+        optimizer = keras.optimizers.SGD(RATE)
+        task.compile(**{**compile_kwargs, "optimizer": optimizer, "run_eagerly": run_eagerly})
+        batch = len(keras.tree.flatten(x)[0])
+        task.fit(x, y, sample_weight=sample_weight, batch_size=batch, shuffle=False, verbose=0)
+        changes.append([v.numpy().astype("float64") - b.astype("float64") for v, b in zip(task.variables, before)])
+    largest = max(np.max(np.abs(c), initial=0.0) for v, c in zip(task.variables, changes[0]) if v.trainable)
+    for variable, value, expected, found in zip(task.variables, before, *changes):
+        tolerance = 0.0
+        if value.dtype.kind in "fV":
+            scale = max(np.max(np.abs(expected), initial=0.0), SMALLEST_PART * largest if variable.trainable else 1.0)
+            spacing = float(np.finfo(value.dtype).eps) * np.max(np.abs(value) + np.abs(expected), initial=0.0)
+            tolerance = GRADIENT_TOLERANCE * scale + spacing  # the sum of a weight and its change is rounded
+        what = f"{type(task).__name__}, change of {variable.path} in a step of fit"
+        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance, err_msg=what)
