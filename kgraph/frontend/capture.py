@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from kgraph.errors import CaptureError, DimDecisionError, KGraphError
+from kgraph.errors import CaptureError, DimDecisionError, KGraphError, ShapeError
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.signatures import Arguments, is_array, path_name, signature, type_of_leaf
 from kgraph.frontend.tracer import GraphTracer
@@ -116,18 +116,25 @@ def capture_function(
 def _capture_unifying(call, inputs: Structure, symbols: dict, sizes: dict, name: str) -> Captured:
     """Capture; where two sizes of the same axis must agree for the model to work, take them for one and try again.
 
-    A model with inputs `tokens` and `mask` of unknown length, say, declares two sizes that can only be equal.
+    A model with inputs `tokens` and `mask` of unknown length, say, declares two sizes that can only be equal. Where
+    shapes contradict that, as with images and a length that counts the places of each, both are to be fixed.
     """
     symbols, declared = dict(symbols), inputs
     inputs = _substituted(inputs, sizes)
+    unified: SpecialisationError | None = None
     while True:
         try:
             return _capture_once(call, inputs, symbols, sizes, name)
+        except ShapeError as error:
+            if unified is None:
+                raise
+            raise unified from error
         except SpecialisationError as error:
             pair = _same_axis_pair(error.symbols, symbols)
             if pair is None:
                 error.inputs = declared  # with every symbol that this or another capture may name
                 raise
+            unified = SpecialisationError(str(error), frozenset(pair), declared)
             kept, dropped = pair
             symbols[kept] += f" and {symbols.pop(dropped)}"
             inputs = _substituted(inputs, {dropped: Dim.symbol(kept)})
