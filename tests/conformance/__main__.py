@@ -52,6 +52,9 @@ def main() -> int:
         print("\nPassed on JAX only, by the reason on kgraph:")
         for reason, number in report.only_on(peers, results).most_common():
             print(f"{number:6d}  {reason}")
+        print("\nMuch slower on kgraph (seconds of the processor, JAX's behind them):")
+        for test, seconds, peer_seconds in report.slower(results, peers):
+            print(f"{seconds:6.1f} {peer_seconds:6.1f}  {test}")
         if options.readme:
             report.write_readme(report.readme_section(results, peers, project.package))
         return 0

@@ -210,18 +210,26 @@ def _reason(report) -> str:
 
 _RANK = {"passed": 0, "skipped": 1, "failed": 2}
 _worst: dict[str, tuple[str, str]] = {}
+_began: dict[str, float] = {}
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it has waited for, such as compilers of kernels."""
+    return sum(os.times()[:4])
 
 
 def pytest_runtest_logreport(report):
     if report.when == "setup":
         _worst[report.nodeid] = ("passed", "")
+        _began[report.nodeid] = _processor_seconds()
     if report.outcome != "passed":
         before = _worst[report.nodeid]
         if _RANK[report.outcome] > _RANK[before[0]]:
             _worst[report.nodeid] = (report.outcome, _reason(report))
     if report.when == "teardown":
         outcome, reason = _worst.pop(report.nodeid)
-        _write(_file(report.nodeid), test=_id(report.nodeid), outcome=outcome, reason=reason)
+        seconds = round(_processor_seconds() - _began.pop(report.nodeid), 2)
+        _write(_file(report.nodeid), test=_id(report.nodeid), outcome=outcome, reason=reason, seconds=seconds)
 
 
 def pytest_collectreport(report):

@@ -13,6 +13,8 @@ from tests.conformance.runner import ROOT, FileResult, below_source
 OUTCOMES = ("passed", "failed", "skipped")
 # A test that passes on kgraph and was not run on the peer is the peer's at best.
 _COUNTED_AS = {"crashed": "failed", "given": "passed"}
+# What counts as much longer: seconds of the processor, and times those of the peer.
+SLOW_SECONDS, SLOW_RATIO = 5.0, 3.0
 # A project's part of the README is between two marks.
 MARKS = {
     "keras": ("<!-- conformance: written by `python -m tests.conformance --readme` -->", "<!-- conformance: end -->"),
@@ -91,6 +93,18 @@ def only_on(peer: Iterable[FileResult], ours: Iterable[FileResult]) -> Counter:
             if outcome == "passed" and here != "passed":  # "given" is what passes here
                 found[here if here in ("failed", "crashed") else reason[:110]] += 1
     return found
+
+
+def slower(ours: Iterable[FileResult], peer: Iterable[FileResult]) -> list[tuple[str, float, float]]:
+    """The tests that pass on both and take much longer on ours: (test, seconds on ours, on the peer), worst first."""
+    theirs = {test: s for r in peer for test, s in r.processor_seconds.items() if r.tests[test][0] == "passed"}
+    found = [
+        (test, seconds, theirs[test])
+        for result in ours
+        for test, seconds in result.processor_seconds.items()
+        if test in theirs and seconds > SLOW_SECONDS and seconds > SLOW_RATIO * theirs[test]
+    ]
+    return sorted(found, key=lambda entry: entry[2] - entry[1])
 
 
 def _kind(reason: str) -> str:

@@ -50,10 +50,11 @@ def below_source(test: str) -> str:
 
 @dataclass
 class FileResult:
-    """What the tests of a file gave: test id -> (outcome, reason)."""
+    """What the tests of a file gave: test id -> (outcome, reason), and test id -> seconds of the processor."""
 
     file: str
     tests: dict[str, tuple[str, str]] = field(default_factory=dict)
+    processor_seconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     done: bool = False
 
@@ -67,6 +68,8 @@ class FileResult:
                 result.done, result.seconds = True, record["seconds"]
             else:
                 result.tests[record["test"]] = (record["outcome"], record["reason"])
+                if "seconds" in record:
+                    result.processor_seconds[record["test"]] = record["seconds"]
         return result
 
 

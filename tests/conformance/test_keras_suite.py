@@ -140,6 +140,13 @@ def test_counts_and_differences():
     assert "layers" not in report.comparison([ours], [peer])
 
 
+def test_slow_tests_are_listed():
+    passed = ("passed", "")
+    ours = FileResult(FILE, dict.fromkeys("abcd", passed), {"a": 31.0, "b": 29.0, "c": 4.0, "d": 90.0})
+    peer = FileResult(FILE, {**dict.fromkeys("abc", passed), "d": ("failed", "")}, {"a": 10, "b": 10, "c": 0.1, "d": 1})
+    assert report.slower([ours], [peer]) == [("a", 31.0, 10)]
+
+
 def test_the_section_of_the_readme_is_replaced(tmp_path):
     path = tmp_path / "README.md"
     begin, end = report.MARKS["keras"]
