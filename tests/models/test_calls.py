@@ -213,6 +213,29 @@ def test_sizes_of_the_same_axis_of_which_one_is_a_multiple():
     assert compiled.stats()["compiles"] == 2  # one for each number of values, for all batches
 
 
+class Given(layers.Layer):
+    """The sum of what is given of a second input, or zeros where that has no entries, as for prompts without a mask."""
+
+    def call(self, x, given):
+        return ops.cond(
+            ops.equal(ops.shape(given)[1], 0),
+            lambda: ops.zeros_like(x),
+            lambda: ops.reshape(given, (ops.shape(x)[0] * ops.shape(given)[1], -1)),
+        )
+
+    def compute_output_shape(self, x_shape, given_shape):
+        return x_shape
+
+
+def test_branches_by_a_size_that_give_other_shapes():
+    inputs = keras.Input((4,)), keras.Input((None, 4))
+    compiled = kgraph.compile(model := keras.Model(inputs, Given()(*inputs)))
+    for batch, count in ((2, 0), (3, 0), (2, 1)):
+        x = [rows(batch, 4), rows(batch, count, 4, seed=1)]
+        np.testing.assert_array_equal(compiled(x), model(x))
+    assert compiled.stats()["compiles"] == 2  # with and without, for all batches
+
+
 # -- functions --------------------------------------------------------------------------------------------------------
 def test_jit_of_a_method():
     class Scale:
