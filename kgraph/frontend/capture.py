@@ -135,9 +135,14 @@ def _capture_unifying(call, inputs: Structure, symbols: dict, sizes: dict, name:
                 error.inputs = declared  # with every symbol that this or another capture may name
                 raise
             unified = SpecialisationError(str(error), frozenset(pair), declared)
-            kept, dropped = pair
-            symbols[kept] += f" and {symbols.pop(dropped)}"
-            inputs = _substituted(inputs, {dropped: Dim.symbol(kept)})
+        except ValueError as error:
+            # Keras' own checks refuse sizes that differ as symbols, in an error that shows them.
+            pair = _same_axis_pair(_named(symbols, error), symbols)
+            if pair is None:
+                raise
+        kept, dropped = pair
+        symbols[kept] += f" and {symbols.pop(dropped)}"
+        inputs = _substituted(inputs, {dropped: Dim.symbol(kept)})
 
 
 def _same_axis_pair(names: frozenset, symbols: dict) -> tuple[str, str] | None:
@@ -258,9 +263,13 @@ def _dim_decision_behind(error: BaseException | None) -> DimDecisionError | None
     return None
 
 
+def _named(symbols: dict, error: Exception) -> frozenset[str]:
+    """The symbols that an error's message names."""
+    return frozenset(s for s in symbols if re.search(rf"(?<![A-Za-z0-9_]){s}(?![A-Za-z0-9_])", str(error)))
+
+
 def _specialisation(error: DimDecisionError, symbols: dict, inputs: Structure, name: str) -> SpecialisationError:
-    named = frozenset(s for s in symbols if re.search(rf"(?<![A-Za-z0-9_]){s}(?![A-Za-z0-9_])", str(error)))
-    wanted = named or frozenset(symbols)
+    wanted = _named(symbols, error) or frozenset(symbols)
     origins = ", ".join(f"{s} ({symbols[s]})" for s in sorted(wanted))
     where = _layer_of(error)
     place = f" in layer {where!r}" if where else ""

@@ -213,6 +213,17 @@ def test_sizes_of_the_same_axis_of_which_one_is_a_multiple():
     assert compiled.stats()["compiles"] == 2  # one for each number of values, for all batches
 
 
+def test_sizes_of_which_keras_asks_that_they_are_equal():
+    scores, mask = keras.Input((2, None)), keras.Input((1, None), dtype="bool")
+    compiled = kgraph.compile(model := keras.Model([scores, mask], layers.Softmax()(scores, mask=mask)))
+    assert compiled.stats()["specialised"] is None
+    for length in (3, 5):
+        x = [rows(4, 2, length), rows(4, 1, length, seed=1) > -1]
+        np.testing.assert_allclose(compiled(x), model(x), rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="L2"):
+        compiled([rows(4, 2, 3), np.ones((4, 1, 5), bool)])
+
+
 class Given(layers.Layer):
     """The sum of what is given of a second input, or zeros where that has no entries, as for prompts without a mask."""
 
