@@ -91,9 +91,10 @@ def _in_float64(layer_cls, init_kwargs: dict, weights: list, args: tuple, kwargs
     return layer(*args, **kwargs)
 
 
-def assert_agree(expected, found, what: str, exact=None, spread=None) -> None:
+def assert_agree(expected, found, what: str, exact=None, spread=None, computed_in=()) -> None:
     """Raise AssertionError where structures, shapes, dtypes or values differ.
 
+    computed_in: names of further dtypes that the outputs are rounded to on the way.
     For float32 results that differ by more than `FLOAT32_TOLERANCE`: exact gives the outputs without rounding, or
     spread gives for each output by how much it changes where what it is computed from is rounded otherwise.
     """
@@ -108,7 +109,7 @@ def assert_agree(expected, found, what: str, exact=None, spread=None) -> None:
         if e.dtype.kind not in "fcV":
             np.testing.assert_array_equal(f, e, err_msg=what)
             continue
-        tolerance = TOLERANCES.get(e.dtype.name, FLOAT32_TOLERANCE)
+        tolerance = max(TOLERANCES.get(dtype, FLOAT32_TOLERANCE) for dtype in (e.dtype.name, *computed_in))
         e, f = (a.astype("complex128" if a.dtype.kind == "c" else "float64") for a in (e, f))
         scale = max(1.0, float(np.max(np.abs(e), where=np.isfinite(e), initial=0.0)))
         doubtful = tolerance == FLOAT32_TOLERANCE and not np.allclose(f, e, 0, tolerance * scale, True)

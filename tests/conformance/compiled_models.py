@@ -12,7 +12,7 @@ import inspect
 
 import numpy as np
 
-from tests.conformance.compiled_layers import FLOAT32_ERRORS, assert_agree, check
+from tests.conformance.compiled_layers import FLOAT32_ERRORS, TOLERANCES, assert_agree, check
 
 LENGTH = 3  # of the second call of a backbone for sequences
 # Where results differ, eager calls on weights and inputs that are rounded otherwise tell how well they are determined.
@@ -92,10 +92,11 @@ def _arrays(data):
 def _check_calls(model, inputs: list) -> None:
     import kgraph
 
-    compiled = kgraph.compile(model)
+    compiled, what = kgraph.compile(model), f"{type(model).__name__}, compiled"
+    dtypes = {layer.compute_dtype for layer in model._flatten_layers()} & TOLERANCES.keys()
     for x in inputs:
         spread = functools.partial(_spread, model, x)
-        assert_agree(model(x, training=False), compiled(x), f"{type(model).__name__}, compiled", spread=spread)
+        assert_agree(model(x, training=False), compiled(x), what, spread=spread, computed_in=dtypes)
 
 
 def _spread(model, x) -> list[float]:
