@@ -43,9 +43,11 @@ def _followed_by(original, further):
 
     @functools.wraps(original)
     def run(self, *args, **kwargs):
-        original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
+        # The original puts layers of other dtypes in the place of those in the dict.
+        given.arguments["init_kwargs"] = dict(given.arguments["init_kwargs"])
+        original(self, *args, **kwargs)
         further(**{name: given.arguments[name] for name in taken})
 
     return run
