@@ -23,6 +23,7 @@ CATEGORIES = {
     "accelerator": "needs a GPU, a TPU or several devices",
     "sparse": "sparse or ragged tensors",
     "network": "needs the network",
+    "package": "needs a package that the environment does not have",
     "other-tensors": "expects tensors that are not NumPy arrays",
     "keras": "a fault of the test, or a file that the wheel leaves out",
     "kgraph": "a gap of kgraph's",
