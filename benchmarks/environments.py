@@ -25,7 +25,14 @@ PACKAGES = {
         *["onnx", "onnxruntime"],
         *["pandas", "scikit-learn", "pillow", "pydot", "requests", "pytest", *_KGRAPH],
     ],
+    # KerasHub's tests, from a checkout: preprocessing runs on TensorFlow, whatever the backend.
+    "keras-hub": [
+        *["keras==3.15.1", "jax", "tensorflow-cpu==2.21.0", "sentencepiece<0.2.2", "tokenizers", "regex", "dm-tree"],
+        *["kagglehub", "absl-py", "packaging", "rouge-score", "pillow", "pytest", *_KGRAPH],
+    ],
 }
+# What names a package that another one stands in for: TensorFlow by its build for processors.
+WITHOUT_DEPENDENCIES = {"keras-hub": ["tensorflow-text==2.21.1"]}
 
 
 def python(name: str) -> Path:
@@ -35,7 +42,10 @@ def python(name: str) -> Path:
         print(f"making the environment {name}: {' '.join(PACKAGES[name])}", file=sys.stderr)
         venv.create(ROOT / name, with_pip=True)
         try:
-            subprocess.run([path, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+            install = [path, "-m", "pip", "install", "-q"]
+            subprocess.run([*install, *PACKAGES[name]], check=True)
+            if name in WITHOUT_DEPENDENCIES:
+                subprocess.run([*install, "--no-deps", *WITHOUT_DEPENDENCIES[name]], check=True)
         except BaseException:
             shutil.rmtree(ROOT / name)  # half an environment would count as made
             raise

@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from kgraph.errors import CaptureError, DimDecisionError, KGraphError
+from kgraph.errors import CaptureError, DimDecisionError, KGraphError, ShapeError
 from kgraph.frontend.keras_backend import core
 from kgraph.frontend.signatures import Arguments, is_array, path_name, signature, type_of_leaf
 from kgraph.frontend.tracer import GraphTracer
@@ -116,21 +116,33 @@ def capture_function(
 def _capture_unifying(call, inputs: Structure, symbols: dict, sizes: dict, name: str) -> Captured:
     """Capture; where two sizes of the same axis must agree for the model to work, take them for one and try again.
 
-    A model with inputs `tokens` and `mask` of unknown length, say, declares two sizes that can only be equal.
+    A model with inputs `tokens` and `mask` of unknown length, say, declares two sizes that can only be equal. Where
+    shapes contradict that, as with images and a length that counts the places of each, both are to be fixed.
     """
     symbols, declared = dict(symbols), inputs
     inputs = _substituted(inputs, sizes)
+    unified: SpecialisationError | None = None
     while True:
         try:
             return _capture_once(call, inputs, symbols, sizes, name)
+        except ShapeError as error:
+            if unified is None:
+                raise
+            raise unified from error
         except SpecialisationError as error:
             pair = _same_axis_pair(error.symbols, symbols)
             if pair is None:
                 error.inputs = declared  # with every symbol that this or another capture may name
                 raise
-            kept, dropped = pair
-            symbols[kept] += f" and {symbols.pop(dropped)}"
-            inputs = _substituted(inputs, {dropped: Dim.symbol(kept)})
+            unified = SpecialisationError(str(error), frozenset(pair), declared)
+        except ValueError as error:
+            # Keras' own checks refuse sizes that differ as symbols, in an error that shows them.
+            pair = _same_axis_pair(_named(symbols, error), symbols)
+            if pair is None:
+                raise
+        kept, dropped = pair
+        symbols[kept] += f" and {symbols.pop(dropped)}"
+        inputs = _substituted(inputs, {dropped: Dim.symbol(kept)})
 
 
 def _same_axis_pair(names: frozenset, symbols: dict) -> tuple[str, str] | None:
@@ -251,9 +263,13 @@ def _dim_decision_behind(error: BaseException | None) -> DimDecisionError | None
     return None
 
 
+def _named(symbols: dict, error: Exception) -> frozenset[str]:
+    """The symbols that an error's message names."""
+    return frozenset(s for s in symbols if re.search(rf"(?<![A-Za-z0-9_]){s}(?![A-Za-z0-9_])", str(error)))
+
+
 def _specialisation(error: DimDecisionError, symbols: dict, inputs: Structure, name: str) -> SpecialisationError:
-    named = frozenset(s for s in symbols if re.search(rf"(?<![A-Za-z0-9_]){s}(?![A-Za-z0-9_])", str(error)))
-    wanted = named or frozenset(symbols)
+    wanted = _named(symbols, error) or frozenset(symbols)
     origins = ", ".join(f"{s} ({symbols[s]})" for s in sorted(wanted))
     where = _layer_of(error)
     place = f" in layer {where!r}" if where else ""

@@ -22,7 +22,7 @@ CONFIG = "keras.src.backend.config"
 PACKAGE = "kgraph.frontend.keras_backend"
 # `keras.src.backend.numpy` itself is the module that gathers the interface; its submodules map one to one.
 INTERFACE = f"{PACKAGE}.interface"
-# Modules above the backend in which `keras_backend.coarse` replaces functions.
+# Modules of Keras and KerasHub above the backend in which `keras_backend.coarse` replaces functions.
 COARSE = frozenset(
     {
         "keras.src.ops.operation",
@@ -32,6 +32,7 @@ COARSE = frozenset(
         "keras.src.layers.attention.grouped_query_attention",
         "keras.src.layers.core.embedding",
         "keras.src.layers.preprocessing.image_preprocessing.equalization",
+        "keras_hub.src.models.depth_anything.interpolate",
     }
 )
 # KerasHub's, in which `keras_backend.generation` does.

@@ -72,10 +72,10 @@ def check(layer_cls, init_kwargs: dict, call_kwargs: dict, *inputs) -> None:
     compiled = kgraph.compile(layer, example=Arguments(*args, **kwargs))
     result = compiled(*args, **kwargs)
     exact = functools.partial(_in_float64, layer_cls, init_kwargs, before, args, kwargs)
-    _assert_agree(expected, result, f"{layer_cls.__name__}, compiled", exact)
+    assert_agree(expected, result, f"{layer_cls.__name__}, compiled", exact)
     state = [variable.numpy() for variable in layer.variables]
     names = ", ".join(variable.path for variable in layer.variables)
-    _assert_agree(expected_state, state, f"{layer_cls.__name__}, variables ({names}) after a compiled call")
+    assert_agree(expected_state, state, f"{layer_cls.__name__}, variables ({names}) after a compiled call")
 
 
 def _in_float64(layer_cls, init_kwargs: dict, weights: list, args: tuple, kwargs: dict):
@@ -91,8 +91,13 @@ def _in_float64(layer_cls, init_kwargs: dict, weights: list, args: tuple, kwargs
     return layer(*args, **kwargs)
 
 
-def _assert_agree(expected, found, what: str, exact=None) -> None:
-    """exact: gives the outputs without rounding, for float32 results that differ by more than `FLOAT32_TOLERANCE`."""
+def assert_agree(expected, found, what: str, exact=None, spread=None, computed_in=()) -> None:
+    """Raise AssertionError where structures, shapes, dtypes or values differ.
+
+    computed_in: names of further dtypes that the outputs are rounded to on the way.
+    For float32 results that differ by more than `FLOAT32_TOLERANCE`: exact gives the outputs without rounding, or
+    spread gives for each output by how much it changes where what it is computed from is rounded otherwise.
+    """
     from keras.src import tree
 
     tree.assert_same_structure(expected, found)
@@ -104,10 +109,13 @@ def _assert_agree(expected, found, what: str, exact=None) -> None:
         if e.dtype.kind not in "fcV":
             np.testing.assert_array_equal(f, e, err_msg=what)
             continue
-        tolerance = TOLERANCES.get(e.dtype.name, FLOAT32_TOLERANCE)
+        tolerance = max(TOLERANCES.get(dtype, FLOAT32_TOLERANCE) for dtype in (e.dtype.name, *computed_in))
         e, f = (a.astype("complex128" if a.dtype.kind == "c" else "float64") for a in (e, f))
         scale = max(1.0, float(np.max(np.abs(e), where=np.isfinite(e), initial=0.0)))
-        if exact is not None and tolerance == FLOAT32_TOLERANCE and not np.allclose(f, e, 0, tolerance * scale, True):
+        doubtful = tolerance == FLOAT32_TOLERANCE and not np.allclose(f, e, 0, tolerance * scale, True)
+        if doubtful and exact is not None:
             e, rounded = np.asarray(tree.flatten(exact())[number]), e
             tolerance = max(tolerance, FLOAT32_ERRORS * float(np.nanmax(np.abs(rounded - e))) / scale)
+        elif doubtful and spread is not None:
+            tolerance = max(tolerance, FLOAT32_ERRORS * spread()[number] / scale)
         np.testing.assert_allclose(f, e, rtol=0, atol=tolerance * scale, err_msg=what)

@@ -1,4 +1,7 @@
-"""What Keras' tests do not pass on kgraph, from `gaps.toml`, and the check that it is neither more nor less."""
+"""What a project's tests do not pass on kgraph, and the check that it is neither more nor less.
+
+The entries are in `gaps.toml` for Keras, in `gaps_keras_hub.toml` for KerasHub.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conformance.runner import FileResult
+from tests.conformance.runner import FileResult, below_source
 
-PATH = Path(__file__).parent / "gaps.toml"
+PATHS = {
+    package: Path(__file__).parent / name
+    for package, name in (("keras", "gaps.toml"), ("keras_hub", "gaps_keras_hub.toml"))
+}
 # What stands in the way of a test. Only the last is kgraph's own.
 CATEGORIES = {
     "tensorflow": "needs TensorFlow's own tensors or graphs",
     "accelerator": "needs a GPU, a TPU or several devices",
     "sparse": "sparse or ragged tensors",
     "network": "needs the network",
+    "package": "needs a package that the environment does not have",
     "other-tensors": "expects tensors that are not NumPy arrays",
     "keras": "a fault of the test, or a file that the wheel leaves out",
     "kgraph": "a gap of kgraph's",
@@ -25,7 +32,7 @@ CATEGORIES = {
 
 @dataclass(frozen=True)
 class Gap:
-    """Tests that do not pass. tests: a test's id below `keras/src`, or a pattern (`*`) of ids; none of them passes.
+    """Tests that do not pass. tests: an id below the folder `src`, or a pattern (`*`) of ids; none of them passes.
 
     Those that need the network may pass, since some machines have one.
     """
@@ -35,11 +42,12 @@ class Gap:
     reason: str
 
     def matches(self, test: str) -> bool:
-        return fnmatch.fnmatchcase(test.removeprefix("keras/src/"), self.tests.replace("[", "[[]"))
+        return fnmatch.fnmatchcase(below_source(test), self.tests.replace("[", "[[]"))
 
 
-def load(path: Path = PATH) -> list[Gap]:
-    """All entries. Raises ValueError for one with a category that there is not, or without a reason."""
+def load(package: str = "keras") -> list[Gap]:
+    """All entries of a project. Raises ValueError for one with a category that there is not, or without a reason."""
+    path = PATHS[package]
     gaps = [Gap(**entry) for entry in tomllib.loads(path.read_text()).get("gap", [])]
     for gap in gaps:
         if gap.category not in CATEGORIES or not gap.reason:
@@ -52,7 +60,7 @@ def complaints(results: Iterable[FileResult], gaps: list[Gap]) -> list[str]:
     found, hit = [], set()
     names = set()
     for result in results:
-        names.add(result.file.removeprefix("keras/src/"))
+        names.add(below_source(result.file))
         for test, (outcome, reason) in result.tests.items():
             gap = next((g for g in gaps if g.matches(test)), None)
             if gap is not None:

@@ -1,16 +1,18 @@
-"""A pytest plugin under which Keras' own tests run outside of Keras' repository, on kgraph or on another backend.
+"""A pytest plugin under which the tests of Keras and of KerasHub run, on kgraph or on another backend.
 
-It does what the `conftest.py` of that repository does (the wheel leaves it out), limits each test's time, writes each
+It does what the `conftest.py` of Keras' repository does (the wheel leaves it out), limits each test's time, writes each
 test's outcome to a file as soon as it is known, and, on kgraph, changes three things for the tests alone:
 
 - They see the backend's name "kgraph", where Keras itself sees "numpy": many tests skip themselves on a backend called
   "numpy" because Keras' own one cannot train. `NAMES` lists the exceptions.
 - Tests that differentiate with the backend's framework do so with kgraph's gradients, and those that make sparse
   tensors of it make kgraph's (`jax_branch`).
-- Each layer that a test hands to `TestCase.run_layer_test` also goes through `kgraph.compile` (`compiled_layers`).
+- Each layer that a test hands to `TestCase.run_layer_test` also goes through `kgraph.compile` (`compiled_layers`),
+  and so do KerasHub's models, with a training step (`compiled_models`).
 
 Settings come from the environment, so that the plugin works in the peers' environments too:
-KERAS_BACKEND; CONFORMANCE_RESULTS, the folder in which each test file has a file of outcomes (one JSON object a line);
+KERAS_BACKEND; CONFORMANCE_PACKAGE, the package whose tests these are;
+CONFORMANCE_RESULTS, the folder in which each test file has a file of outcomes (one JSON object a line);
 CONFORMANCE_TIMEOUT, the seconds of the processor that a test may take; CONFORMANCE_GIVEN, a folder of outcomes on
 another backend: a test that passed there is not run, its outcome is "given".
 """
@@ -31,8 +33,10 @@ from pathlib import Path
 import pytest
 
 from tests.conformance import jax_branch
+from tests.conformance.runner import below_source
 
 ON_KGRAPH = os.environ.get("KERAS_BACKEND") == "kgraph"
+PACKAGE = os.environ.get("CONFORMANCE_PACKAGE", "keras")
 TIMEOUT = float(os.environ.get("CONFORMANCE_TIMEOUT", "120"))
 RESULTS = os.environ.get("CONFORMANCE_RESULTS")
 GIVEN = os.environ.get("CONFORMANCE_GIVEN")
@@ -76,9 +80,9 @@ def pytest_configure(config):
     if ON_KGRAPH:
         _name_the_backend()
         jax_branch.install()
-        from tests.conformance import compiled_layers
+        from tests.conformance import compiled_layers, compiled_models
 
-        compiled_layers.install()
+        (compiled_models if PACKAGE == "keras_hub" else compiled_layers).install()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -174,7 +178,7 @@ def _file(test: str) -> str:
 
 
 def _results_of(file: str) -> Path:
-    name = file.removeprefix("keras/src/").removesuffix(".py").replace("/", ".")
+    name = below_source(file).removesuffix(".py").replace("/", ".")
     return Path(RESULTS or os.devnull) / f"{name}.jsonl"
 
 
@@ -206,18 +210,26 @@ def _reason(report) -> str:
 
 _RANK = {"passed": 0, "skipped": 1, "failed": 2}
 _worst: dict[str, tuple[str, str]] = {}
+_began: dict[str, float] = {}
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it has waited for, such as compilers of kernels."""
+    return sum(os.times()[:4])
 
 
 def pytest_runtest_logreport(report):
     if report.when == "setup":
         _worst[report.nodeid] = ("passed", "")
+        _began[report.nodeid] = _processor_seconds()
     if report.outcome != "passed":
         before = _worst[report.nodeid]
         if _RANK[report.outcome] > _RANK[before[0]]:
             _worst[report.nodeid] = (report.outcome, _reason(report))
     if report.when == "teardown":
         outcome, reason = _worst.pop(report.nodeid)
-        _write(_file(report.nodeid), test=_id(report.nodeid), outcome=outcome, reason=reason)
+        seconds = round(_processor_seconds() - _began.pop(report.nodeid), 2)
+        _write(_file(report.nodeid), test=_id(report.nodeid), outcome=outcome, reason=reason, seconds=seconds)
 
 
 def pytest_collectreport(report):

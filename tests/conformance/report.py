@@ -1,4 +1,4 @@
-"""Counts per folder of Keras' tests, side by side for two backends, as text and as a section of the README."""
+"""Counts per folder of a project's tests, side by side for two backends, as text and as a section of the README."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tests.conformance import gaps
-from tests.conformance.runner import ROOT, FileResult
+from tests.conformance.runner import ROOT, FileResult, below_source
 
 OUTCOMES = ("passed", "failed", "skipped")
 # A test that passes on kgraph and was not run on the peer is the peer's at best.
 _COUNTED_AS = {"crashed": "failed", "given": "passed"}
-BEGIN, END = "<!-- conformance: written by `python -m tests.conformance --readme` -->", "<!-- conformance: end -->"
+# What counts as much longer: seconds of the processor, and times those of the peer.
+SLOW_SECONDS, SLOW_RATIO = 5.0, 3.0
+# A project's part of the README is between two marks.
+MARKS = {
+    "keras": ("<!-- conformance: written by `python -m tests.conformance --readme` -->", "<!-- conformance: end -->"),
+    "keras_hub": (
+        "<!-- KerasHub: written by `python -m tests.conformance --suite keras_hub --readme` -->",
+        "<!-- KerasHub: end -->",
+    ),
+}
 
 
 def folder_of(file: str) -> str:
-    """The folder of a test below `keras/src`; backends' own tests by backend."""
-    parts = file.removeprefix("keras/src/").split("/")
+    """The folder of a test below the package's `src`; backends' own tests by backend."""
+    parts = below_source(file).split("/")
     return "/".join(parts[:2]) if parts[0] == "backend" else parts[0]
 
 
@@ -86,6 +95,18 @@ def only_on(peer: Iterable[FileResult], ours: Iterable[FileResult]) -> Counter:
     return found
 
 
+def slower(ours: Iterable[FileResult], peer: Iterable[FileResult]) -> list[tuple[str, float, float]]:
+    """The tests that pass on both and take much longer on ours: (test, seconds on ours, on the peer), worst first."""
+    theirs = {test: s for r in peer for test, s in r.processor_seconds.items() if r.tests[test][0] == "passed"}
+    found = [
+        (test, seconds, theirs[test])
+        for result in ours
+        for test, seconds in result.processor_seconds.items()
+        if test in theirs and seconds > SLOW_SECONDS and seconds > SLOW_RATIO * theirs[test]
+    ]
+    return sorted(found, key=lambda entry: entry[2] - entry[1])
+
+
 def _kind(reason: str) -> str:
     """What a reason of `only_on` amounts to."""
     if "sparse" in reason or "ragged" in reason:
@@ -93,9 +114,9 @@ def _kind(reason: str) -> str:
     return "test JAX itself" if "jax" in reason.lower() else "other"
 
 
-def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
+def readme_section(ours: list[FileResult], peer: list[FileResult], package: str = "keras") -> str:
     """The section's text, from the results of all files on both backends."""
-    entries = gaps.load()
+    entries = gaps.load(package)
     all_ours = sum(counts(ours).values(), Counter())
     kinds: Counter = Counter()
     for reason, number in only_on(peer, ours).items():
@@ -111,13 +132,15 @@ def readme_section(ours: list[FileResult], peer: list[FileResult]) -> str:
         + ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
         + "."
     )
-    return "\n".join([BEGIN, comparison(ours, peer), "", *textwrap.wrap(text, 118), END])
+    begin, end = MARKS[package]
+    return "\n".join([begin, comparison(ours, peer), "", *textwrap.wrap(text, 118), end])
 
 
 def write_readme(section: str, path: Path = ROOT / "README.md") -> None:
     """Replace the section between its marks. Raises ValueError where the README has no marks."""
     text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} has no place for the section: {BEGIN} ... {END}")
-    before, _, rest = text.partition(BEGIN)
-    path.write_text(before + section + rest.partition(END)[2])
+    begin, *_, end = section.splitlines()
+    if begin not in text or end not in text:
+        raise ValueError(f"{path} has no place for the section: {begin} ... {end}")
+    before, _, rest = text.partition(begin)
+    path.write_text(before + section + rest.partition(end)[2])

@@ -1,4 +1,4 @@
-"""Runs Keras' test files in pytest processes, a dozen files each, and keeps what every test gave, in a file per file.
+"""Runs test files of Keras or KerasHub in pytest processes, a dozen each, and keeps what every test gave, file by file.
 
 A process that ends before its files are done (a crash, native code that hangs) is followed by another one, for the
 tests that are left. Files whose results are complete are not run again: an interrupted run goes on where it was.
@@ -16,19 +16,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / ".bench" / "conformance-results"
+BENCH = ROOT / ".bench"
 # Seconds: of the processor for a test, and of the silence after which a process counts as hanging.
 TEST_TIMEOUT, SILENCE = 180, 1000
 # Files that one process runs: starting one takes as long as the tests of several files.
 SHARE = 12
 
 
+@dataclass(frozen=True)
+class Project:
+    """Whose tests run. environment: the one of `benchmarks.environments` with what they import."""
+
+    package: str
+    environment: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def results(self) -> Path:
+        return BENCH / f"{self.environment}-results"
+
+
+PROJECTS = {
+    project.package: project
+    # KerasHub's "large" tests save each model and load it again; those that download are "extra_large".
+    for project in (Project("keras", "conformance"), Project("keras_hub", "keras-hub", ("--run_large",)))
+}
+
+
+def below_source(test: str) -> str:
+    """A test's file or id below the package's folder `src`."""
+    return test.split("/", 2)[2]
+
+
 @dataclass
 class FileResult:
-    """What the tests of a file gave: test id -> (outcome, reason)."""
+    """What the tests of a file gave: test id -> (outcome, reason), and test id -> seconds of the processor."""
 
     file: str
     tests: dict[str, tuple[str, str]] = field(default_factory=dict)
+    processor_seconds: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     done: bool = False
 
@@ -42,12 +68,16 @@ class FileResult:
                 result.done, result.seconds = True, record["seconds"]
             else:
                 result.tests[record["test"]] = (record["outcome"], record["reason"])
+                if "seconds" in record:
+                    result.processor_seconds[record["test"]] = record["seconds"]
         return result
 
 
 class Suite:
-    """Keras' tests on one backend, with the interpreter whose site-packages hold Keras.
+    """A project's tests on one backend, with an interpreter that has what they import.
 
+    source: the folder that holds the project's package; by default the site-packages of the interpreter.
+    results: a folder for what each test gives; by default the project's below `.bench`.
     given: a suite on another backend; what passed there is not run here, its outcome is "given".
     """
 
@@ -55,26 +85,31 @@ class Suite:
         self,
         backend: str,
         python: Path,
-        results: Path = RESULTS,
+        results: Path | None = None,
         flags: tuple[str, ...] = (),
         given: Suite | None = None,
+        project: Project = PROJECTS["keras"],
+        source: Path | None = None,
     ):
-        self.backend, self.python, self.flags, self.given = backend, python, flags, given
-        self.folder = results / (backend if given is None else f"{backend}-beside-{given.backend}")
+        self.backend, self.python, self.given, self.project = backend, python, given, project
+        self.flags = (*project.flags, *flags)
+        self.folder = (results or project.results) / (backend if given is None else f"{backend}-beside-{given.backend}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        where = "import importlib.util as u; print(u.find_spec('keras').submodule_search_locations[0])"
-        found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
-        self.site_packages = Path(found.stdout.strip()).resolve().parent
+        if source is None:
+            where = f"import importlib.util as u; print(u.find_spec('{project.package}').submodule_search_locations[0])"
+            found = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True)
+            source = Path(found.stdout.strip()).parent
+        self.source = source.resolve()
 
     def files(self, folders: Iterable[str] = ()) -> list[str]:
-        """Test files relative to site-packages; `folders` or files are given below `keras/src`."""
-        source = self.site_packages / "keras" / "src"
+        """Test files relative to `source`; `folders` or files are given below the package's folder `src`."""
+        source = self.source / self.project.package / "src"
         wanted = [source / name for name in folders] or [source]
         paths = [p for w in wanted for p in ([w] if w.suffix == ".py" else sorted(w.rglob("*_test.py")))]
-        return list(dict.fromkeys(str(p.relative_to(self.site_packages)) for p in paths))
+        return list(dict.fromkeys(str(p.relative_to(self.source)) for p in paths))
 
     def path_of(self, file: str) -> Path:
-        return self.folder / (file.removeprefix("keras/src/").removesuffix(".py").replace("/", ".") + ".jsonl")
+        return self.folder / (below_source(file).removesuffix(".py").replace("/", ".") + ".jsonl")
 
     def result(self, file: str) -> FileResult:
         return FileResult.load(file, self.path_of(file))
@@ -126,10 +161,11 @@ class Suite:
             **{k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "KERAS_", "VIRTUAL_ENV"))},
             "KERAS_BACKEND": self.backend,
             "KERAS_HOME": str(self.folder / "keras-home"),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(self.source))),
             "TF_CPP_MIN_LOG_LEVEL": "3",
             "CUDA_VISIBLE_DEVICES": "",
             "JAX_PLATFORMS": "cpu",
+            "CONFORMANCE_PACKAGE": self.project.package,
             "CONFORMANCE_RESULTS": str(self.folder),
             "CONFORMANCE_TIMEOUT": str(TEST_TIMEOUT),
             **({} if self.given is None else {"CONFORMANCE_GIVEN": str(self.given.folder)}),
@@ -138,7 +174,7 @@ class Suite:
             "-c",
             os.devnull,
             "--rootdir",
-            str(self.site_packages),
+            str(self.source),
             "-p",
             "no:cacheprovider",
             "--continue-on-collection-errors",
@@ -146,7 +182,7 @@ class Suite:
         quiet = ["-q", "--disable-warnings", "--tb=short", "-p", "tests.conformance.plugin"]
         command = ["nice", "-n", "10", self.python, "-m", "pytest", *settings, *quiet, *self.flags, *files]
         with first.with_suffix(".log").open("a") as log:
-            process = subprocess.Popen(command, cwd=self.site_packages, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=self.source, env=environment, stdout=log, stderr=log)
             last_sign, seen = time.monotonic(), -1
             while True:
                 try:

@@ -140,15 +140,23 @@ def test_counts_and_differences():
     assert "layers" not in report.comparison([ours], [peer])
 
 
+def test_slow_tests_are_listed():
+    passed = ("passed", "")
+    ours = FileResult(FILE, dict.fromkeys("abcd", passed), {"a": 31.0, "b": 29.0, "c": 4.0, "d": 90.0})
+    peer = FileResult(FILE, {**dict.fromkeys("abc", passed), "d": ("failed", "")}, {"a": 10, "b": 10, "c": 0.1, "d": 1})
+    assert report.slower([ours], [peer]) == [("a", 31.0, 10)]
+
+
 def test_the_section_of_the_readme_is_replaced(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{report.BEGIN}\nyesterday's\n{report.END}\nafter\n")
+    begin, end = report.MARKS["keras"]
+    path.write_text(f"before\n{begin}\nyesterday's\n{end}\nafter\n")
     result = FileResult(FILE, {f"{FILE}::a": ("passed", "")}, done=True)
     report.write_readme(report.readme_section([result], [result]), path)
     text = path.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n| folder")
-    assert text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{begin}\n| folder")
+    assert text.endswith(f"{end}\nafter\n")
     assert "yesterday" not in text
     path.write_text("no marks")
     with pytest.raises(ValueError, match="no place"):
-        report.write_readme("", path)
+        report.write_readme(report.readme_section([result], [result]), path)

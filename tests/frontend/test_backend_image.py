@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from kgraph.frontend.install import KerasBackendFinder
 from kgraph.frontend.keras_backend import image, image_geometry
 from tests.frontend.agreement import both, floats, to_first
 
@@ -143,3 +147,24 @@ def test_scale_and_translate_generalises_resize(method):
     y = both(lambda t: image.scale_and_translate(t, (2, 12, 4, 3), scale, shift, (1, 2), method), x)
     name = {"linear": "bilinear", "cubic": "bicubic"}.get(method, method)
     np.testing.assert_allclose(y, image.resize(x, (12, 4), name, antialias=True), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_interpolation_of_keras_hub(data_format, tmp_path):
+    """Through the finder, in place of the module that refuses frameworks which it does not know."""
+    (tmp_path / "interpolate.py").write_text(
+        "def interpolate(x, size, data_format=None):\n    raise NotImplementedError\n"
+    )
+    spec = KerasBackendFinder().find_spec("keras_hub.src.models.depth_anything.interpolate", [str(tmp_path)])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x = floats(2, 4, 5, 3)
+    expected = x
+    for axis, size in ((1, 7), (2, 3)):
+        places = np.linspace(0, x.shape[axis] - 1, size)
+        rows = functools.partial(np.interp, places, np.arange(x.shape[axis]))
+        expected = np.apply_along_axis(rows, axis, expected)
+    if data_format == "channels_first":
+        x, expected = to_first(x), to_first(expected)
+    y = both(lambda t: module.interpolate(t, (7, 3), data_format), x)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)

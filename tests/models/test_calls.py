@@ -188,6 +188,65 @@ def test_specialised_sizes_of_two_inputs_that_must_agree():
         np.testing.assert_allclose(compiled([x, y]), model([x, y]), rtol=1e-6)
 
 
+class Placed(layers.Layer):
+    """Writes each of `count` rows of values over a place of a sequence, as models do with the tokens of images."""
+
+    def call(self, sequence, values, places):
+        rows_of_all = ops.reshape(values, (-1, values.shape[-1]))
+        flat = ops.reshape(sequence, (-1, sequence.shape[-1]))
+        starts = ops.expand_dims(ops.arange(ops.shape(places)[0]) * ops.shape(sequence)[1], -1)
+        flat = ops.scatter_update(flat, ops.reshape(places + starts, (-1, 1)), rows_of_all)
+        return ops.reshape(flat, ops.shape(sequence))
+
+    def compute_output_shape(self, sequence_shape, values_shape, places_shape):
+        return sequence_shape
+
+
+def test_sizes_of_the_same_axis_of_which_one_is_a_multiple():
+    sequence, values = keras.Input((None, 3)), keras.Input((None, 2, 3))
+    places = keras.Input((None,), dtype="int32")
+    compiled = kgraph.compile(model := keras.Model([sequence, values, places], Placed()(sequence, values, places)))
+    for batch, count in ((2, 1), (3, 1), (2, 4)):
+        places = np.argsort(rows(batch, 9), axis=1)[:, : 2 * count].astype("int32")
+        x = [rows(batch, 9, 3), rows(batch, count, 2, 3, seed=1), places]
+        np.testing.assert_array_equal(compiled(x), model(x))
+    assert compiled.stats()["compiles"] == 2  # one for each number of values, for all batches
+
+
+def test_sizes_of_which_keras_asks_that_they_are_equal():
+    scores, mask = keras.Input((2, None)), keras.Input((1, None), dtype="bool")
+    compiled = kgraph.compile(model := keras.Model([scores, mask], layers.Softmax()(scores, mask=mask)))
+    assert compiled.stats()["specialised"] is None
+    for length in (3, 5):
+        x = [rows(4, 2, length), rows(4, 1, length, seed=1) > -1]
+        np.testing.assert_allclose(compiled(x), model(x), rtol=1e-5, atol=1e-7)
+    with pytest.raises(InputError, match="L2"):
+        compiled([rows(4, 2, 3), np.ones((4, 1, 5), bool)])
+
+
+class Given(layers.Layer):
+    """The sum of what is given of a second input, or zeros where that has no entries, as for prompts without a mask."""
+
+    def call(self, x, given):
+        return ops.cond(
+            ops.equal(ops.shape(given)[1], 0),
+            lambda: ops.zeros_like(x),
+            lambda: ops.reshape(given, (ops.shape(x)[0] * ops.shape(given)[1], -1)),
+        )
+
+    def compute_output_shape(self, x_shape, given_shape):
+        return x_shape
+
+
+def test_branches_by_a_size_that_give_other_shapes():
+    inputs = keras.Input((4,)), keras.Input((None, 4))
+    compiled = kgraph.compile(model := keras.Model(inputs, Given()(*inputs)))
+    for batch, count in ((2, 0), (3, 0), (2, 1)):
+        x = [rows(batch, 4), rows(batch, count, 4, seed=1)]
+        np.testing.assert_array_equal(compiled(x), model(x))
+    assert compiled.stats()["compiles"] == 2  # with and without, for all batches
+
+
 # -- functions --------------------------------------------------------------------------------------------------------
 def test_jit_of_a_method():
     class Scale:

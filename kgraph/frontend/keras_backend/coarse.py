@@ -24,7 +24,7 @@ from kgraph.frontend.unsupported import collecting
 
 
 def apply(name: str, module) -> None:
-    """Replace the functions of one of Keras' modules, just loaded."""
+    """Replace the functions of one of the modules of Keras or KerasHub, just loaded."""
     if name == "keras.src.ops.operation":
         module.Operation.__call__ = collecting(module.Operation.__call__)
     elif name == "keras.src.ops.nn":
@@ -38,6 +38,8 @@ def apply(name: str, module) -> None:
         layer = module.Equalization
         layer._custom_histogram_fixed_width = _histogram(layer._custom_histogram_fixed_width)
         layer._apply_equalization = _of_fixed_sizes(layer._apply_equalization)
+    elif name.endswith("depth_anything.interpolate"):
+        module.interpolate = interpolate
     elif name.endswith("_attention"):
         layer = getattr(module, "MultiHeadAttention", None) or module.GroupedQueryAttention
         layer._compute_attention = _without_idle_dropout(layer._compute_attention)
@@ -162,6 +164,15 @@ def _freezing_the_variable(original):
         return original(_Seen(self, "embeddings", self._embeddings) if self.built else self, *args, **kwargs)
 
     return enable_lora
+
+
+def interpolate(x, size, data_format=None):
+    """4-D images resampled linearly to `size`, (height, width), with the corners' pixels at the corners."""
+    axes = (1, 2) if backend.standardize_data_format(data_format) == "channels_last" else (2, 3)
+    shape = [dict(zip(axes, size)).get(axis, n) for axis, n in enumerate(x.shape)]
+    scale = [(n - 1) / (x.shape[axis] - 1) for axis, n in zip(axes, size)]
+    translation = [0.5 - s / 2 for s in scale]
+    return backend.image.scale_and_translate(x, shape, scale, translation, axes, "linear", antialias=False)
 
 
 class _Seen:

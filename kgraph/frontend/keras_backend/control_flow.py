@@ -6,12 +6,15 @@ as further results, a loop carries them.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 from keras.src import tree
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from kgraph import ops
-from kgraph.errors import CaptureError, ShapeError
+from kgraph.dims import symbols
+from kgraph.errors import CaptureError, DimDecisionError, ShapeError
 from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, is_tracing, running_trace
 from kgraph.ir import TensorType, Value
@@ -142,13 +145,26 @@ def _branch(index, functions, operands):
     for body in bodies[1:]:
         for a, b in zip(first.tracer.graph.outputs, body.tracer.graph.outputs):
             if a.type != b.type:
-                raise ShapeError(f"branches of a condition give different types: {a.type} and {b.type}")
+                _refuse(a.type, b.type)
     captured = _share_captures(bodies)
     results = ops.cond(index, *captured, branches=tuple(b.tracer.graph for b in bodies))
     results = results if isinstance(results, tuple) else (results,)
     for variable, value in zip(variables, results[len(dtypes) :]):
         get_stateless_scope().add_update((variable, value))
     return _pack(first.structure, results[: len(dtypes)])
+
+
+def _refuse(a: TensorType, b: TensorType) -> NoReturn:
+    """Raise the error for branches that give different types.
+
+    That is DimDecisionError where some size is symbolic: with that size known, only one branch may be left.
+    """
+    for sizes in zip(a.shape, b.shape) if len(a.shape) == len(b.shape) else ():
+        first, second = symbols(sizes[:1]), symbols(sizes[1:])
+        named = (first ^ second) or first
+        if sizes[0] != sizes[1] and named:
+            raise DimDecisionError(f"whether the branches of a condition give one shape depends on {sorted(named)}")
+    raise ShapeError(f"branches of a condition give different types: {a} and {b}")
 
 
 # -- loops -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""What KerasHub's tests check with `run_layer_test`, `run_backbone_test` and `run_task_test` also goes through kgraph.
+
+Layers, backbones and tasks are compiled and have to give what the eager ones give, backbones for a second length too,
+on which nothing was traced. Tasks take a step of `fit` besides, whose gradients have to be those of a step of
+`fit(run_eagerly=True)`: plain gradient descent with a large rate, so that the change of a weight is its gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import numpy as np
+
+from tests.conformance.compiled_layers import FLOAT32_ERRORS, TOLERANCES, assert_agree, check
+
+LENGTH = 3  # of the second call of a backbone for sequences
+# Where results differ, eager calls on weights and inputs that are rounded otherwise tell how well they are determined.
+MOVES = 3
+# A power of two, so that it is the gradients that round, and not the sums of weights and changes.
+RATE = 1024.0
+# Relative to the largest gradient of a weight, or to a part of the model's largest where the weight's own are smaller:
+# those that vanish but for rounding, such as the biases of keys in attention, have no digits to compare. Nor have any
+# below the last number, if what they are sums of is about 1.
+GRADIENT_TOLERANCE, SMALLEST_PART, SMALLEST_GRADIENT = 1e-3, 1e-3, 1e-7
+
+
+def install() -> None:
+    """Wrap the methods of KerasHub's test case that build layers and models."""
+    from keras_hub.src.tests.test_case import TestCase
+
+    for name, further in (
+        ("run_layer_test", check_layer),
+        ("run_backbone_test", check_backbone),
+        ("run_task_test", check_task),
+    ):
+        setattr(TestCase, name, _followed_by(getattr(TestCase, name), further))
+
+
+def _followed_by(original, further):
+    """original, and then further with those of its arguments that it takes, by name."""
+    signature, taken = inspect.signature(original), inspect.signature(further).parameters
+
+    @functools.wraps(original)
+    def run(self, *args, **kwargs):
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        # The original puts layers of other dtypes in the place of those in the dict.
+        given.arguments["init_kwargs"] = dict(given.arguments["init_kwargs"])
+        original(self, *args, **kwargs)
+        further(**{name: given.arguments[name] for name in taken})
+
+    return run
+
+
+def check_layer(cls, init_kwargs, input_data) -> None:
+    """Raise AssertionError where the compiled layer differs from the eager one."""
+    first = next(iter(inspect.signature(cls.call).parameters.keys() - {"self"}), None)
+    whole = isinstance(input_data, dict) and not input_data.keys() <= inspect.signature(cls.call).parameters.keys()
+    check(cls, init_kwargs, {}, {first: input_data} if whole else input_data)
+
+
+def check_backbone(cls, init_kwargs, input_data) -> None:
+    """Raise AssertionError where the compiled backbone differs from the eager one, for one of two lengths."""
+    from keras import tree
+
+    backbone = cls(**init_kwargs)
+    inputs = [input_data]
+    if backbone.token_embedding is not None and all(len(x.shape) == 2 for x in tree.flatten(input_data)):
+        inputs.append(tree.map_structure(lambda x: x[:, :LENGTH], input_data))
+    _check_calls(backbone, inputs)
+
+
+def check_task(cls, init_kwargs, train_data, compile_kwargs) -> None:
+    """Raise AssertionError where the compiled task, or a step of `fit`, differs from the eager one."""
+    import keras
+
+    task = cls(**init_kwargs)
+    x, y, sample_weight = map(_arrays, keras.utils.unpack_x_y_sample_weight(task.preprocessor(*train_data)))
+    _check_calls(task, [x])
+    task.preprocessor = None
+    _check_step(task, compile_kwargs or {}, x, y, sample_weight)
+
+
+def _arrays(data):
+    """data, with the batch in arrays; labels may be in a list."""
+    import keras
+
+    if data is None or isinstance(data, list):
+        return None if data is None else np.asarray(data)
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, data)
+
+
+def _check_calls(model, inputs: list) -> None:
+    import kgraph
+
+    compiled, what = kgraph.compile(model), f"{type(model).__name__}, compiled"
+    dtypes = {layer.compute_dtype for layer in model._flatten_layers()} & TOLERANCES.keys()
+    for x in inputs:
+        spread = functools.partial(_spread, model, x)
+        assert_agree(model(x, training=False), compiled(x), what, spread=spread, computed_in=dtypes)
+
+
+def _spread(model, x) -> list[float]:
+    """By how much each output changes at most where weights and inputs change by the spacing of their numbers."""
+    from keras import tree
+
+    call = lambda data: [np.asarray(y).astype("float64") for y in tree.flatten(model(data, training=False))]
+    values, expected = [variable.numpy() for variable in model.variables], call(x)
+    largest = [0.0] * len(expected)
+    for moved, data in _moved(values, x):
+        _assign(model, moved)
+        largest = [max(a, float(np.max(np.abs(y - e), initial=0.0))) for a, y, e in zip(largest, call(data), expected)]
+    _assign(model, values)
+    return largest
+
+
+def _moved(values: list, x):
+    """Some times over, weights and inputs, with those of float32 moved to one of their neighbours, at random."""
+    from keras import tree
+
+    rng = np.random.default_rng(0)
+
+    def move(value):
+        value = np.asarray(value)
+        if value.dtype != np.float32:
+            return value
+        return value * (1 + np.finfo("float32").eps * rng.choice([-1, 1], value.shape)).astype("float32")
+
+    for _ in range(MOVES):
+        yield [move(value) for value in values], tree.map_structure(move, x)
+
+
+def _assign(model, values: list) -> None:
+    for variable, value in zip(model.variables, values, strict=True):
+        variable.assign(value)
+
+
+def _check_step(task, compile_kwargs: dict, x, y, sample_weight) -> None:
+    before = [variable.numpy() for variable in task.variables]
+    step = functools.partial(_changes, task, compile_kwargs, y=y, sample_weight=sample_weight)
+    eager, compiled = step(before, x, run_eagerly=True), step(before, x, run_eagerly=False)
+    largest = max(np.max(np.abs(c), initial=0.0) for v, c in zip(task.variables, eager) if v.trainable)
+
+    def tolerance(variable, value, change) -> float:
+        if value.dtype.kind not in "fV":
+            return 0.0
+        scale = max(np.max(np.abs(change), initial=0.0), SMALLEST_PART * largest if variable.trainable else 1.0)
+        # The sum of a weight and its change is rounded.
+        spacing = float(np.finfo(value.dtype).eps) * np.max(np.abs(value) + np.abs(change), initial=0.0)
+        return GRADIENT_TOLERANCE * scale + RATE * SMALLEST_GRADIENT + spacing
+
+    tolerances = [tolerance(*three) for three in zip(task.variables, before, eager, strict=True)]
+    apart = [np.max(np.abs(a - b), initial=0.0) for a, b in zip(eager, compiled, strict=True)]
+    if any(a > t > 0 for a, t in zip(apart, tolerances, strict=True)):
+        for moved, data in _moved(before, x):
+            others = step(moved, data, run_eagerly=True)
+            spreads = [np.max(np.abs(a - b), initial=0.0) for a, b in zip(eager, others, strict=True)]
+            tolerances = [max(t, FLOAT32_ERRORS * s) if t else t for t, s in zip(tolerances, spreads, strict=True)]
+    for variable, expected, found, atol in zip(task.variables, eager, compiled, tolerances, strict=True):
+        what = f"{type(task).__name__}, change of {variable.path} in a step of fit"
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=what)
+
+
+def _changes(task, compile_kwargs: dict, values: list, x, y, sample_weight, run_eagerly: bool) -> list:
+    """By how much a step of `fit` on the whole data changes each variable of a task, from the given values."""
+    import keras
+
+    _assign(task, values)
+    optimizer = keras.optimizers.SGD(RATE)
+    task.compile(**{**compile_kwargs, "optimizer": optimizer, "run_eagerly": run_eagerly})
+    batch = len(keras.tree.flatten(x)[0])
+    task.fit(x, y, sample_weight=sample_weight, batch_size=batch, shuffle=False, verbose=0)
+    return [v.numpy().astype("float64") - b.astype("float64") for v, b in zip(task.variables, values, strict=True)]
