@@ -62,29 +62,12 @@ ENGINES = {
 }
 
 
-class Worker:
-    """An engine in its own process, which waits on its standard input between requests."""
+class Process:
+    """A process that answers requests: JSON lines on its standard input, and on its standard output."""
 
-    def __init__(self, engine: str, folder: Path, cache: Path | None = None):
-        """folder: of ONNX models. cache: kgraph's kernel cache; None for the user's."""
-        self.engine = engine
-        where = ENGINES[engine]
-        if where.environment is None:
-            environment = dict(os.environ, KERAS_BACKEND=where.backend, **dict(where.variables))
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # peers keep the bytecode of their modules too
-            if cache is not None:
-                environment["KGRAPH_CACHE_DIR"] = str(cache)
-            interpreter: str | Path = sys.executable
-        else:
-            environment = environments.clean_environment(KERAS_BACKEND=where.backend)
-            interpreter = environments.python(where.environment)
+    def __init__(self, command: list[str], environment: dict[str, str]):
         self.process = subprocess.Popen(
-            [interpreter, HERE / "worker.py", engine, folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
         )
         self._received = b""
 
@@ -120,6 +103,27 @@ class Worker:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+class Worker(Process):
+    """An engine in its own process."""
+
+    def __init__(self, engine: str, folder: Path, cache: Path | None = None):
+        """folder: of ONNX models. cache: kgraph's kernel cache; None for the user's."""
+        self.engine = engine
+        where = ENGINES[engine]
+        if where.environment is None:
+            environment = dict(os.environ, KERAS_BACKEND=where.backend, **dict(where.variables))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # peers keep the bytecode of their modules too
+            if cache is not None:
+                environment["KGRAPH_CACHE_DIR"] = str(cache)
+            interpreter: str | Path = sys.executable
+        else:
+            environment = environments.clean_environment(KERAS_BACKEND=where.backend)
+            interpreter = environments.python(where.environment)
+        command = [interpreter, HERE / "worker.py", engine, folder]
+        super().__init__([str(part) for part in command], environment)
 
 
 def versions(engines: list[str]) -> dict[str, str]:

@@ -25,14 +25,19 @@ PACKAGES = {
         *["onnx", "onnxruntime"],
         *["pandas", "scikit-learn", "pillow", "pydot", "requests", "pytest", *_KGRAPH],
     ],
+    # KerasHub's models, for `benchmarks.generate`.
+    "generate": [
+        *["keras==3.15.1", "jax", "sentencepiece", "tokenizers", "regex", "kagglehub", "absl-py", "packaging"],
+        *_KGRAPH,
+    ],
     # KerasHub's tests, from a checkout: preprocessing runs on TensorFlow, whatever the backend.
     "keras-hub": [
         *["keras==3.15.1", "jax", "tensorflow-cpu==2.21.0", "sentencepiece<0.2.2", "tokenizers", "regex", "dm-tree"],
         *["kagglehub", "absl-py", "packaging", "rouge-score", "pillow", "pytest", *_KGRAPH],
     ],
 }
-# What names a package that another one stands in for: TensorFlow by its build for processors.
-WITHOUT_DEPENDENCIES = {"keras-hub": ["tensorflow-text==2.21.1"]}
+# What names a package that another one stands in for, TensorFlow by its build for processors, or that is not needed.
+WITHOUT_DEPENDENCIES = {"keras-hub": ["tensorflow-text==2.21.1"], "generate": ["keras-hub==0.32.0"]}
 
 
 def python(name: str) -> Path:
