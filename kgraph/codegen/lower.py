@@ -81,7 +81,9 @@ def _read_by_views(graph: Graph, kernels: ModuleType) -> set[Node]:
         if node.name not in ("slice", "reshape") or node.output in results:
             continue
         readers = uses.get(node.output, ())
-        if readers and all(r in found or node.output in views.get(r, ()) for r in readers):
+        # A slice that is read so reads its operand in turn: only a reshape between the two passes on.
+        on = lambda reader: reader.name == "reshape" and reader in found
+        if readers and all(on(r) or node.output in views.get(r, ()) for r in readers):
             found.add(node)
     return found
 

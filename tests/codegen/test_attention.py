@@ -172,6 +172,21 @@ def test_keys_and_values_are_read_out_of_a_cache(batch, queries):
     compare(y, expected, 1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_parts_of_parts_of_a_cache(batch):
+    def build(q, cache):
+        layer = ops.slice(cache, start=(0, 1, 0, 0, 0), limit=(batch, 2, 12, 8, 8), stride=(1,) * 5)
+        layer = ops.reshape(layer, shape=(batch, 12, 8, 8))
+        parts = [ops.slice(layer, start=(0, n, 0, 0), limit=(batch, n + 5, 8, 8), stride=(1,) * 4) for n in (2, 7)]
+        return ops.attention(q, *parts, scale=0.2)
+
+    graph = trace(build, TensorType((batch, 1, 8, 8), "float32"), TensorType((batch, 3, 12, 8, 8), "float32"))
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(v.shape).astype(np.float32) for v in graph.inputs]
+    (y,), (expected,) = compile_graph(graph).program(arrays), evaluate(graph, arrays, precision="float64")
+    compare(y, expected, 1e-5)
+
+
 def test_a_part_of_a_cache_with_another_reader_is_copied_for_it():
     def build(q, cache):
         part = ops.slice(cache, start=(0, 3, 0, 0), limit=(2, 9, 4, 8), stride=(1,) * 4)
