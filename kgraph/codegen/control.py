@@ -129,8 +129,13 @@ def lower_control(
 
 
 def _donations(body: LoweredBody, num_carry: int) -> tuple[tuple[int, int], ...]:
-    """Carries whose place what an iteration makes of them may take, as nothing else is made of either."""
+    """Carries whose place what an iteration makes of them may take, as nothing else is made of either.
+
+    Python hands the carries of a body with host steps from call to call, as arrays of their own.
+    """
     lowered, results = body.lowered, body.results
+    if any(isinstance(step, HostStep) for step in lowered.steps):
+        return ()
     typed = lambda b: (lowered.buffers[b].shape, lowered.buffers[b].dtype)
     return tuple(
         (i, number)
