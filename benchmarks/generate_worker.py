@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 PROMPT, LENGTH = 32, 160
-# name: (model, batch, dtype)
+# name: (model, batch, dtype); int8: quantised by Keras
 CASES = {
     "gpt2@1": ("gpt2", 1, "float32"),
     "gpt2@8": ("gpt2", 8, "float32"),
     "gpt2-bfloat16@1": ("gpt2", 1, "bfloat16"),
+    "gpt2-int8@1": ("gpt2", 1, "int8"),
     "llama@1": ("llama", 1, "float32"),
     "gemma@1": ("gemma", 1, "float32"),
     "bart@1": ("bart", 1, "float32"),
@@ -80,10 +81,12 @@ def serve(engine: str) -> None:
         if request["do"] == "load":
             name, batch, dtype = CASES[request["case"]]
             keras.utils.set_random_seed(0)
-            task, inputs = build(name, dtype), prompt(name, batch)
+            task, inputs = build(name, "float32" if dtype == "int8" else dtype), prompt(name, batch)
+            if dtype == "int8":
+                task.quantize("int8")
             task.compile(sampler="greedy")
-            width = {"bfloat16": 2}.get(dtype, 4)
-            weights = width * sum(int(np.prod(v.shape)) for v in task.backbone.variables)
+            widths = {"int8": 1, "bfloat16": 2}
+            weights = sum(widths.get(str(v.dtype), 4) * int(np.prod(v.shape)) for v in task.backbone.variables)
         start = time.perf_counter()
         task.generate(dict(inputs), stop_token_ids=None)
         reply = {"seconds": time.perf_counter() - start}
