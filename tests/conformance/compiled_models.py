@@ -3,6 +3,8 @@
 Layers, backbones and tasks are compiled and have to give what the eager ones give, backbones for a second length too,
 on which nothing was traced. Tasks take a step of `fit` besides, whose gradients have to be those of a step of
 `fit(run_eagerly=True)`: plain gradient descent with a large rate, so that the change of a weight is its gradient.
+
+What a task generates, in any test, has to be what its `generate_step` gives op by op with the same seeds.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ GRADIENT_TOLERANCE, SMALLEST_PART, SMALLEST_GRADIENT = 1e-3, 1e-3, 1e-7
 
 
 def install() -> None:
-    """Wrap the methods of KerasHub's test case that build layers and models."""
+    """Wrap the methods of KerasHub's test case that build layers and models, and the compiled `generate_step`."""
     from keras_hub.src.tests.test_case import TestCase
+
+    from kgraph.frontend.keras_backend.generation import Generation
 
     for name, further in (
         ("run_layer_test", check_layer),
@@ -35,6 +39,7 @@ def install() -> None:
         ("run_task_test", check_task),
     ):
         setattr(TestCase, name, _followed_by(getattr(TestCase, name), further))
+    Generation.__call__ = checked_generation(Generation.__call__)
 
 
 def _followed_by(original, further):
@@ -91,14 +96,40 @@ def _arrays(data):
     return keras.tree.map_structure(keras.ops.convert_to_numpy, data)
 
 
+def checked_generation(original):
+    """The call of a `Generation`, which raises AssertionError where the compiled step differs from the eager one."""
+    from kgraph.frontend.keras_backend import generation
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        task = self.task
+        seeds = [*getattr(getattr(task, "sampler", None), "variables", []), *task.non_trainable_variables]
+        before = [seed.numpy() for seed in seeds]
+        found = original(self, *args, **kwargs)
+        after = [seed.numpy() for seed in seeds]
+        for seed, value in zip(seeds, before):
+            seed.assign(value)
+        args, kwargs = generation.tree.map_structure(generation.tensor, (args, kwargs))
+        expected, what = task.generate_step(*args, **kwargs), f"{type(task).__name__}, what it generates"
+        assert_agree(expected, found, what, computed_in=_computed_in(task))
+        assert_agree([seed.numpy() for seed in seeds], after, f"{what}: seeds")
+        return found
+
+    return call
+
+
+def _computed_in(model) -> set[str]:
+    """Names of dtypes with few digits that layers compute in."""
+    return {layer.compute_dtype for layer in model._flatten_layers()} & TOLERANCES.keys()
+
+
 def _check_calls(model, inputs: list) -> None:
     import kgraph
 
     compiled, what = kgraph.compile(model), f"{type(model).__name__}, compiled"
-    dtypes = {layer.compute_dtype for layer in model._flatten_layers()} & TOLERANCES.keys()
     for x in inputs:
         spread = functools.partial(_spread, model, x)
-        assert_agree(model(x, training=False), compiled(x), what, spread=spread, computed_in=dtypes)
+        assert_agree(model(x, training=False), compiled(x), what, spread=spread, computed_in=_computed_in(model))
 
 
 def _spread(model, x) -> list[float]:
