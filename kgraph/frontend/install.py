@@ -27,6 +27,7 @@ COARSE = frozenset(
     {
         "keras.src.ops.operation",
         "keras.src.ops.nn",
+        "keras.src.layers.layer",
         "keras.src.layers.normalization.group_normalization",
         "keras.src.layers.attention.multi_head_attention",
         "keras.src.layers.attention.grouped_query_attention",

@@ -3,6 +3,8 @@
 Layers, backbones and tasks are compiled and have to give what the eager ones give, backbones for a second length too,
 on which nothing was traced. Tasks take a step of `fit` besides, whose gradients have to be those of a step of
 `fit(run_eagerly=True)`: plain gradient descent with a large rate, so that the change of a weight is its gradient.
+
+What a task generates, in any test, has to be what its `generate_step` gives op by op with the same seeds.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from tests.conformance.compiled_layers import FLOAT32_ERRORS, TOLERANCES, assert
 LENGTH = 3  # of the second call of a backbone for sequences
 # Where results differ, eager calls on weights and inputs that are rounded otherwise tell how well they are determined.
 MOVES = 3
+# Of the numbers of a dtype, relative to them.
+SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 # A power of two, so that it is the gradients that round, and not the sums of weights and changes.
 RATE = 1024.0
 # Relative to the largest gradient of a weight, or to a part of the model's largest where the weight's own are smaller:
@@ -26,8 +30,10 @@ GRADIENT_TOLERANCE, SMALLEST_PART, SMALLEST_GRADIENT = 1e-3, 1e-3, 1e-7
 
 
 def install() -> None:
-    """Wrap the methods of KerasHub's test case that build layers and models."""
+    """Wrap the methods of KerasHub's test case that build layers and models, and the compiled `generate_step`."""
     from keras_hub.src.tests.test_case import TestCase
+
+    from kgraph.frontend.keras_backend.generation import Generation
 
     for name, further in (
         ("run_layer_test", check_layer),
@@ -35,6 +41,7 @@ def install() -> None:
         ("run_task_test", check_task),
     ):
         setattr(TestCase, name, _followed_by(getattr(TestCase, name), further))
+    Generation.__call__ = checked_generation(Generation.__call__)
 
 
 def _followed_by(original, further):
@@ -91,14 +98,60 @@ def _arrays(data):
     return keras.tree.map_structure(keras.ops.convert_to_numpy, data)
 
 
+def checked_generation(original):
+    """The call of a `Generation`, which raises AssertionError where the compiled step differs from the eager one."""
+    from kgraph.frontend.keras_backend import generation
+
+    @functools.wraps(original)
+    def call(self, *args, **kwargs):
+        task = self.task
+        seeds = [*getattr(getattr(task, "sampler", None), "variables", []), *task.non_trainable_variables]
+        before = [seed.numpy() for seed in seeds]
+        found = original(self, *args, **kwargs)
+        given, after = generation.tree.map_structure(generation.tensor, (args, kwargs)), [s.numpy() for s in seeds]
+
+        def eager(data):
+            _assign(seeds, before)
+            return task.generate_step(*data[0], **data[1])
+
+        expected, what = eager(given), f"{type(task).__name__}, what it generates"
+        assert_agree([seed.numpy() for seed in seeds], after, f"{what}: seeds")
+        try:
+            assert_agree(expected, found, what, computed_in=_computed_in(task))
+        except AssertionError:
+            if _determined(task, eager, given, expected):
+                raise
+        return found
+
+    return call
+
+
+def _determined(task, eager, given, expected) -> bool:
+    """Whether a task generates the same tokens where its weights are rounded otherwise, to what layers compute in."""
+    from keras import ops, tree
+
+    tokens = lambda data: [np.asarray(x) for x in tree.flatten(data) if ops.is_tensor(x) and x.dtype.kind in "iu"]
+    spacing = max([SPACING["float32"], *(SPACING[dtype] for dtype in _computed_in(task))])
+    values, same = [weight.numpy() for weight in task.weights], True
+    for moved, _ in _moved(values, (), spacing):
+        _assign(task.weights, moved)
+        same = same and all(map(np.array_equal, tokens(eager(given)), tokens(expected)))
+    _assign(task.weights, values)
+    return same
+
+
+def _computed_in(model) -> set[str]:
+    """Names of dtypes with few digits that layers compute in."""
+    return {layer.compute_dtype for layer in model._flatten_layers()} & TOLERANCES.keys()
+
+
 def _check_calls(model, inputs: list) -> None:
     import kgraph
 
     compiled, what = kgraph.compile(model), f"{type(model).__name__}, compiled"
-    dtypes = {layer.compute_dtype for layer in model._flatten_layers()} & TOLERANCES.keys()
     for x in inputs:
         spread = functools.partial(_spread, model, x)
-        assert_agree(model(x, training=False), compiled(x), what, spread=spread, computed_in=dtypes)
+        assert_agree(model(x, training=False), compiled(x), what, spread=spread, computed_in=_computed_in(model))
 
 
 def _spread(model, x) -> list[float]:
@@ -109,30 +162,33 @@ def _spread(model, x) -> list[float]:
     values, expected = [variable.numpy() for variable in model.variables], call(x)
     largest = [0.0] * len(expected)
     for moved, data in _moved(values, x):
-        _assign(model, moved)
+        _assign(model.variables, moved)
         largest = [max(a, float(np.max(np.abs(y - e), initial=0.0))) for a, y, e in zip(largest, call(data), expected)]
-    _assign(model, values)
+    _assign(model.variables, values)
     return largest
 
 
-def _moved(values: list, x):
-    """Some times over, weights and inputs, with those of float32 moved to one of their neighbours, at random."""
+def _moved(values: list, x, spacing=SPACING["float32"]):
+    """Some times over, weights and inputs, with the floats moved to one of their neighbours, at random.
+
+    spacing: of the numbers, relative to them; those of a dtype with fewer digits than that stay where they are.
+    """
     from keras import tree
 
     rng = np.random.default_rng(0)
 
     def move(value):
         value = np.asarray(value)
-        if value.dtype != np.float32:
+        if value.dtype.kind not in "fV":
             return value
-        return value * (1 + np.finfo("float32").eps * rng.choice([-1, 1], value.shape)).astype("float32")
+        return (value.astype("float64") * (1 + spacing * rng.choice([-1, 1], value.shape))).astype(value.dtype)
 
     for _ in range(MOVES):
         yield [move(value) for value in values], tree.map_structure(move, x)
 
 
-def _assign(model, values: list) -> None:
-    for variable, value in zip(model.variables, values, strict=True):
+def _assign(variables: list, values: list) -> None:
+    for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
 
@@ -166,7 +222,7 @@ def _changes(task, compile_kwargs: dict, values: list, x, y, sample_weight, run_
     """By how much a step of `fit` on the whole data changes each variable of a task, from the given values."""
     import keras
 
-    _assign(task, values)
+    _assign(task.variables, values)
     optimizer = keras.optimizers.SGD(RATE)
     task.compile(**{**compile_kwargs, "optimizer": optimizer, "run_eagerly": run_eagerly})
     batch = len(keras.tree.flatten(x)[0])

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 
+from kgraph.frontend.keras_backend.generation import Generation
 from tests.conformance import compiled_models, gaps, report
 from tests.conformance.runner import PROJECTS, FileResult, Suite
 
@@ -154,3 +155,46 @@ def test_steps_of_fit_are_compared():
     compiled_models.check_task(Task, {"layer": keras.layers.Dense(3, "relu")}, data, {"loss": "mse"})
     with pytest.raises(AssertionError, match=r"change of .* in a step of fit"):
         compiled_models.check_task(Task, {"layer": OtherInTheSecondStep()}, data, {"loss": "mse"})
+
+
+class Draws(keras.Model):
+    """Generates noise; the second trace of it, which is the eager call, may give twice as much."""
+
+    def __init__(self, doubles):
+        super().__init__()
+        self.seeds, self.doubles, self.steps = keras.random.SeedGenerator(0), doubles, 0
+
+    def generate_step(self, x):
+        self.steps += 1
+        noise = keras.random.normal(x.shape, seed=self.seeds)
+        return x + (noise * 2 if self.doubles and self.steps == 2 else noise)
+
+
+def test_what_tasks_generate_is_compared():
+    call = compiled_models.checked_generation(Generation.__call__)
+    generation, x = Generation(Draws(doubles=False)), np.ones((2, 3), "float32")
+    first = call(generation, x)
+    assert np.any(first != call(generation, x)), "the same seeds"
+    with pytest.raises(AssertionError, match="Draws, what it generates"):
+        call(Generation(Draws(doubles=True)), x)
+
+
+class Largest(keras.Model):
+    """Generates the index of the largest weight; the traced step gives the one before."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.numbers, self.steps = self.add_weight((9,)), 0
+        self.numbers.assign([1.0] * 8 + [last])
+
+    def generate_step(self, x):
+        self.steps += 1
+        largest = keras.ops.argmax(self.numbers + x, axis=-1)
+        return largest - 1 if self.steps == 1 else largest
+
+
+def test_tokens_that_hang_on_rounding_may_differ():
+    call, x = compiled_models.checked_generation(Generation.__call__), np.zeros((1, 1), "float32")
+    assert call(Generation(Largest(1.0000001)), x) == [7]
+    with pytest.raises(AssertionError, match="Largest, what it generates"):
+        call(Generation(Largest(1.1)), x)

@@ -64,3 +64,24 @@ def test_equalization_is_captured_like_it_runs():
     expected = layer(images, training=True)
     compiled = kgraph.jit(lambda x: layer(x, training=True))
     np.testing.assert_allclose(compiled(images), expected, rtol=1e-5)
+
+
+class Prompts(layers.Layer):
+    """As preprocessors of images and text: one argument with both, which Keras leaves as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self._convert_input_args = False
+        self._allow_non_tensor_positional_args = True
+
+    def call(self, x, training=None):
+        return [f"{text} {image.sum():g} {training}" for text, image in zip(x["text"], x["images"])]
+
+
+def test_arrays_and_text_in_one_argument():
+    given = {"images": np.ones((2, 2, 2, 3)), "text": ["one", "two"]}
+    wanted = ["one 12 True", "two 12 True"]
+    assert Prompts()(given, training=True) == wanted
+    assert Prompts()(x=given, training=True) == wanted
+    with pytest.raises(ValueError, match="cannot mix tensors and non-tensors"):
+        Prompts()({"images": given["images"], "text": [1, 2]})

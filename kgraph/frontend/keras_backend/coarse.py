@@ -5,9 +5,9 @@ layer has a dropout rate, even when it does not drop. Taking these apart only to
 would cost knowledge, so the finder of `frontend.install` calls `apply` on the modules in `install.COARSE` once they
 are loaded, and it replaces the functions in them. To be removed where Keras calls its backend for them.
 
-The same way `Operation.__call__` learns to report unsupported operations to a running capture, an `Embedding` of packed
-weights takes LoRA, for which Keras sets an attribute of the unpacked tensor, and `Equalization` can be captured, in
-which sizes depend on values unless the backend's name is "jax".
+The same way `Operation.__call__` learns to report unsupported operations to a running capture, arguments of a call may
+hold arrays beside text, an `Embedding` of packed weights takes LoRA, for which Keras sets an attribute of the unpacked
+tensor, and `Equalization` can be captured, in which sizes depend on values unless the backend's name is "jax".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from keras.src import backend
 from kgraph import ops
 from kgraph.frontend.keras_backend.core import cast
 from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
+from kgraph.frontend.keras_backend.layer import taking_text
 from kgraph.frontend.keras_backend.numpy.common import Tensor, filled, reshape_to
 from kgraph.frontend.unsupported import collecting
 
@@ -30,6 +31,8 @@ def apply(name: str, module) -> None:
     elif name == "keras.src.ops.nn":
         module._layer_normalization = _layer_normalization(module._layer_normalization)
         module._rms_normalization = rms_normalization
+    elif name == "keras.src.layers.layer":
+        module.CallSpec.__init__ = taking_text(module.CallSpec.__init__)
     elif name.endswith("group_normalization"):
         module.GroupNormalization.call = _group_normalization(module.GroupNormalization.call)
     elif name.endswith("core.embedding"):

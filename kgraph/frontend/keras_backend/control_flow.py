@@ -13,11 +13,11 @@ from keras.src import tree
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from kgraph import ops
-from kgraph.dims import symbols
 from kgraph.errors import CaptureError, DimDecisionError, ShapeError
 from kgraph.frontend.keras_backend.core import dense_tensor as convert_to_tensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, is_tracing, running_trace
 from kgraph.ir import TensorType, Value
+from kgraph.ir.dims import symbols
 
 
 def _tensors(structure):

@@ -27,13 +27,13 @@ def _compiling(original):
     @functools.wraps(original)
     def make_generate_function(self):
         if self.generate_function is None and not self.run_eagerly:
-            self.generate_function = _Generation(self)
+            self.generate_function = Generation(self)
         return original(self)
 
     return make_generate_function
 
 
-class _Generation:
+class Generation:
     """A task's `generate_step`, compiled for each set of shapes; again where its variables are other ones.
 
     What cannot be captured runs op by op, with a warning.
@@ -52,7 +52,7 @@ class _Generation:
         known = tuple((id(v), v.dtype) for v in task.variables)
         if known != self._known:
             self._known, self._compiled, self._refused = known, jit(task.generate_step), False
-        args, kwargs = tree.map_structure(_tensor, (args, kwargs))
+        args, kwargs = tree.map_structure(tensor, (args, kwargs))
         if not self._refused:
             try:
                 return self._compiled(*args, **kwargs)
@@ -67,6 +67,6 @@ class _Generation:
         return self._compiled
 
 
-def _tensor(leaf):
+def tensor(leaf):
     """Arrays of any library as tensors; what is compared by value stays as it is."""
     return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else convert_to_tensor(leaf)

@@ -1,7 +1,8 @@
-"""The mixin that Keras' Layer inherits from its backend: a layer's call leaves its caller's arrays as they are."""
+"""What Keras' Layer gets from its backend: calls leave their caller's arrays as they are, and take text beside them."""
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import numpy as np
@@ -66,3 +67,41 @@ class NumpyLayer:
         kwargs = {name: _guarded(x) for name, x in kwargs.items()}
         outputs = super().__call__(*_guarded(args), **kwargs)
         return outputs if type(outputs) is np.ndarray else tree.map_structure(_released, outputs)
+
+
+class _Whole:
+    """An argument of which Keras does not look at the members."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def _has_text_beside_arrays(x) -> bool:
+    if type(x) not in (dict, list, tuple):
+        return False
+    leaves = tree.flatten(x)
+    return any(isinstance(y, (str, bytes)) for y in leaves) and any(isinstance(y, np.ndarray) for y in leaves)
+
+
+def taking_text(init):
+    """`CallSpec.__init__` for arguments such as a dict of images and prompts, which preprocessors are called with.
+
+    Keras refuses tensors in one argument with anything else. On other backends NumPy's arrays are none, here they are.
+    """
+
+    @functools.wraps(init)
+    def call_spec_init(self, signature, context_names, args, kwargs):
+        if not any(map(_has_text_beside_arrays, (*args, *kwargs.values()))):
+            init(self, signature, context_names, args, kwargs)
+            return
+        hide = lambda x: _Whole(x) if _has_text_beside_arrays(x) else x
+        show = lambda x: x.value if isinstance(x, _Whole) else x
+        hidden = {name: hide(x) for name, x in kwargs.items()}
+        init(self, signature, context_names, tuple(map(hide, args)), hidden)
+        for name in kwargs.keys() - hidden.keys():
+            del kwargs[name]  # those of the context that the layer's call does not take
+        for arguments in (self.user_arguments_dict, self.arguments_dict):
+            arguments.update({name: show(x) for name, x in arguments.items()})
+        self.first_arg = show(self.first_arg)
+
+    return call_spec_init
