@@ -120,7 +120,7 @@ def make_form(inputs: Structure, outputs: Structure, program: Program, sizes, st
     first, updated = inputs.num_leaves, sorted(s.output for s in state if s.output >= 0)
     if given != list(range(first, len(program.inputs))):
         raise ValueError("the program's inputs are not the model's inputs and state")
-    if updated != list(range(outputs.num_leaves, len(program.outputs))):
+    if [*range(outputs.num_leaves), *updated] != list(range(len(program.outputs))):
         raise ValueError("the program's outputs are not the model's outputs and state")
     for s in state:
         for b in [program.inputs[s.input]] * (s.input >= 0) + [program.outputs[s.output]] * (s.output >= 0):

@@ -243,6 +243,14 @@ def test_plans(small, tmp_path, data):
         loaded(np.ones((3, 12), "float32"))
 
 
+def test_a_plan_with_too_few_outputs_is_refused(small, tmp_path):
+    sections = contents(small, tmp_path)
+    plan = json.loads(sections["plan/0/native"])
+    sections["plan/0/native"] = json.dumps({**plan, "outputs": []}).encode()
+    with pytest.raises(ArtifactError, match="outputs"):
+        kgraph.load(rewritten(tmp_path, sections), self_test=False)
+
+
 def assert_within(program, binding):
     """Every operand of every step lies in the memory that it is said to lie in."""
     storage = binding.storage
