@@ -60,7 +60,18 @@ def test_layer_norm(shape, axes, parameters):
 def test_large_means_do_not_cancel():
     x = normal(4, 1000) + np.float32(1000)
     result = run("layer_norm", x, np.ones(1000, np.float32), np.zeros(1000, np.float32), axes=(1,))
-    np.testing.assert_allclose(result, reference(x, 1, 0, (1,)), atol=2e-4)
+    np.testing.assert_allclose(result, reference(x, 1, 0, (1,)), atol=3e-6)
+
+
+@pytest.mark.parametrize("groups", [12, 3])
+@pytest.mark.parametrize("spread", [1e-3, 0.0])
+def test_small_deviations_from_a_common_value(groups, spread):
+    """Such as of an image of one colour behind convolutions: long sums are rounded by more than what differs."""
+    x = np.float32(1.3) + np.float32(spread) * normal(2, 90, 90, 12)
+    result = run("group_norm", x, np.ones(12, np.float32), np.zeros(12, np.float32), groups=groups)
+    split = x.reshape(2, 90, 90, groups, -1)
+    wanted = reference(split, 1, 0, (1, 2, 4)).reshape(x.shape)
+    np.testing.assert_allclose(result, wanted, atol=3e-6)
 
 
 @pytest.mark.parametrize("channels", [40, 600])

@@ -1,6 +1,8 @@
 """layer_norm, rms_norm, group_norm and batch_norm (inference form), alone or in fused nodes of kind "norm".
 
-Statistics take two passes over a row that is kept close: first the mean, then the mean of squared differences from it.
+Statistics take two passes over a row that is kept close: first the mean, then the means of differences from it and of
+their squares. What is left of the differences corrects both statistics (Chan, Golub, LeVeque, "Algorithms for computing
+the sample variance", 1983): the error of a long sum would be large beside a small deviation.
 """
 
 from __future__ import annotations
@@ -82,10 +84,19 @@ def _normalise(k: rows.RowKernel, centred: bool, epsilon: float, group: int) -> 
     if centred:
         (total,) = k.read(("sum",))
         means = [b.mul(t, share) for t in _fold(k, total, group)]
-        centre = lambda value, spot: b.sub(value, means[spot.column])
-        (squares,) = k.again(lambda value, spot: (value, (square(centre(value, spot)),)), ("sum",))
+
+        def difference(value, spot):
+            rough = b.sub(value, means[spot.column])
+            return value, (square(rough), rough)
+
+        squares, differences = k.again(difference, ("sum", "sum"))
+        left = [b.mul(t, share) for t in _fold(k, differences, group)]
+        centre = lambda value, spot: b.sub(b.sub(value, means[spot.column]), left[spot.column])
+        variances = [b.sub(b.mul(s, share), square(d)) for s, d in zip(_fold(k, squares, group), left)]
+        variances = [b.select(b.compare("<", v, 0.0), b.constant_of(v.type, 0.0), v) for v in variances]
     else:
         centre = lambda value, spot: value
         (squares,) = k.read(("sum",), square)
-    inverse = [b.div(1.0, vm.sqrt(b, b.add(b.mul(s, share), epsilon))) for s in _fold(k, squares, group)]
+        variances = [b.mul(s, share) for s in _fold(k, squares, group)]
+    inverse = [b.div(1.0, vm.sqrt(b, b.add(v, epsilon))) for v in variances]
     k.write(lambda value, spot: b.mul(centre(value, spot), inverse[spot.column]))
