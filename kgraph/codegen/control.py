@@ -13,7 +13,7 @@ from kgraph.codegen.cpu.repeat import SPEC as REPEAT
 from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.target import Target
 from kgraph.ir import Dim, Graph, Node, TensorType, Value, append_graph, constant_value, live_nodes
-from kgraph.runtime.control import Body, Branches, Scan, While, changing
+from kgraph.runtime.control import Body, Branches, Scan, While, changing, is_handed_on
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import HostStep
 
@@ -141,8 +141,7 @@ def _donations(body: LoweredBody, num_carry: int) -> tuple[tuple[int, int], ...]
         (i, number)
         for i, (kind, number) in enumerate(results[:num_carry])
         if kind == "output"
-        and results.count((kind, number)) == 1
-        and ("input", i) not in results
+        and is_handed_on(results, i, number)
         and typed(lowered.inputs[i]) == typed(lowered.outputs[number])
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kgraph import dims
-from kgraph.runtime.control import Body, Branches, Scan, While
+from kgraph.runtime.control import Body, Branches, Scan, While, is_handed_on
 from kgraph.runtime.plan import Program
 from kgraph.types import SHORT_NAMES
 
@@ -51,7 +51,7 @@ def decode_control(
     """
     kind, *fields = data
 
-    def body(encoded: Any, operands: int, results: int) -> Body:
+    def body(encoded: Any, operands: int, results: int, num_carry: int = 0) -> Body:
         plan, places, types, constants, symbols, repeat = encoded
         program = decode_program(plan)
         counts = {"input": len(program.inputs), "output": len(program.outputs)}
@@ -66,9 +66,12 @@ def decode_control(
             raise ValueError("a body has parameters, or symbols without a name")
         if repeat != "" and (repeat not in program.kernels or not may_repeat(repeat)):
             raise ValueError(f"a body has no kernel {repeat!r} to repeat it")
+        at = tuple([(where, number) for where, number in places])
+        if any(carry >= num_carry or not is_handed_on(at, carry, output) for carry, output in program.donations):
+            raise ValueError("a body would overwrite operands that are not its own")
         return Body(
             program,
-            tuple([(where, number) for where, number in places]),
+            at,
             tuple([(tuple([dims.from_json(s) for s in shape]), dtype) for shape, dtype in types]),
             tuple([tensor(*constant) for constant in constants]),
             tuple(symbols),
@@ -82,7 +85,7 @@ def decode_control(
         return Branches(tuple([body(b, num_inputs - 1, num_outputs) for b in bodies]))
     if kind == "while":
         first, again = fields
-        loop = While(body(first, num_inputs, 1), body(again, num_inputs, num_inputs + 1))
+        loop = While(body(first, num_inputs, 1), body(again, num_inputs, num_inputs + 1, num_inputs))
         if len(loop.changing) != num_outputs:
             raise ValueError("a loop gives another number of values than it changes")
         return loop
@@ -93,7 +96,7 @@ def decode_control(
         raise ValueError("a scan's counts are no numbers")
     if num_carry + num_xs > num_inputs or num_carry > num_outputs:
         raise ValueError("a scan has fewer values than it carries")
-    return Scan(body(encoded, num_inputs, num_outputs), num_carry, num_xs, dims.from_json(length), reverse)
+    return Scan(body(encoded, num_inputs, num_outputs, num_carry), num_carry, num_xs, dims.from_json(length), reverse)
 
 
 def programs_of(program: Program) -> list[Program]:

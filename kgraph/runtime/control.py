@@ -133,6 +133,7 @@ class While:
         check_carried(self.body.program.name, types_of(arrays), types[:-1])
         if self.body.repeat and is_one_native_call(binding):
             return self._on_addresses(binding, given, types)
+        given = _own_donors(binding, given)
         while True:
             *given, go_on = self.body.run(binding, given, types)
             if not go_on:
@@ -157,6 +158,18 @@ def changing(results: Sequence[tuple[str, int]]) -> tuple[int, ...]:
     return tuple(i for i, place in enumerate(results[:-1]) if place != ("input", i))
 
 
+def is_handed_on(results: Sequence[tuple[str, int]], carry: int, output: int) -> bool:
+    """Whether that output of a loop's body is what becomes of that carry, and nothing else is made of either."""
+    place = ("output", output)
+    return results[carry] == place and results.count(place) == 1 and ("input", carry) not in results
+
+
+def _own_donors(binding: Binding, arrays: Arrays) -> list[np.ndarray]:
+    """The arrays, with copies for those that the program overwrites."""
+    donors = {d for d in binding.storage.donors if d >= 0}
+    return [np.array(a, order="C") if i in donors else a for i, a in enumerate(arrays)]
+
+
 @dataclass(frozen=True)
 class Scan:
     """The function of a `scan` step; see `kgraph.ops.scan`."""
@@ -179,6 +192,7 @@ class Scan:
         stacks = [np.empty((count, *shape), dtype) for shape, dtype in types[self.num_carry :]]
         if count and self.body.repeat and is_one_native_call(binding):
             return [*self._on_addresses(binding, carries, xs, rest, types, stacks, count), *stacks]
+        carries = _own_donors(binding, carries)
         for t in range(count)[:: -1 if self.reverse else 1]:
             results = self.body.run(binding, [*carries, *(np.asarray(x[t]) for x in xs), *rest], types)
             carries = results[: self.num_carry]

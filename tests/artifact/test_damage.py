@@ -299,6 +299,35 @@ def test_control(looping, tmp_path, data):
         kgraph.load(rewritten(tmp_path, sections), self_test=False)(np.ones((3, 4, 5), "float32"))
 
 
+def loop_body(plan) -> tuple:
+    """The path of the plan's first body of a while loop that overwrites carries."""
+    return next(
+        path
+        for path in places(plan)
+        if path[:1] == ("steps",) and path[2:] == (4, 2) and plan["steps"][path[1]][4][0] == "while"
+    )
+
+
+def test_bodies_overwrite_only_what_is_their_own(looping, tmp_path):
+    """The operands of a loop may be arrays of the caller, or mapped out of the file."""
+    sections = contents(looping, tmp_path)
+    plan = json.loads(sections["plan/0/native"])
+    path = loop_body(plan)
+    first, again = (body[0] for body in plan["steps"][path[1]][4][1:])
+    assert again["donations"] == [[0, 0], [1, 1]]
+    x = np.ones((3, 4, 5), "float32")
+    wanted = kgraph.load(rewritten(tmp_path, sections))(x)
+    counted_by_python = replaced(plan, (*path, 5), "")
+    sections["plan/0/native"] = json.dumps(counted_by_python).encode()
+    for got, one in zip(kgraph.load(rewritten(tmp_path, sections))(x), wanted, strict=True):
+        np.testing.assert_array_equal(got, one)
+    first = {**first, "donations": [[1, 0]]}
+    for place, new in [((*path, 1, 0), ["output", 1]), ((*path, 1, 1), ["input", 1]), ((*path[:-1], 1, 0), first)]:
+        sections["plan/0/native"] = json.dumps(replaced(plan, place, new)).encode()
+        with pytest.raises(ArtifactError, match=r"overwrite operands|donated|another number of values"):
+            kgraph.load(rewritten(tmp_path, sections), self_test=False)
+
+
 def _is_control(plan, path) -> bool:
     """Whether a path leads into the function of a step that is no plan of its own, or its part that is."""
     if len(path) < 4 or path[0] != "steps" or path[2] != 4 or type(plan["steps"][path[1]][4]) is not list:
