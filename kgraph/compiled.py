@@ -24,6 +24,7 @@ from kgraph.frontend.tracer import is_tracing
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.passes.round_operands import round_operands
 from kgraph.precision import PrecisionReport, measure
+from kgraph.prepared import is_any_prepared
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.reserve import Reserve
@@ -68,7 +69,8 @@ class Variant:
             variables = self.captured.variables
             if self.baked is not None:
                 if self.global_version < 0:
-                    self.compiled.set_params(self.weights(), reserve=reserve)
+                    weights = self.weights()
+                    self.compiled.set_params(weights, reserve=reserve, sources=[(array, 0) for array in weights])
                 self.global_version = seen
                 return
             versions = [v.version for v in variables]
@@ -77,7 +79,8 @@ class Variant:
             else:
                 changed = None
             if changed is None or changed:
-                self.compiled.set_params([v._value for v in variables], changed, reserve)
+                sources = list(zip(variables, versions))
+                self.compiled.set_params([v._value for v in variables], changed, reserve, sources)
             self.versions = versions
             self.global_version = seen
 
@@ -152,6 +155,8 @@ class CompiledModel(Model):
         """Memory for the prepared weights, about as much as those are that products and convolutions read."""
         on_host = not isinstance(self._target, CudaTarget)
         weights = [v for v in self._variables() if len(v.shape) > 1 and v.name != "embeddings"] if on_host else []
+        if is_any_prepared([*weights, *(v._value for v in weights)]):
+            weights = []  # by another form, which shares them
         return Reserve(sum(prod(v.shape) * np_dtype(v.dtype).itemsize for v in weights))
 
     def _specialise(self, error: SpecialisationError) -> None:

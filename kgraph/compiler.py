@@ -20,6 +20,7 @@ from kgraph.decisions import Decision
 from kgraph.ir import Graph, Node
 from kgraph.ir.printer import assign_names
 from kgraph.preparation import Preparation
+from kgraph.prepared import Source
 from kgraph.program_cache import Graphs, ProgramCache
 from kgraph.reserve import Reserve
 from kgraph.runtime.plan import Program
@@ -58,15 +59,19 @@ class CompiledGraph:
         return self.graphs.nodes
 
     def set_params(
-        self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None, reserve: Reserve | None = None
+        self,
+        arrays: Sequence[np.ndarray],
+        changed: Sequence[int] | None = None,
+        reserve: Reserve | None = None,
+        sources: Sequence[Source] | None = None,
     ) -> None:
         """Prepare weights and hand them to the program.
 
         arrays: the value of every param of `captured`, in order. changed: numbers of those that differ from the last
         call; None means all. Only prepared weights that depend on a changed one are computed again. reserve: memory for
-        all of them.
+        all of them. sources: where each value comes from; what is prepared of the same already is shared.
         """
-        self.program.set_params(self.preparation(arrays, changed, reserve))
+        self.program.set_params(self.preparation(arrays, changed, reserve, sources))
 
 
 def compile_graph(

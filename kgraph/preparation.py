@@ -1,12 +1,14 @@
 """Prepares weights: evaluates the prologue of a compiled graph, piece by piece.
 
-Large weights are packed by kernels, on several threads; all the rest is evaluated by NumPy.
+Large weights are packed by kernels, on several threads; all the rest is evaluated by NumPy. What another compiled form
+has made of the same weights is used again (`kgraph.prepared`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +17,9 @@ import numpy as np
 from kgraph.codegen.eager import load, run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
+from kgraph.ir.exact_text import plain_value
 from kgraph.ir.interpreter import evaluate
+from kgraph.prepared import Prepared, Source, find, keep
 from kgraph.reserve import LINE, Reserve, aligned_bytes
 from kgraph.runtime.threads import get_num_threads
 
@@ -29,13 +33,29 @@ class _Piece:
     """What makes some outputs of the prologue (`numbers`), with just the params that it reads.
 
     graph: gives these outputs, of which `calls` (by number) are made of further results, their operands.
-    params: numbers of the params that it reads.
+    params: numbers of the params that it reads. recipes: by the number of an output, what tells how it is made of
+    which of these params; not of those outputs that are params themselves.
     """
 
     graph: Graph
     numbers: list[int]
     params: list[int] = field(default_factory=list)
     calls: dict[int, KernelCall] = field(default_factory=dict)
+    recipes: dict[int, tuple[bytes, list[int]]] = field(default_factory=dict)
+
+    def write_recipes(self) -> None:
+        """Set `recipes`."""
+        for number, value in zip(self.numbers, self.graph.outputs, strict=True):
+            nodes = live_nodes(self.graph.nodes, [value])
+            read = {v for node in nodes for v in node.inputs}
+            given = [(p, n) for p, n in zip(self.graph.params, self.params, strict=True) if p in read]
+            if not given:
+                continue
+            try:
+                text = repr(plain_value(nodes, [p for p, _ in given], value))
+            except TypeError:
+                continue
+            self.recipes[number] = hashlib.sha256(text.encode()).digest(), [n for _, n in given]
 
     def leave_packing_to_kernels(self) -> None:
         """Take the `pack` nodes for which there are kernels out of the graph."""
@@ -54,6 +74,16 @@ class _Piece:
         self.numbers = [number for number in self.numbers if number not in self.calls]
         self.graph.outputs = [*outputs, *operands]
         self.graph.nodes = live_nodes(self.graph.nodes, self.graph.outputs)
+
+    def without(self, numbers: Collection[int]) -> _Piece:
+        """A piece that leaves out the outputs of these numbers."""
+        rest = iter(self.graph.outputs[len(self.numbers) :])
+        operands = {n: [next(rest) for _ in call.operands[:-1]] for n, call in self.calls.items()}
+        made = {n: value for n, value in zip(self.numbers, self.graph.outputs) if n not in numbers}
+        calls = {n: call for n, call in self.calls.items() if n not in numbers}
+        outputs = [*made.values(), *(value for n in calls for value in operands[n])]
+        graph = Graph((), self.graph.params, live_nodes(self.graph.nodes, outputs), outputs, self.graph.name)
+        return replace(self, graph=graph, numbers=list(made), calls=calls)
 
     def results(self, arrays: list[np.ndarray]) -> tuple[dict[int, np.ndarray], list[_Task]]:
         """For the values of the params: the outputs by number, and what is left to be done for others of them."""
@@ -76,6 +106,10 @@ class Preparation:
 
     def __init__(self, pieces: list[_Piece]):
         self._pieces = pieces
+        self._kept: dict[int, Prepared] = {}  # what others may find, by the number of the output
+
+    def __reduce__(self):
+        return Preparation, (self._pieces,)
 
     @classmethod
     def of(cls, prologue: Graph, params: Sequence[Value]) -> Preparation:
@@ -84,6 +118,7 @@ class Preparation:
         pieces = _pieces(_without_fusions(prologue))
         for piece in pieces:
             piece.params = [position[p] for p in piece.graph.params]
+            piece.write_recipes()
             piece.leave_packing_to_kernels()
         return cls(pieces)
 
@@ -92,19 +127,27 @@ class Preparation:
         return [call.spec for piece in self._pieces for call in piece.calls.values()]
 
     def __call__(
-        self, arrays: Sequence[np.ndarray], changed: Sequence[int] | None = None, reserve: Reserve | None = None
+        self,
+        arrays: Sequence[np.ndarray],
+        changed: Sequence[int] | None = None,
+        reserve: Reserve | None = None,
+        sources: Sequence[Source] | None = None,
     ) -> dict[int, np.ndarray]:
         """Prepared weights by the number of the prologue's output.
 
         arrays: the value of every param. changed: numbers of those that differ from the last call; None means all. Only
         what depends on a changed one is computed. reserve: memory for all of them, as far as it goes.
+        sources: where the value of every param comes from; what others have made of the same is not computed either.
         """
         dirty = None if changed is None else set(changed)
         pieces = [p for p in self._pieces if dirty is None or not dirty.isdisjoint(p.params)]
+        shared = self._shared(pieces, sources) if sources is not None else {}
+        pieces = [p.without(shared) if shared.keys() & p.recipes.keys() else p for p in pieces]
         # The largest first, so that no thread begins one when the others are done.
         pieces.sort(key=_Piece.packed_bytes, reverse=True)
-        load([call.spec for piece in pieces for call in piece.calls.values()])
-        room = self._room(reserve) if dirty is None else {}
+        calls = {n: call for piece in pieces for n, call in piece.calls.items()}
+        load([call.spec for call in calls.values()])
+        room = _room(calls, reserve) if dirty is None else {}
         found: dict[int, np.ndarray] = {}
 
         def run(task: _Task) -> tuple[int, np.ndarray]:
@@ -118,34 +161,58 @@ class Preparation:
                 found.update(made)
                 yield from left
 
-        threads = min(get_num_threads(), sum(len(piece.calls) for piece in pieces))
+        threads = min(get_num_threads(), len(calls))
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
                 futures = [pool.submit(run, task) for task in tasks()]
-            return found | dict(future.result() for future in futures)
-        packed = dict(map(run, tasks()))
-        return found | packed
+            found |= dict(future.result() for future in futures)
+        else:
+            packed = dict(map(run, tasks()))
+            found |= packed
+        if sources is not None:
+            self._share(pieces, sources, found, shared)
+        return found | {n: prepared.array for n, prepared in shared.items()}
 
-    def _room(self, reserve: Reserve | None) -> dict[int, np.ndarray]:
-        """Memory for what kernels pack, by number: in the reserve, the rest in one block, which gets large pages."""
-        types = {n: call.operands[-1].type for piece in self._pieces for n, call in piece.calls.items()}
-        spaces = {n: -(-type.nbytes // LINE) * LINE for n, type in types.items()}
-        block = reserve.take(sum(spaces.values())) if reserve is not None else aligned_bytes(0)
-        inside, left = [], block.nbytes
-        # The largest first, so that little of the reserve's memory is left over.
-        for number in sorted(spaces, key=spaces.__getitem__, reverse=True):
-            if spaces[number] <= left:
-                inside.append(number)
-                left -= spaces[number]
-        outside = [n for n in spaces if n not in inside]
-        rest = aligned_bytes(sum(spaces[n] for n in outside))
-        room = {}
-        for source, numbers in ((block, inside), (rest, outside)):
-            ends = itertools.accumulate(spaces[n] for n in numbers)
-            for number, end in zip(numbers, ends):
-                type, begin = types[number], end - spaces[number]
-                room[number] = source[begin : begin + type.nbytes].view(type.np_dtype).reshape(type.shape)
-        return room
+    def _shared(self, pieces: Sequence[_Piece], sources: Sequence[Source]) -> dict[int, Prepared]:
+        """What there is already of the outputs of these pieces."""
+        found = {}
+        for piece in pieces:
+            for number, (digest, read) in piece.recipes.items():
+                prepared = find(digest, [sources[n] for n in read])
+                if prepared is not None:
+                    found[number] = prepared
+        return found
+
+    def _share(self, pieces, sources: Sequence[Source], made: dict[int, np.ndarray], shared: dict) -> None:
+        """Let others find what was made, and keep what is found."""
+        for piece in pieces:
+            for number, (digest, read) in piece.recipes.items():
+                if number not in shared:
+                    made[number] = array = np.ascontiguousarray(made[number])
+                    self._kept[number] = keep(digest, [sources[n] for n in read], array)
+        self._kept |= shared
+
+
+def _room(calls: Mapping[int, KernelCall], reserve: Reserve | None) -> dict[int, np.ndarray]:
+    """Memory for what kernels pack, by number: in the reserve, the rest in one block, which gets large pages."""
+    types = {n: call.operands[-1].type for n, call in calls.items()}
+    spaces = {n: -(-type.nbytes // LINE) * LINE for n, type in types.items()}
+    block = reserve.take(sum(spaces.values())) if reserve is not None else aligned_bytes(0)
+    inside, left = [], block.nbytes
+    # The largest first, so that little of the reserve's memory is left over.
+    for number in sorted(spaces, key=spaces.__getitem__, reverse=True):
+        if spaces[number] <= left:
+            inside.append(number)
+            left -= spaces[number]
+    outside = [n for n in spaces if n not in inside]
+    rest = aligned_bytes(sum(spaces[n] for n in outside))
+    room = {}
+    for source, numbers in ((block, inside), (rest, outside)):
+        ends = itertools.accumulate(spaces[n] for n in numbers)
+        for number, end in zip(numbers, ends):
+            type, begin = types[number], end - spaces[number]
+            room[number] = source[begin : begin + type.nbytes].view(type.np_dtype).reshape(type.shape)
+    return room
 
 
 def _without_fusions(prologue: Graph) -> Graph:

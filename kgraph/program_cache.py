@@ -32,7 +32,8 @@ from kgraph.codegen.sources import index
 from kgraph.codegen.tuning import is_wanted
 from kgraph.decisions import Decision
 from kgraph.disk_cache import disk_cache
-from kgraph.ir import PRIMITIVES, Dim, Graph, Node, Primitive, TensorType, Value
+from kgraph.ir import PRIMITIVES, Graph, Node, Primitive, Value
+from kgraph.ir.exact_text import number_values, numbers_of, places, plain
 from kgraph.ir.recorder import uniform_value
 from kgraph.passes.prologue import Split
 from kgraph.preparation import Preparation
@@ -44,10 +45,6 @@ _WATCHED = ("KGRAPH_DUMP", "KGRAPH_STOP_AFTER", "KGRAPH_VERIFY")
 # What decides between algorithms.
 _SETTINGS = ("KGRAPH_WINOGRAD",)
 _ERRORS = (pickle.PickleError, TypeError, AttributeError, ValueError, KeyError, RecursionError)
-
-# Bytes of an array up to which its content stands for itself, in place of a digest.
-_SHORT = 32
-_EXACT = frozenset({type(None), bool, int, float, complex, str, bytes, Dim, TensorType})
 
 
 class Graphs:
@@ -92,7 +89,7 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, Primitive):
             return _primitive, (value.name,)
         if isinstance(value, Graph):
-            return _graph, (_records(value.nodes, [*value.inputs, *value.params]), _places(value, _numbers_of(value)))
+            return _graph, (_records(value.nodes, [*value.inputs, *value.params]), places(value, numbers_of(value)))
         if isinstance(value, (Node, Value)):
             raise pickle.PicklingError(f"{value!r} outside of a graph")
         if type(value) is np.ndarray and value.size > 1 and (fill := uniform_value(value)) is not None:
@@ -110,64 +107,9 @@ def _written(value) -> bytes:
     return stream.getvalue()
 
 
-def _plain(value):
-    """The same as nested tuples of what `repr` tells exactly. Raises TypeError for what it may not tell exactly."""
-    if type(value) in _EXACT or isinstance(value, np.dtype):
-        return value
-    if isinstance(value, (tuple, list)):
-        exact = _EXACT.issuperset(map(type, value))  # as nearly always: shapes, axes
-        return type(value).__name__, *(value if exact else map(_plain, value))
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        content = value.tobytes() if value.nbytes <= _SHORT else hashlib.sha256(np.ascontiguousarray(value)).digest()
-        return "array", value.dtype.str, value.shape, content
-    if isinstance(value, np.generic):
-        return "scalar", value.dtype.str, value.tobytes()
-    if isinstance(value, dict):
-        return "dict", *[(k, _plain(v)) for k, v in sorted(value.items())]
-    if isinstance(value, (set, frozenset)):
-        return "set", *sorted(map(repr, map(_plain, value)))
-    if isinstance(value, Primitive):
-        return "primitive", value.name
-    if isinstance(value, Graph):
-        return "graph", *_plain_graph(value)
-    raise TypeError(f"{type(value)} has no exact text")
-
-
-def _plain_graph(graph: Graph) -> tuple:
-    """What `_records` and `_places` tell of a graph; types and provenances are numbers of those in two lists."""
-    numbers = _numbers_of(graph)
-    types: dict[TensorType, int] = {}
-    provenances: dict[frozenset, int] = {}
-    nodes = [
-        (
-            node.primitive.name,
-            [numbers[v] for v in node.inputs],
-            _plain(node.attrs) if node.attrs else (),
-            [(types.setdefault(v.type, len(types)), v.name) for v in node.outputs],
-            provenances.setdefault(node.provenance, len(provenances)),
-        )
-        for node in graph.nodes
-    ]
-    given = [(v.type, v.name) for v in (*graph.inputs, *graph.params)]
-    return given, nodes, list(types), list(map(sorted, provenances)), _places(graph, numbers)
-
-
-def _numbers(nodes: Iterable[Node], given: Sequence[Value]) -> dict[Value, int]:
-    """Numbers of the given values, then of the results of the nodes."""
-    numbers = {value: i for i, value in enumerate(given)}
-    for node in nodes:
-        for value in node.outputs:
-            numbers[value] = len(numbers)
-    return numbers
-
-
-def _numbers_of(graph: Graph) -> dict[Value, int]:
-    return _numbers(graph.nodes, [*graph.inputs, *graph.params])
-
-
 def _records(nodes: Sequence[Node], given: Sequence[Value]) -> tuple:
     """The given values and the nodes as plain data. Raises KeyError where a node reads anything else."""
-    numbers = _numbers(nodes, given)
+    numbers = number_values(nodes, given)
     records = [
         (
             node.primitive,
@@ -179,11 +121,6 @@ def _records(nodes: Sequence[Node], given: Sequence[Value]) -> tuple:
         for node in nodes
     ]
     return [(v.type, v.name) for v in given], records
-
-
-def _places(graph: Graph, numbers: dict[Value, int]) -> tuple:
-    """A graph without its nodes: name, numbers of inputs, params and outputs."""
-    return graph.name, *([numbers[v] for v in values] for values in (graph.inputs, graph.params, graph.outputs))
 
 
 def _rebuilt(records: list, values: list[Value]) -> list[Node]:
@@ -227,7 +164,7 @@ class ProgramCache:
         names = passes if isinstance(passes, str) else [f"{p.__module__}.{p.__qualname__}" for p in passes]
         settings = [is_wanted(), *(os.environ.get(name) for name in _SETTINGS)]
         try:
-            text = repr(_plain((self.graph, names, list(donations), dataclasses.astuple(target), settings)))
+            text = repr(plain((self.graph, names, list(donations), dataclasses.astuple(target), settings)))
         except _ERRORS:
             return None
         return hashlib.sha256(_environment_digest() + text.encode()).hexdigest()[:40]
@@ -265,11 +202,11 @@ class ProgramCache:
         nodes = list(dict.fromkeys([*split.prologue.nodes, *split.main.nodes]))
         number = {node: i for i, node in enumerate(nodes)}
         try:
-            numbers = _numbers(nodes, given)
-            places = _places(split.prologue, numbers), _places(split.main, numbers)
+            numbers = number_values(nodes, given)
+            halves = places(split.prologue, numbers), places(split.main, numbers)
             members = [[number[n] for n in g.nodes] for g in (split.prologue, split.main)]
             steps = [number[n] for n in entry.graphs.nodes]
-            graphs = _written((_records(nodes, given)[1], places, members, steps))
+            graphs = _written((_records(nodes, given)[1], halves, members, steps))
             data = _written((dataclasses.replace(lowered, step_nodes=[]), entry.preparation, entry.decisions, graphs))
         except _ERRORS:
             return

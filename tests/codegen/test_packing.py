@@ -79,6 +79,26 @@ def test_axes_that_do_not_collapse_are_left_to_numpy():
     assert packing.call_for(node) is None
 
 
+@pytest.mark.parametrize(
+    ("shape", "permutations", "layout"),
+    [
+        ((4 * LANES, 37), [(1, 0)], panels((37, 4 * LANES), (), (0,), (1,))),
+        ((21, 33, 4), [(2, 0, 1)], panels((4, 21, 33), (0,), (1,), (2,))),
+        ((5, 21, 33), [(1, 2, 0), (2, 0, 1)], panels((5, 21, 33), (0,), (1,), (2,))),
+        ((5, 21, 33), [(1, 2, 0), (1, 0, 2)], panels((33, 21, 5), (0,), (1,), (2,))),
+    ],
+)
+def test_transposed_weights_are_read_where_they_lie(shape, permutations, layout):
+    value = w = Value(TensorType(shape, "float32"))
+    array = wanted = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    for permutation in permutations:
+        value = make_node(PRIMITIVES["transpose"], [value], {"permutation": permutation}).output
+        wanted = np.transpose(wanted, permutation)
+    call = packing.call_for(make_node(PACK, [value], {"layout": layout}))
+    assert call.operands[0] is w
+    np.testing.assert_array_equal(unpack_reference(run_call(call, [array]), layout), wanted)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_pieces_of_a_prologue(monkeypatch, number):
     """Large weights are packed by kernels, on several threads; what depends on no changed weight is left alone."""

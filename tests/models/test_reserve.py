@@ -13,8 +13,8 @@ import pytest
 import kgraph
 from kgraph import compiled as compiled_module
 from kgraph.codegen.kernel import Temporary
-from kgraph.ir import Graph, TensorType
-from kgraph.preparation import Preparation, _Piece
+from kgraph.ir import TensorType
+from kgraph.preparation import _room
 from kgraph.reserve import LEAST_BYTES, LINE, Reserve, aligned_bytes
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux for memory")
@@ -96,7 +96,7 @@ def test_small_weights_take_what_large_ones_leave_of_the_reserve():
     sizes = [3 * unit, 6 * unit, 5 * unit + 4, 4 * unit]
     calls = {n: SimpleNamespace(operands=[Temporary(TensorType((s // 4,), "float32"))]) for n, s in enumerate(sizes)}
     block = aligned_bytes(10 * unit)
-    room = Preparation([_Piece(Graph(), [], calls=calls)])._room(SimpleNamespace(take=lambda nbytes: block[:nbytes]))
+    room = _room(calls, SimpleNamespace(take=lambda nbytes: block[:nbytes]))
     assert {n for n, array in room.items() if np.shares_memory(array, block)} == {1, 3}
     for n, array in room.items():
         assert array.nbytes == sizes[n]
