@@ -3,8 +3,7 @@
 An entry holds the optimised graph, its prologue, the lowered program and the decisions. Its key is a digest of the
 captured graph with all attributes and constants, of the passes, the target, and of all sources and versions that the
 way from one to the other depends on. Graphs are flattened to plain records with numbers for values. What cannot be
-written so, such as bodies of control flow with programs of their own, is compiled anew each time. Entries are trusted
-as kernels are, whose code runs too (`codegen.cache`).
+written so is compiled anew each time. Entries are trusted as kernels are, whose code runs too (`codegen.cache`).
 
 What comes from the cache is what a compile without it gives, down to the names of values: passes run on a copy of the
 captured graph, and names are assigned at their end (`Split.assign_names`), before an entry is stored. The optimised
@@ -197,7 +196,7 @@ class ProgramCache:
         """Keep an entry, unless it holds what cannot be written."""
         if self.cache is None or self.key is None:
             return
-        split, lowered = entry.graphs.split, entry.lowered
+        split = entry.graphs.split
         given = [*self.graph.inputs, *self.graph.params]
         nodes = list(dict.fromkeys([*split.prologue.nodes, *split.main.nodes]))
         number = {node: i for i, node in enumerate(nodes)}
@@ -207,7 +206,7 @@ class ProgramCache:
             members = [[number[n] for n in g.nodes] for g in (split.prologue, split.main)]
             steps = [number[n] for n in entry.graphs.nodes]
             graphs = _written((_records(nodes, given)[1], halves, members, steps))
-            data = _written((dataclasses.replace(lowered, step_nodes=[]), entry.preparation, entry.decisions, graphs))
+            data = _written((entry.lowered, entry.preparation, entry.decisions, graphs))
         except _ERRORS:
             return
         self.cache.put(self.key, data)

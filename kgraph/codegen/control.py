@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,22 +47,24 @@ class LoweredBody:
 
 @dataclass
 class ControlStep:
-    """Stands for the function of a host step until the kernels of its bodies are compiled. on_device: of a GPU."""
+    """Stands for the function of a host step until the kernels of its bodies are compiled.
 
-    node: Node
+    primitive: "cond", "while_loop" or "scan". attrs: those of its node that are no graphs. on_device: of a GPU.
+    """
+
+    primitive: str
+    attrs: dict[str, Any]
     bodies: list[LoweredBody] = field(default_factory=list)
     on_device: bool = False
 
-    @property
-    def outputs(self) -> list[Value]:
-        """The results that the step gives; any other one of a loop is the operand of its number."""
-        results = self.node.outputs
-        if self.node.name != "while_loop":
+    def outputs(self, results: Sequence[Value]) -> list[Value]:
+        """Those of the node's results that the step gives; any other one of a loop is the operand of its number."""
+        if self.primitive != "while_loop":
             return list(results)
         return [results[i] for i in changing(self.bodies[-1].results)]
 
     def __call__(self, arrays, sizes):
-        raise RuntimeError(f"the step {self.node.name} was never linked")
+        raise RuntimeError(f"the step {self.primitive} was never linked")
 
     @property
     def reason(self) -> str:
@@ -71,7 +73,7 @@ class ControlStep:
         functions = [step.function for step in steps if isinstance(step, HostStep)]
         hosts = [step.label for step in steps if isinstance(step, HostStep) and not _is_launched(step.function)]
         kernels = f"{len(steps) - len(functions)} kernel calls"
-        if self.node.name == "cond":
+        if self.primitive == "cond":
             text = f"its branches are compiled ({kernels}); Python calls the one that is chosen"
         elif self.is_launched:
             text = f"its body is compiled ({kernels}), which is launched for all iterations at once"
@@ -84,15 +86,15 @@ class ControlStep:
     def is_launched(self) -> bool:
         """Whether a GPU runs all of it without Python in between."""
         steps = [step for body in self.bodies for step in body.lowered.steps if isinstance(step, HostStep)]
-        return self.on_device and self.node.name == "scan" and all(_is_launched(step.function) for step in steps)
+        return self.on_device and self.primitive == "scan" and all(_is_launched(step.function) for step in steps)
 
     def link(self, build: Callable[..., Program]) -> Any:
         """The step's function."""
-        attrs = self.node.attrs
+        attrs = self.attrs
         bodies = [body.link(build) for body in self.bodies]
-        if self.node.name == "cond":
+        if self.primitive == "cond":
             return Branches(tuple(bodies))
-        if self.node.name == "while_loop":
+        if self.primitive == "while_loop":
             return While(*bodies)
         return Scan(bodies[0], attrs["num_carry"], attrs["num_xs"], attrs["length"], attrs["reverse"])
 
@@ -114,7 +116,8 @@ def lower_control(
         graphs = [attrs["cond"], _followed_by(attrs["body"], attrs["cond"])]
     else:
         graphs = [attrs["body"]]
-    step = ControlStep(node, on_device=isinstance(target, CudaTarget))
+    plain = {name: value for name, value in attrs.items() if name in ("num_carry", "num_xs", "length", "reverse")}
+    step = ControlStep(node.name, plain, on_device=isinstance(target, CudaTarget))
     for graph in graphs:
         body = _lower_body(graph, known, lower)
         if isinstance(body, str):

@@ -33,6 +33,10 @@ class Lowered:
     step_nodes: list[Node] = field(default_factory=list)
     rows: str = ""  # see `kgraph.runtime.plan.Program`
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without nodes, which can be written only with their graph."""
+        return {**vars(self), "step_nodes": []}
+
     def all_specs(self) -> dict[str, KernelSpec]:
         """The kernels of this program and of the bodies of its control flow."""
         out = dict(self.specs)
@@ -217,7 +221,7 @@ class _Lowering:
             if isinstance(step, str):
                 reason = step
             else:
-                function, reason, outputs = step, step.reason, step.outputs
+                function, reason, outputs = step, step.reason, step.outputs(node.outputs)
         operands = [self.ids[v] for v in node.inputs]
         self.ids.update((out, self.ids[given]) for out, given in zip(node.outputs, node.inputs) if out not in outputs)
         operands += [self._buffer("temporary", v) for v in outputs]

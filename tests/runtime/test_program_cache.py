@@ -16,6 +16,8 @@ from kgraph.codegen.target import host_target
 from kgraph.disk_cache import DiskCache
 from kgraph.frontend.tracer import trace
 from kgraph.ir import Dim, TensorType
+from kgraph.ir.interpreter import evaluate
+from kgraph.ops.region_gradient import record_region
 from kgraph.program_cache import ProgramCache
 
 N = Dim.symbol("N")
@@ -218,17 +220,39 @@ def test_passes_that_are_watched_run(name, monkeypatch):
     assert ProgramCache(build(), "inference", (), host_target()).key is None
 
 
-def test_programs_with_bodies_of_their_own_are_compiled_anew():
-    def function(x, w):
-        body = graph_of(lambda i, c: (ops.add(i, np.float32(1)), ops.mul(c, c)), (), (5,), params=0)
-        condition = graph_of(lambda i, c: (ops.lt(i, np.float32(3)),), (), (5,), params=0)
-        return ops.while_loop(ops.reduce_sum(w, axes=(0,)), x, cond=condition, body=body)
+def looping(x, w):
+    """A loop that reads a weight, with a choice inside, and a scan."""
+    types = [TensorType(x.shape, "float32"), TensorType(w.shape, "float32")]
+    more = record_region("more", types, lambda c, w: [ops.lt(ops.reduce_max(c, axes=(0, 1)), np.float32(9))])
+    grown = record_region("grown", types[:1], lambda c: [ops.mul(c, np.float32(1.5))])
+    sorted_ = record_region("sorted", types[:1], lambda c: [ops.sort(c, axis=1)])
 
-    graph = build(function, ((5,), (4,)))
-    cache = ProgramCache(graph, "inference", (), host_target())
-    compiled = compiler.compile_graph(graph)
-    assert any(step.label == "while_loop" for step in compiled.program.steps)
-    assert cache.load() is None
+    def body(c, w):
+        y = ops.dot_general(c, w, lhs_contract=(1,), rhs_contract=(0,))
+        small = ops.lt(ops.reduce_sum(y, axes=(0, 1)), np.float32(0))
+        return [*ops.cond(small, ops.add(ops.abs(y), c), branches=(sorted_, grown)), w]
+
+    last, _ = ops.while_loop(x, w, cond=more, body=record_region("body", types, body))
+    row = TensorType(x.shape[1:], "float32")
+    total = record_region("total", [row, row], lambda a, r: [(a := ops.tanh(ops.add(a, r))), a])
+    return ops.scan(ops.reduce_sum(last, axes=(0,)), last, body=total, num_carry=1, num_xs=1, length=last.shape[0], reverse=False)
+
+
+def test_programs_with_loops_and_branches(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(s).astype("float32") for s in ((4, 30), (30, 30)))
+    build_loop = lambda: build(looping, ((N, 30), (30, 30)))
+    first = compiler.compile_graph(build_loop())
+    assert {step.label for step in first.program.steps} >= {"while_loop", "scan"}
+    wanted = run(first, x, weights=w)
+    for a, b in zip(wanted, evaluate(first.captured, [x], [w]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    without_passes(monkeypatch)
+    again = compiler.compile_graph(build_loop())
+    for a, b in zip(run(again, x, weights=w), wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert str(again.optimised) == str(first.optimised)
+    assert again.decisions == first.decisions
 
 
 def test_what_chooses_between_algorithms_is_part_of_the_key(monkeypatch):
