@@ -24,7 +24,7 @@ from kgraph.frontend.tracer import is_tracing
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.passes.round_operands import round_operands
 from kgraph.precision import PrecisionReport, measure
-from kgraph.prepared import is_any_prepared
+from kgraph.prepared import Source, is_any_prepared
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.reserve import Reserve
@@ -32,6 +32,19 @@ from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.model import Model, sizes_of
 from kgraph.targets import resolve
 from kgraph.types import np_dtype
+
+
+class Values(Sequence[np.ndarray]):
+    """The values of variables, each of which is read when it is asked for."""
+
+    def __init__(self, variables: Sequence[core.Variable]):
+        self._variables = variables
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __getitem__(self, number):
+        return self._variables[number]._value
 
 
 class Variant:
@@ -70,7 +83,7 @@ class Variant:
             if self.baked is not None:
                 if self.global_version < 0:
                     weights = self.weights()
-                    self.compiled.set_params(weights, reserve=reserve, sources=[(array, 0) for array in weights])
+                    self.compiled.set_params(weights, reserve=reserve, sources=[Source(array, 0) for array in weights])
                 self.global_version = seen
                 return
             versions = [v.version for v in variables]
@@ -79,8 +92,11 @@ class Variant:
             else:
                 changed = None
             if changed is None or changed:
-                sources = list(zip(variables, versions))
-                self.compiled.set_params([v._value for v in variables], changed, reserve, sources)
+                written = {id(v) for v in self.updates}
+                sources = [
+                    Source(v, version, None if id(v) in written else v) for v, version in zip(variables, versions)
+                ]
+                self.compiled.set_params(Values(variables), changed, reserve, sources)
             self.versions = versions
             self.global_version = seen
 
@@ -152,10 +168,12 @@ class CompiledModel(Model):
         return variant
 
     def _reserve(self) -> Reserve:
-        """Memory for the prepared weights, about as much as those are that products and convolutions read."""
+        """Memory for the prepared weights, about as much as those are that convolutions read."""
         on_host = not isinstance(self._target, CudaTarget)
-        weights = [v for v in self._variables() if len(v.shape) > 1 and v.name != "embeddings"] if on_host else []
-        if is_any_prepared([*weights, *(v._value for v in weights)]):
+        # Matrices are packed into the memory of the one before, which its variable has let go.
+        least = 1 if self._options.freeze else 2
+        weights = [v for v in self._variables() if len(v.shape) > least and v.name != "embeddings"] if on_host else []
+        if is_any_prepared([*weights, *(self._baked or {}).values()]):
             weights = []  # by another form, which shares them
         return Reserve(sum(prod(v.shape) * np_dtype(v.dtype).itemsize for v in weights))
 

@@ -1,16 +1,20 @@
 """Prepares weights: evaluates the prologue of a compiled graph, piece by piece.
 
 Large weights are packed by kernels, on several threads; all the rest is evaluated by NumPy. What another compiled form
-has made of the same weights is used again (`kgraph.prepared`).
+has made of the same weights is used again (`kgraph.prepared`). A variable may let go of a value that is only packed,
+since its elements are all there, in another order.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +23,33 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
 from kgraph.ir.exact_text import plain_value
 from kgraph.ir.interpreter import evaluate
+from kgraph.ops.packing import unpack_reference
 from kgraph.prepared import Prepared, Source, find, keep
-from kgraph.reserve import LINE, Reserve, aligned_bytes
+from kgraph.reserve import LINE, Reserve, aligned_bytes, give_back
 from kgraph.runtime.threads import get_num_threads
 
 # Packed weights below this do not pay for a kernel.
 LEAST_BYTES = 1 << 18
-_Task = tuple[int, KernelCall, list[np.ndarray]]  # the number of an output, the call that makes it, its operands
+# (layout of a packed array, what is done in turn to what it unpacks to).
+_Order = tuple[tuple, tuple[tuple[str, tuple], ...]]
+
+
+@dataclass
+class _Task:
+    """A call that makes the output `number`. let_go: what to do with the result, after which the operands can go."""
+
+    number: int
+    call: KernelCall
+    operands: list[np.ndarray]
+    let_go: Callable[[np.ndarray], None] | None = None
+
+    def run(self, out: np.ndarray | None) -> tuple[int, np.ndarray]:
+        """(number, result)."""
+        made = run_call(self.call, self.operands, out=out)
+        if self.let_go is not None:
+            self.let_go(made)
+            self.operands.clear()
+        return self.number, made
 
 
 @dataclass
@@ -34,7 +58,8 @@ class _Piece:
 
     graph: gives these outputs, of which `calls` (by number) are made of further results, their operands.
     params: numbers of the params that it reads. recipes: by the number of an output, what tells how it is made of
-    which of these params; not of those outputs that are params themselves.
+    which of these params; not of those outputs that are params themselves. order: where its one output is its param in
+    another order, how to get that back.
     """
 
     graph: Graph
@@ -42,6 +67,7 @@ class _Piece:
     params: list[int] = field(default_factory=list)
     calls: dict[int, KernelCall] = field(default_factory=dict)
     recipes: dict[int, tuple[bytes, list[int]]] = field(default_factory=dict)
+    order: _Order | None = None
 
     def write_recipes(self) -> None:
         """Set `recipes`."""
@@ -71,6 +97,8 @@ class _Piece:
                 operands += [v for v in call.operands[:-1] if isinstance(v, Value)]
                 # From here on only the types of operands count.
                 self.calls[number] = replace(call, operands=[Temporary(v.type) for v in call.operands])
+                if len(self.numbers) == len(self.graph.params) == 1:
+                    self.order = _packed_order(value)
         self.numbers = [number for number in self.numbers if number not in self.calls]
         self.graph.outputs = [*outputs, *operands]
         self.graph.nodes = live_nodes(self.graph.nodes, self.graph.outputs)
@@ -89,12 +117,49 @@ class _Piece:
         """For the values of the params: the outputs by number, and what is left to be done for others of them."""
         values = evaluate(self.graph, [], arrays)
         rest = iter(values[len(self.numbers) :])
-        tasks = [(number, call, [next(rest) for _ in call.operands[:-1]]) for number, call in self.calls.items()]
+        tasks = [_Task(number, call, [next(rest) for _ in call.operands[:-1]]) for number, call in self.calls.items()]
         return dict(zip(self.numbers, values)), tasks
+
+    def leaving(self, sources: Sequence[Source] | None) -> Any:
+        """The variable that may let go of the value which this piece packs, if there is one."""
+        if sources is None or self.order is None:
+            return None
+        variable = sources[self.params[0]].variable
+        return variable if variable is not None and variable.may_be_put_away() else None
 
     def packed_bytes(self) -> int:
         """Bytes that kernels pack."""
         return sum(call.operands[-1].type.nbytes for call in self.calls.values())
+
+
+def _packed_order(value: Value) -> _Order | None:
+    """How to get the param back where a `pack` node's result holds it as it is, but for the order."""
+    (w,), layout = value.producer.inputs, value.producer.attrs["layout"]
+    steps: list[tuple[str, tuple[int, ...]]] = []
+    while w.node is not None and w.node.name in ("transpose", "reshape"):
+        before = w.node.inputs[0]
+        if w.node.name == "reshape":
+            steps.append(("reshape", before.shape))
+        else:
+            steps.append(("transpose", tuple(int(axis) for axis in np.argsort(w.node.attrs["permutation"]))))
+        w = before
+    if layout[0] != "panels" or w.node is not None or layout[-1] != w.dtype:
+        return None
+    return layout, tuple(steps)
+
+
+def _unpacked(packed: np.ndarray, order: _Order) -> np.ndarray:
+    """The param that was packed."""
+    layout, steps = order
+    array = unpack_reference(packed, layout)
+    for name, argument in steps:
+        array = array.reshape(argument) if name == "reshape" else array.transpose(argument)
+    return np.ascontiguousarray(array)
+
+
+def _let_go(variable: Any, value: weakref.ref, order: _Order, packed: np.ndarray) -> None:
+    """Let the variable go on with what was packed of its value, in this order."""
+    variable.put_away(value, functools.partial(_unpacked, packed, order))
 
 
 def _is_large(value: Value) -> bool:
@@ -136,30 +201,37 @@ class Preparation:
         """Prepared weights by the number of the prologue's output.
 
         arrays: the value of every param. changed: numbers of those that differ from the last call; None means all. Only
-        what depends on a changed one is computed. reserve: memory for all of them, as far as it goes.
+        what depends on a changed one is computed. reserve: memory for them, as far as it goes.
         sources: where the value of every param comes from; what others have made of the same is not computed either.
         """
         dirty = None if changed is None else set(changed)
         pieces = [p for p in self._pieces if dirty is None or not dirty.isdisjoint(p.params)]
         shared = self._shared(pieces, sources) if sources is not None else {}
         pieces = [p.without(shared) if shared.keys() & p.recipes.keys() else p for p in pieces]
+        pieces = [p for p in pieces if p.numbers or p.calls]
         # The largest first, so that no thread begins one when the others are done.
         pieces.sort(key=_Piece.packed_bytes, reverse=True)
         calls = {n: call for piece in pieces for n, call in piece.calls.items()}
         load([call.spec for call in calls.values()])
-        room = _room(calls, reserve) if dirty is None else {}
+        leaving = {n: v for piece in pieces if (v := piece.leaving(sources)) is not None for n in piece.calls}
+        room = _room(calls, reserve, leaving) if dirty is None else {}
         found: dict[int, np.ndarray] = {}
-
-        def run(task: _Task) -> tuple[int, np.ndarray]:
-            number, call, operands = task
-            return number, run_call(call, operands, out=room.get(number))
 
         def tasks() -> Iterator[_Task]:
             """What is left for kernels, while NumPy makes what comes before and all the rest."""
             for piece in pieces:
-                made, left = piece.results([arrays[n] for n in piece.params])
+                values = [arrays[n] for n in piece.params]
+                made, left = piece.results(values)
                 found.update(made)
+                for task in left:
+                    if task.number in leaving and piece.order is not None:
+                        value = weakref.ref(values[0])
+                        task.let_go = functools.partial(_let_go, leaving[task.number], value, piece.order)
+                del values
                 yield from left
+
+        def run(task: _Task) -> tuple[int, np.ndarray]:
+            return task.run(room.get(task.number))
 
         threads = min(get_num_threads(), len(calls))
         if threads > 1:
@@ -169,6 +241,8 @@ class Preparation:
         else:
             packed = dict(map(run, tasks()))
             found |= packed
+        if leaving:
+            give_back()
         if sources is not None:
             self._share(pieces, sources, found, shared)
         return found | {n: prepared.array for n, prepared in shared.items()}
@@ -188,23 +262,29 @@ class Preparation:
         for piece in pieces:
             for number, (digest, read) in piece.recipes.items():
                 if number not in shared:
-                    made[number] = array = np.ascontiguousarray(made[number])
+                    made[number] = array = np.asarray(made[number], order="C")
                     self._kept[number] = keep(digest, [sources[n] for n in read], array)
         self._kept |= shared
 
 
-def _room(calls: Mapping[int, KernelCall], reserve: Reserve | None) -> dict[int, np.ndarray]:
-    """Memory for what kernels pack, by number: in the reserve, the rest in one block, which gets large pages."""
+def _room(
+    calls: Mapping[int, KernelCall], reserve: Reserve | None, alone: Collection[int] = ()
+) -> dict[int, np.ndarray]:
+    """Memory for what kernels pack, by number: in the reserve, the rest in one block, which gets large pages.
+
+    alone: what gets no memory here if there is none left in the reserve: it takes the place of a variable's value, such
+    as of the last one that went.
+    """
     types = {n: call.operands[-1].type for n, call in calls.items()}
     spaces = {n: -(-type.nbytes // LINE) * LINE for n, type in types.items()}
     block = reserve.take(sum(spaces.values())) if reserve is not None else aligned_bytes(0)
     inside, left = [], block.nbytes
     # The largest first, so that little of the reserve's memory is left over.
-    for number in sorted(spaces, key=spaces.__getitem__, reverse=True):
+    for number in sorted(spaces, key=lambda n: (n in alone, -spaces[n])):
         if spaces[number] <= left:
             inside.append(number)
             left -= spaces[number]
-    outside = [n for n in spaces if n not in inside]
+    outside = [n for n in spaces if n not in inside and n not in alone]
     rest = aligned_bytes(sum(spaces[n] for n in outside))
     room = {}
     for source, numbers in ((block, inside), (rest, outside)):

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-# What a value is made of: a variable or an array, and how often it has been assigned.
-Source = tuple[object, int]
+
+class Source(NamedTuple):
+    """What a value is made of: a variable or an array, and how often it has been assigned.
+
+    variable: the owner where it may let go of its value for an equal one in another order; see `core.Variable`.
+    """
+
+    owner: object
+    version: int
+    variable: Any = None
 
 
 class Prepared:
@@ -22,18 +31,18 @@ class Prepared:
 
     def __init__(self, array: np.ndarray, sources: Sequence[Source]):
         self.array = array
-        self._owners = [weakref.ref(owner) for owner, _ in sources]
+        self._owners = [weakref.ref(source.owner) for source in sources]
 
     def is_of(self, sources: Sequence[Source]) -> bool:
         """Whether its sources are these, rather than ones that have taken their place in memory."""
-        return all(ref() is owner for ref, (owner, _) in zip(self._owners, sources, strict=True))
+        return all(ref() is source.owner for ref, source in zip(self._owners, sources, strict=True))
 
 
 _known: weakref.WeakValueDictionary[tuple, Prepared] = weakref.WeakValueDictionary()
 
 
 def _key(digest: bytes, sources: Sequence[Source]) -> tuple:
-    return digest, *((id(owner), version) for owner, version in sources)
+    return digest, *((id(source.owner), source.version) for source in sources)
 
 
 def find(digest: bytes, sources: Sequence[Source]) -> Prepared | None:

@@ -84,4 +84,4 @@ class Reserve:
         return block[:nbytes]
 
 
-__all__ = ["LINE", "Reserve", "aligned_bytes"]
+__all__ = ["LINE", "Reserve", "aligned_bytes", "give_back"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from kgraph.codegen.cpu.repeat import SPEC as REPEAT
 from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.target import Target
 from kgraph.ir import Dim, Graph, Node, TensorType, Value, append_graph, constant_value, live_nodes
-from kgraph.runtime.control import Body, Branches, Scan, While, changing, is_handed_on
+from kgraph.runtime.control import Body, Branches, Scan, While, carried_in_place, changing, is_handed_on
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import HostStep
 
@@ -50,18 +50,21 @@ class ControlStep:
     """Stands for the function of a host step until the kernels of its bodies are compiled.
 
     primitive: "cond", "while_loop" or "scan". attrs: those of its node that are no graphs. on_device: of a GPU.
+    wanted: numbers of the node's results that the step gives; any other one that is read is the operand of its number.
     """
 
     primitive: str
     attrs: dict[str, Any]
     bodies: list[LoweredBody] = field(default_factory=list)
     on_device: bool = False
+    wanted: tuple[int, ...] = ()
 
-    def outputs(self, results: Sequence[Value]) -> list[Value]:
-        """Those of the node's results that the step gives; any other one of a loop is the operand of its number."""
-        if self.primitive != "while_loop":
-            return list(results)
-        return [results[i] for i in changing(self.bodies[-1].results)]
+    def inplace(self, num_operands: int) -> tuple[tuple[int, int], ...]:
+        """See `HostStep`."""
+        if self.primitive == "cond":
+            return ()
+        given = self.wanted if self.primitive == "while_loop" else self.wanted[: self.attrs["num_carry"]]
+        return carried_in_place(num_operands, given, self.bodies[-1].donations)
 
     def __call__(self, arrays, sizes):
         raise RuntimeError(f"the step {self.primitive} was never linked")
@@ -95,7 +98,8 @@ class ControlStep:
         if self.primitive == "cond":
             return Branches(tuple(bodies))
         if self.primitive == "while_loop":
-            return While(*bodies)
+            first, again = bodies
+            return While(first, again, self.wanted)
         return Scan(bodies[0], attrs["num_carry"], attrs["num_xs"], attrs["length"], attrs["reverse"])
 
 
@@ -104,10 +108,12 @@ def lower_control(
     known: set[str],
     lower: Callable[[Graph], Lowered],
     target: Target | CudaTarget,
+    is_read: Callable[[Value], bool],
 ) -> ControlStep | str:
     """The step for a node of control flow, or the reason why its bodies cannot be compiled.
 
-    known: symbols whose values the program around it has. lower: what turns a body into a program.
+    known: symbols whose values the program around it has. lower: what turns a body into a program. is_read: whether
+    anything reads a result of the node.
     """
     attrs = node.attrs
     if node.name == "cond":
@@ -128,6 +134,9 @@ def lower_control(
         body.repeat = spec_key(REPEAT, target)
         body.lowered.specs[body.repeat] = REPEAT
         body.donations = _donations(body, node.attrs.get("num_carry", len(node.outputs)))
+    step.wanted = tuple(range(len(node.outputs)))
+    if node.name == "while_loop":
+        step.wanted = tuple(i for i in changing(step.bodies[-1].results) if is_read(node.outputs[i]))
     return step
 
 

@@ -216,12 +216,14 @@ class _Lowering:
     def _host(self, node: Node, reason: str) -> None:
         function: Callable = HostFunction(node.primitive, node.attrs)
         outputs: Sequence[Value] = node.outputs
+        inplace: tuple[tuple[int, int], ...] = ()
         if node.name in control.PRIMITIVES:
-            step = control.lower_control(node, self._symbols(), self._lower_body, self.target)
+            step = control.lower_control(node, self._symbols(), self._lower_body, self.target, self._is_read)
             if isinstance(step, str):
                 reason = step
             else:
-                function, reason, outputs = step, step.reason, step.outputs(node.outputs)
+                function, reason, outputs = step, step.reason, [node.outputs[i] for i in step.wanted]
+                inplace = step.inplace(len(node.inputs))
         operands = [self.ids[v] for v in node.inputs]
         self.ids.update((out, self.ids[given]) for out, given in zip(node.outputs, node.inputs) if out not in outputs)
         operands += [self._buffer("temporary", v) for v in outputs]
@@ -233,10 +235,14 @@ class _Lowering:
                 reason=reason,
                 label=node.name,
                 layers=tuple(sorted(node.provenance)),
+                inplace=inplace,
             )
         )
         self.out.step_nodes.append(node)
         self.decisions.append(Decision(node.name, "host step", reason, node.provenance))
+
+    def _is_read(self, value: Value) -> bool:
+        return value in self.graph.outputs or any(value in node.inputs for node in self.graph.nodes)
 
     def _lower_body(self, body: Graph) -> Lowered:
         return lower(body, self.target, [])

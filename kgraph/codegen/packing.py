@@ -9,7 +9,7 @@ from kgraph.codegen.cpu.builder import compute_dtype
 from kgraph.codegen.cpu.gemm import MatrixView, pack_call
 from kgraph.codegen.cpu.winograd_filters import DTYPE, filters_call
 from kgraph.codegen.kernel import KernelCall
-from kgraph.codegen.strided import collapse, dense_strides
+from kgraph.codegen.strided import collapse, dense_strides, untransposed
 from kgraph.ir import Node, Value
 from kgraph.ops.packing import matrix_sizes
 
@@ -32,7 +32,9 @@ def call_for(node: Node) -> KernelCall | None:
         call = filters_call(w, layout, wide=True, scale=scale) if w.dtype == DTYPE else None
     else:
         _, shape, batch_axes, k_axes, n_axes, groups, *_ = layout
-        w, strides = _untransposed(w)
+        w, axes = untransposed(w)  # packing transposes, too
+        dense = dense_strides(w.shape)
+        strides = [dense[axis] for axis in axes]
         walks = [collapse((shape[a], strides[a]) for a in axes) for axes in (k_axes, n_axes)]
         if any(len(walk) > 1 for walk in walks):
             return None
@@ -43,16 +45,6 @@ def call_for(node: Node) -> KernelCall | None:
         sizes = tuple(size for size, _ in batch)
         call = pack_call(view, sizes, depth, columns, dtype, lanes, panel // lanes, scale)
     return call and replace(call, operands=[*call.operands[:-1], node.output])
-
-
-def _untransposed(w: Value) -> tuple[Value, tuple[int, ...]]:
-    """(value in memory, strides of the axes of `w` in it): transposes are made by packing."""
-    order = tuple(range(len(w.shape)))
-    while w.node is not None and w.node.name == "transpose":
-        permutation = w.node.attrs["permutation"]
-        w, order = w.node.inputs[0], tuple(permutation[axis] for axis in order)
-    strides = dense_strides(w.shape)
-    return w, tuple(strides[axis] for axis in order)
 
 
 def _scaled(w: Value, layout: tuple) -> tuple[Value, Value] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from kgraph.ir import Dim, TensorType
+from kgraph.ir import Dim, TensorType, Value
 
 WORDS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
 
@@ -99,3 +99,12 @@ FILL_BITS = {
     "float32": 0x7FC0_0000,
     "float64": 0x7FF8 << 48,
 }
+
+
+def untransposed(value: Value) -> tuple[Value, tuple[int, ...]]:
+    """(what `value` is a transpose of, the axis of that for each axis of `value`); through any number of transposes."""
+    axes = tuple(range(len(value.shape)))
+    while value.node is not None and value.node.name == "transpose":
+        permutation = value.node.attrs["permutation"]
+        value, axes = value.node.inputs[0], tuple(permutation[axis] for axis in axes)
+    return value, axes

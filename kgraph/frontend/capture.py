@@ -190,7 +190,7 @@ def _capture_once(call, inputs: Structure, symbols: dict, sizes: dict, name: str
     _drop_unused(graph)
     variables = [v for v, traced in tracer.variables.values() if traced.value in set(graph.params)]
     for variable in variables:
-        if variable._value is None:
+        if not variable.has_value:
             raise CaptureError(f"variable {variable.path!r} is not initialised: build {name!r} or call it once first")
     used = {s for v in graph.inputs for d in v.shape if isinstance(d, Dim) for s in d.symbols()}
     origins = {s: text for s, text in symbols.items() if s in used}

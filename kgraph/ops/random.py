@@ -7,6 +7,10 @@ draws but the last three are elementwise functions of them, so that any element 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from scipy import special
 
@@ -33,6 +37,9 @@ __all__ = [
 ]
 
 SEED = np.array([1337, 42], np.uint32)
+# Numbers that are drawn at a time, and from how many on by several threads.
+_BLOCK = 1 << 14
+_PARALLEL_FROM = 1 << 19
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -62,18 +69,37 @@ def unit_interval(seed: np.ndarray, shape: tuple, dtype: str, *, centred: bool =
 
     centred: (k + 0.5) * 2**-23 instead, or 2**-52, which are within (0, 1).
     """
+    return _of_unit_interval(seed, shape, dtype, np.dtype(np.float64), lambda unit: unit, centred=centred)
+
+
+def _of_unit_interval(
+    seed: np.ndarray, shape: tuple, dtype: str, result: np.dtype, function: Callable, *, centred: bool = False
+) -> np.ndarray:
+    """An elementwise function of `unit_interval`, rounded to the dtype `result`; [shape].
+
+    A block at a time, which stays in the cache, and blocks on several threads: NumPy lets others run meanwhile.
+    """
     count = int(np.prod(shape, dtype=np.int64))
+    wide = dtype == "float64"
     # A centred number needs a bit for the half step, to be exact in the dtype.
-    if dtype == "float64":
-        kept = 52 if centred else 53
-        bits = wide_words(seed, count) >> np.uint64(64 - kept)
+    kept = (53 if wide else 24) - centred
+    bits = wide_words(seed, count) if wide else words(seed, count)
+    shift = bits.dtype.type(8 * bits.itemsize - kept)
+    out = np.empty(count, result)
+
+    def fill(start: int) -> None:
+        unit = (bits[start : start + _BLOCK] >> shift).astype(np.float64)
+        if centred:
+            unit += 0.5
+        unit *= 2.0**-kept
+        out[start : start + _BLOCK] = function(unit)
+
+    if count < _PARALLEL_FROM:
+        for start in range(0, count, _BLOCK):
+            fill(start)
     else:
-        kept = 23 if centred else 24
-        bits = words(seed, count) >> np.uint32(32 - kept)
-    out = bits.astype(np.float64)
-    if centred:
-        out += 0.5
-    out *= 2.0**-kept
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(fill, range(0, count, _BLOCK)))
     return out.reshape(shape)
 
 
@@ -111,7 +137,7 @@ def _seeded(name: str, sample, allowed: frozenset, dtypes: tuple, **extra) -> Pr
         return TensorType(shape, dtype)
 
     def reference(seed, *, shape, dtype, **attrs):
-        return sample(seed, shape, dtype, **attrs).astype(np_dtype(dtype))
+        return sample(seed, shape, dtype, **attrs).astype(np_dtype(dtype), copy=False)
 
     def samples():
         shapes = [(3, 5), (), (2, 0), (7,)]
@@ -154,22 +180,20 @@ def _bits(seed, shape, dtype):
 
 
 def _uniform(seed, shape, dtype):
-    values = unit_interval(seed, shape, dtype)
-    if dtype in ("float16", "bfloat16"):
-        # Rounding must not reach 1: keep as many leading bits as the dtype holds.
-        bits = {"float16": 11, "bfloat16": 8}[dtype]
-        values = np.floor(values * 2.0**bits) * 2.0**-bits
-    return values
+    # Rounding must not reach 1: keep as many leading bits as the dtype holds.
+    bits = {"float16": 11, "bfloat16": 8}.get(dtype)
+    leading = lambda unit: unit if bits is None else np.floor(unit * 2.0**bits) * 2.0**-bits
+    return _of_unit_interval(seed, shape, dtype, np_dtype(dtype), leading)
 
 
 def _normal(seed, shape, dtype):
-    return special.ndtri(unit_interval(seed, shape, dtype, centred=True))
+    return _of_unit_interval(seed, shape, dtype, np_dtype(dtype), special.ndtri, centred=True)
 
 
 def _truncated_normal(seed, shape, dtype, *, lower, upper):
     low, high = special.ndtr(lower), special.ndtr(upper)
-    values = special.ndtri(low + unit_interval(seed, shape, dtype, centred=True) * (high - low))
-    return np.clip(values, lower, upper)
+    cut = lambda unit: np.clip(special.ndtri(low + unit * (high - low)), lower, upper)
+    return _of_unit_interval(seed, shape, dtype, np_dtype(dtype), cut, centred=True)
 
 
 DRAWN_FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})

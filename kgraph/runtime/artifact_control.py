@@ -1,6 +1,6 @@
 """Steps of a plan that Python runs, as JSON: branches and loops over programs of their own, and primitives on NumPy.
 
-["reference", text], ["branches", bodies], ["while", first, body], or ["scan", body, carries, sequences, length,
+["reference", text], ["branches", bodies], ["while", first, body, wanted], or ["scan", body, carries, sequences, length,
 reverse]; a body is [plan, results, types, constants, symbols, repeat].
 """
 
@@ -31,7 +31,7 @@ def encode_control(function: Any, encode_program: Callable, tensor_name: Callabl
     if isinstance(function, Branches):
         return ["branches", [body(b) for b in function.bodies]]
     if isinstance(function, While):
-        return ["while", body(function.first), body(function.body)]
+        return ["while", body(function.first), body(function.body), list(function.wanted)]
     length = dims.to_json(function.length)
     return ["scan", body(function.body), function.num_carry, function.num_xs, length, function.reverse]
 
@@ -84,11 +84,10 @@ def decode_control(
             raise ValueError("a choice without branches")
         return Branches(tuple([body(b, num_inputs - 1, num_outputs) for b in bodies]))
     if kind == "while":
-        first, again = fields
-        loop = While(body(first, num_inputs, 1), body(again, num_inputs, num_inputs + 1, num_inputs))
-        if len(loop.changing) != num_outputs:
-            raise ValueError("a loop gives another number of values than it changes")
-        return loop
+        first, again, wanted = fields
+        if any(type(n) is not int or not 0 <= n < num_inputs for n in wanted) or len(set(wanted)) != num_outputs:
+            raise ValueError("a loop gives other values than it has")
+        return While(body(first, num_inputs, 1), body(again, num_inputs, num_inputs + 1, num_inputs), tuple(wanted))
     if kind != "scan":
         raise ValueError(f"there is no step of the kind {kind!r}")
     encoded, num_carry, num_xs, length, reverse = fields

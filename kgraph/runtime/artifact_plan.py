@@ -241,7 +241,8 @@ class _Decoder:
         label, layers = _text(label), tuple([_text(layer) for layer in _list(layers)])
         if len(rest) == 2:
             function = self.function(_list(rest[0]), len(operands) - outputs, outputs)
-            return HostStep(function, operands, outputs, _text(rest[1]), label, layers)
+            inplace = getattr(function, "inplace", ())
+            return HostStep(function, operands, outputs, _text(rest[1]), label, layers, inplace)
         kernel, extent, scratch, flops, nbytes, sizes, inplace, grain = rest
         split = len(operands) - outputs
         last = len(operands) - 1

@@ -267,7 +267,7 @@ class Binding:
     def _run_host(self, step: HostStep, context: Context, arrays, results) -> None:
         split = len(step.operands) - step.outputs
         given = [self._view(b, context, arrays, results) for b in step.operands[:split]]
-        answers = step.function(given, self.sizes)
+        answers = step.function(given, self.sizes, *([self._overwritten(step)] if step.inplace else []))
         targets = step.operands[split:]
         where = f"{self.program.name}: host step {step.label}"
         if len(answers) != len(targets):
@@ -276,7 +276,15 @@ class Binding:
             answer = np.asarray(answer)
             if answer.shape != self.storage.shapes[b]:
                 raise KGraphError(f"{where} gave shape {answer.shape}, expected {self.storage.shapes[b]}")
-            np.copyto(self._view(b, context, arrays, results), answer, casting="unsafe")
+            target = self._view(b, context, arrays, results)
+            if answer.ctypes.data != target.ctypes.data:
+                np.copyto(target, answer, casting="unsafe")
+
+    def _overwritten(self, step: HostStep) -> frozenset[int]:
+        """The positions of operands in whose memory an output of the step lies."""
+        places = self.storage.places
+        lies_in = lambda output, source: places[step.operands[output]] == places[step.operands[source]]
+        return frozenset(source for output, source in step.inplace if lies_in(output, source))
 
     def _view(self, b: int, context: Context, arrays, results) -> np.ndarray:
         """The content of a buffer as an array, during a call."""

@@ -109,53 +109,65 @@ class Branches:
 class While:
     """The function of a `while_loop` step.
 
-    first: whether to begin. body: the next operands, then whether to go on. The step gives what becomes of the
-    operands that change.
+    first: whether to begin. body: the next operands, then whether to go on. wanted: numbers of the operands of which
+    the step gives what becomes of them.
     """
 
     first: Body
     body: Body
+    wanted: tuple[int, ...]
 
     @property
-    def changing(self) -> tuple[int, ...]:
-        """Numbers of the operands that the body does not just pass on."""
-        return changing(self.body.results)
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        """See `steps.HostStep`."""
+        return carried_in_place(len(self.body.results) - 1, self.wanted, self.body.program.donations)
 
-    def __call__(self, arrays: Arrays, sizes: dict[str, int]) -> list[np.ndarray]:
+    def __call__(self, arrays: Arrays, sizes: dict[str, int], own: Collection[int] = ()) -> list[np.ndarray]:
         given = [*arrays, *self.first.extra(sizes)]
         binding = self.first.bind([a.shape for a in given])
         if not self.first.run(binding, given, self.first.result_types(sizes, binding))[0]:
-            return self._changed(arrays)
+            return self._wanted(arrays)
         rest = self.body.extra(sizes)
         given = [*arrays, *rest]
         binding = self.body.bind([a.shape for a in given])
         types = self.body.result_types(sizes, binding)
         check_carried(self.body.program.name, types_of(arrays), types[:-1])
         if self.body.repeat and is_one_native_call(binding):
-            return self._on_addresses(binding, given, types)
-        given = _own_donors(binding, given)
+            return self._on_addresses(binding, given, types, own)
+        given = _own_donors(binding, given, own)
         while True:
             *given, go_on = self.body.run(binding, given, types)
             if not go_on:
-                return self._changed(given)
+                return self._wanted(given)
             given += rest
 
-    def _changed(self, carries: Arrays) -> list[np.ndarray]:
-        return [carries[i] for i in self.changing]
+    def _wanted(self, carries: Arrays) -> list[np.ndarray]:
+        return [carries[i] for i in self.wanted]
 
-    def _on_addresses(self, binding: Binding, given: Arrays, types: list) -> list[np.ndarray]:
+    def _on_addresses(self, binding: Binding, given: Arrays, types: list, own: Collection[int]) -> list[np.ndarray]:
         runs = NativeRuns(binding, given, self.body.repeat)
         *sources, flag = [runs.slot(place) for place in self.body.results]
-        runs.place_outputs(given)
+        in_place = runs.place_outputs(given, own=own)
         runs.carry(sources)
         while runs.repeat(_TURNS, flag):
             pass
-        return runs.finish({i: types[i] for i in self.changing})
+        return runs.finish({i: types[i] for i in self.wanted}, in_place)
 
 
 def changing(results: Sequence[tuple[str, int]]) -> tuple[int, ...]:
     """Numbers of the operands that the body of a loop with these `results` (see `Body`) does not just pass on."""
     return tuple(i for i, place in enumerate(results[:-1]) if place != ("input", i))
+
+
+def carried_in_place(
+    num_operands: int, given: Sequence[int], donations: Sequence[tuple[int, int]]
+) -> tuple[tuple[int, int], ...]:
+    """Pairs (output, input) of positions in the step of a loop that gives these of its carries.
+
+    donations: those of its body: what it may write over the carry before.
+    """
+    donated = {carry for carry, _ in donations}
+    return tuple((num_operands + place, carry) for place, carry in enumerate(given) if carry in donated)
 
 
 def is_handed_on(results: Sequence[tuple[str, int]], carry: int, output: int) -> bool:
@@ -164,9 +176,9 @@ def is_handed_on(results: Sequence[tuple[str, int]], carry: int, output: int) ->
     return results[carry] == place and results.count(place) == 1 and ("input", carry) not in results
 
 
-def _own_donors(binding: Binding, arrays: Arrays) -> list[np.ndarray]:
-    """The arrays, with copies for those that the program overwrites."""
-    donors = {d for d in binding.storage.donors if d >= 0}
+def _own_donors(binding: Binding, arrays: Arrays, own: Collection[int]) -> list[np.ndarray]:
+    """The arrays, with copies for those that the program overwrites and that are not the step's `own`."""
+    donors = {d for d in binding.storage.donors if d >= 0 and d not in own}
     return [np.array(a, order="C") if i in donors else a for i, a in enumerate(arrays)]
 
 
@@ -180,7 +192,13 @@ class Scan:
     length: int | Dim
     reverse: bool
 
-    def __call__(self, arrays: Arrays, sizes: dict[str, int]) -> list[np.ndarray]:
+    @property
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        """See `steps.HostStep`."""
+        num_operands = len(self.body.program.inputs) - len(self.body.constants) - len(self.body.symbols)
+        return carried_in_place(num_operands, range(self.num_carry), self.body.program.donations)
+
+    def __call__(self, arrays: Arrays, sizes: dict[str, int], own: Collection[int] = ()) -> list[np.ndarray]:
         count, held = evaluate(self.length, sizes), self.num_carry + self.num_xs
         carries, xs = arrays[: self.num_carry], [np.ascontiguousarray(x) for x in arrays[self.num_carry : held]]
         rest = [*arrays[held:], *self.body.extra(sizes)]
@@ -191,8 +209,8 @@ class Scan:
             raise KGraphError(f"{self.body.program.name}: a sequence has another length than {count}")
         stacks = [np.empty((count, *shape), dtype) for shape, dtype in types[self.num_carry :]]
         if count and self.body.repeat and is_one_native_call(binding):
-            return [*self._on_addresses(binding, carries, xs, rest, types, stacks, count), *stacks]
-        carries = _own_donors(binding, carries)
+            return [*self._on_addresses(binding, carries, xs, rest, types, stacks, count, own), *stacks]
+        carries = _own_donors(binding, carries, own)
         for t in range(count)[:: -1 if self.reverse else 1]:
             results = self.body.run(binding, [*carries, *(np.asarray(x[t]) for x in xs), *rest], types)
             carries = results[: self.num_carry]
@@ -200,7 +218,7 @@ class Scan:
                 stack[t] = y
         return [*carries, *stacks]
 
-    def _on_addresses(self, binding: Binding, carries, xs, rest, types, stacks, count: int) -> list[np.ndarray]:
+    def _on_addresses(self, binding: Binding, carries, xs, rest, types, stacks, count: int, own) -> list[np.ndarray]:
         """Fill `stacks`, and give the last carries."""
         first, sign = (count - 1, -1) if self.reverse else (0, 1)
         row = lambda a, t: a[t : t + 1]
@@ -231,14 +249,14 @@ class Scan:
             ahead.append((into, np.empty_like(row(stack, 0))))
             runs.put(into, row(stack, first + sign if count > 1 else first))
             runs.move(into, sign * row(stack, 0).nbytes)
-        runs.place_outputs(carries, written)
+        in_place = runs.place_outputs(carries, written, own)
         runs.carry(sources[: self.num_carry])
         for start in range(0, count - 1, _TURNS):
             runs.repeat(min(_TURNS, count - 1 - start))
         for slot, last in ahead:
             runs.put(slot, last)
         runs.repeat(1)
-        return runs.finish(dict(enumerate(types[: self.num_carry])))
+        return runs.finish(dict(enumerate(types[: self.num_carry])), in_place)
 
 
 def check_carried(name: str, before: Sequence[Type], after: Sequence[Type]) -> None:
@@ -299,13 +317,23 @@ class NativeRuns:
         self._kept.append(a)
         self.cells[slot] = a.ctypes.data
 
-    def place_outputs(self, carries: Arrays, written: Collection[int] = ()) -> None:
-        """Place the outputs but for the cells `written`: over the carry that was donated for one, else in turn."""
+    def place_outputs(
+        self, carries: Arrays, written: Collection[int] = (), own: Collection[int] = ()
+    ) -> dict[int, np.ndarray]:
+        """Place the outputs but for the cells `written`: over the carry that was donated for one, else in turn.
+
+        Gives those of the carries `own` that are overwritten, by number; others are copied first.
+        """
+        in_place = {}
         for number, donor in enumerate(self.binding.storage.donors):
-            if donor >= 0:
+            if donor >= 0 and donor in own and carries[donor].flags.c_contiguous:
+                in_place[donor] = carries[donor]
+                self.put(self.first_output + number, carries[donor])
+            elif donor >= 0:
                 self.put(self.first_output + number, np.array(carries[donor], order="C"))
             elif self.first_output + number not in written:
                 self._alternate(number)
+        return in_place
 
     def _alternate(self, number: int) -> None:
         """Write an output to two pieces of memory in turn: what was written last can be read by the next run."""
@@ -363,10 +391,16 @@ class NativeRuns:
         self._repeat(table.buffer_info()[0])
         return bool(table[TABLE.index("going")])
 
-    def finish(self, types: dict[int, tuple]) -> list[np.ndarray]:
-        """Copies of carried values, by their numbers with shapes and dtypes; the object is spent afterwards."""
+    def finish(self, types: dict[int, tuple], in_place: dict[int, np.ndarray]) -> list[np.ndarray]:
+        """Carried values, by their numbers with shapes and dtypes; the object is spent afterwards.
+
+        in_place: those that lie where the step wants them; of the others it gives copies.
+        """
         out = []
         for number, (shape, dtype) in types.items():
+            if number in in_place:
+                out.append(in_place[number])
+                continue
             a = np.empty(shape, dtype)
             ctypes.memmove(a.ctypes.data, self.cells[self.first + number], a.nbytes)
             out.append(a)

@@ -164,15 +164,18 @@ class HostStep:
 
     function: `function(arrays, sizes) -> sequence of arrays`, where `arrays` are the inputs (not to be changed) and
         `sizes` the values of the symbols; the results are copied into the output buffers.
-    operands, outputs: as in NativeStep. reason: why no kernel does this.
+    operands, outputs, inplace: as in NativeStep. Functions of steps with `inplace` take a third argument: the positions
+        of the inputs that outputs lie in, which they may change, and give as that output.
+    reason: why no kernel does this.
     """
 
-    function: Callable[[list[np.ndarray], dict[str, int]], Sequence[np.ndarray]]
+    function: Callable[..., Sequence[np.ndarray]]
     operands: tuple[int, ...]
     outputs: int
     reason: str = ""
     label: str = ""
     layers: tuple[str, ...] = ()
+    inplace: tuple[tuple[int, int], ...] = ()
 
     @property
     def touched(self) -> tuple[int, ...]:

@@ -219,8 +219,6 @@ def _merge_in_place(
     group_last = dict(last)
     for index, step in enumerate(program.steps):
         overwritten: set[int] = set()
-        if isinstance(step, HostStep):
-            continue
         for output, source in step.inplace:
             out, src = step.operands[output], step.operands[source]
             out_root, src_root = roots[out], roots[src]

@@ -313,7 +313,7 @@ def test_bodies_overwrite_only_what_is_their_own(looping, tmp_path):
     sections = contents(looping, tmp_path)
     plan = json.loads(sections["plan/0/native"])
     path = loop_body(plan)
-    first, again = (body[0] for body in plan["steps"][path[1]][4][1:])
+    first, again = (body[0] for body in plan["steps"][path[1]][4][1:3])
     assert again["donations"] == [[0, 0], [1, 1]]
     x = np.ones((3, 4, 5), "float32")
     wanted = kgraph.load(rewritten(tmp_path, sections))(x)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import kgraph  # isort: skip  (before Keras)
 
+import copy
 import gc
+import threading
+import time
 
 import keras
 import numpy as np
 import pytest
 
 from kgraph import prepared
+from kgraph.prepared import Source
 
 SIZE = 300
 
@@ -114,9 +118,162 @@ def test_another_owner_at_the_same_place_is_another_source():
         pass
 
     owner, array = Owner(), np.zeros(3)
-    kept = prepared.keep(b"digest", [(owner, 1)], array)
-    assert prepared.find(b"digest", [(owner, 1)]) is kept
-    assert prepared.find(b"digest", [(owner, 2)]) is None
-    assert prepared.find(b"other", [(owner, 1)]) is None
+    kept = prepared.keep(b"digest", [Source(owner, 1)], array)
+    assert prepared.find(b"digest", [Source(owner, 1)]) is kept
+    assert prepared.find(b"digest", [Source(owner, 2)]) is None
+    assert prepared.find(b"other", [Source(owner, 1)]) is None
     kept._owners = [lambda: None]  # the owner has died, and its place is taken
-    assert prepared.find(b"digest", [(owner, 1)]) is None
+    assert prepared.find(b"digest", [Source(owner, 1)]) is None
+
+
+# -- values that are kept as kernels read them ------------------------------------------------------------------------
+def away(model) -> list:
+    """The variables that have let go of their values."""
+    return [v for v in model.variables if v._is_behind]
+
+
+def attention_model():
+    x = keras.Input((None, 256))
+    y = keras.layers.MultiHeadAttention(4, 64)(x, x)
+    y = keras.layers.Dense(300, activation="gelu")(y)
+    return keras.Model(x, keras.layers.Conv1D(256, 1)(y))
+
+
+def test_values_come_back_as_they_were():
+    """Kernels of dense layers, of attention (reshaped) and of pointwise convolutions."""
+    model = attention_model()
+    before = [np.array(v._value) for v in model.variables]
+    wanted = model(normal(2, 5, 256))
+    np.testing.assert_allclose(kgraph.compile(model)(normal(2, 5, 256)), wanted, rtol=1e-3, atol=1e-3)
+    assert [v.name for v in away(model)] == ["kernel"] * 6
+    after = model.get_weights()
+    assert not away(model)
+    for a, b in zip(after, before, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_transposed_and_tied_values():
+    """A weight that is read transposed can go; one that is read as it is, too, cannot."""
+    table = keras.Variable(normal(400, 300))
+    kernel = keras.Variable(normal(300, 400))
+    value = np.array(kernel._value)
+    ops = keras.ops
+    turned = kgraph.jit(lambda x: ops.matmul(x, ops.transpose(kernel)))
+    tied = kgraph.jit(lambda n, x: (ops.take(table, n, axis=0), ops.matmul(x, ops.transpose(table))))
+    x, numbers = normal(3, 400), np.arange(3, dtype="int32")
+    np.testing.assert_allclose(turned(x), x @ value.T, rtol=1e-4, atol=1e-3)
+    assert kernel._is_behind
+    np.testing.assert_array_equal(kernel.numpy(), value)
+    rows, scores = tied(numbers, normal(3, 300))
+    assert not table._is_behind
+    np.testing.assert_array_equal(rows, table.numpy()[:3])
+    np.testing.assert_allclose(scores, normal(3, 300) @ table.numpy().T, rtol=1e-4, atol=1e-3)
+
+
+def test_what_is_read_once_stays(dense):
+    kernel = dense.layers[0].kernel
+    fast = kgraph.compile(dense)
+    assert kernel._is_behind
+    value = kernel.numpy()
+    kernel.assign(value + 1)
+    x = normal(3, SIZE)
+    np.testing.assert_allclose(fast(x), dense(x), rtol=1e-4, atol=1e-3)
+    assert not kernel._is_behind
+
+
+def test_what_somebody_holds_stays(dense):
+    held = dense.layers[0].kernel.value
+    kgraph.compile(dense)
+    assert not dense.layers[0].kernel._is_behind
+    assert dense.layers[0].kernel.value is held
+
+
+def test_what_the_function_assigns_stays(dense):
+    kernel = dense.layers[0].kernel
+
+    @kgraph.jit
+    def step(x):
+        y = dense(x)
+        kernel.assign(kernel * 0.5)
+        return y
+
+    for _ in range(3):
+        x = normal(3, SIZE)
+        wanted = np.asarray(dense(x))
+        np.testing.assert_allclose(step(x), wanted, rtol=1e-4, atol=1e-3)
+        assert not kernel._is_behind
+
+
+def test_the_value_outlives_the_compiled_model(dense):
+    value = np.array(dense.layers[0].kernel._value)
+    fast = kgraph.compile(dense)
+    assert dense.layers[0].kernel._is_behind
+    del fast
+    gc.collect()
+    np.testing.assert_array_equal(dense.layers[0].kernel.numpy(), value)
+
+
+def test_copies_have_the_value(dense):
+    value = np.array(dense.layers[0].kernel._value)
+    kgraph.compile(dense)
+    copied = copy.deepcopy(dense.layers[0].kernel)
+    dense.layers[0].kernel.assign(value + 1)
+    np.testing.assert_array_equal(copied.numpy(), value)
+
+
+def test_saved_and_trained_after_it_was_put_away(dense, tmp_path):
+    dense.compile("sgd", "mse")
+    x, y = normal(32, SIZE), normal(32, 5)
+    fast = kgraph.compile(dense)
+    wanted = fast(x)
+    assert away(dense)
+    dense.save(tmp_path / "m.keras")
+    np.testing.assert_allclose(keras.models.load_model(tmp_path / "m.keras")(x), wanted, rtol=1e-4, atol=1e-3)
+    twin = keras.models.load_model(tmp_path / "m.keras")
+    again = kgraph.compile(twin)
+    assert away(twin)
+    for model in (dense, twin):
+        model.fit(x, y, epochs=2, batch_size=8, shuffle=False, verbose=0)
+    np.testing.assert_array_equal(again(x), fast(x))
+    np.testing.assert_allclose(again(x), twin(x), rtol=1e-4, atol=1e-3)
+
+
+def test_threads_that_read_assign_and_compile(dense):
+    """Whoever reads a variable sees a value that it had."""
+    kernel = dense.layers[0].kernel
+    values = [normal(SIZE, SIZE, seed=seed) for seed in range(4)]
+    sums = {float(v.sum(dtype="float64")) for v in values}
+    kernel.assign(values[0])
+    stop = threading.Event()
+    wrong = []
+
+    def read():
+        while not stop.is_set():
+            kernel._is_read = False  # so that it is put away again and again
+            found = float(np.asarray(kernel._value).sum(dtype="float64"))
+            if found not in sums:
+                wrong.append(found)
+
+    def compile_again():
+        while not stop.is_set():
+            kgraph.compile(dense)
+
+    workers = [threading.Thread(target=f) for f in (read, read, compile_again)]
+    for worker in workers:
+        worker.start()
+    for turn in range(40):
+        kernel.assign(values[turn % 4])
+        np.testing.assert_array_equal(kernel._value, values[turn % 4])
+        time.sleep(0.02)
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_scalars_are_shared_too():
+    scale = keras.Variable(np.float32(2))
+    function = kgraph.jit(lambda x: x * keras.ops.exp(scale))
+    for rows in (2, 3):
+        np.testing.assert_allclose(function(np.ones(rows, "float32")), np.full(rows, np.exp(2)), rtol=1e-5)

@@ -20,6 +20,7 @@ from kgraph.passes.inline_cond import inline_cond
 from kgraph.passes.pipeline import TRAINING
 from kgraph.report import explain
 from kgraph.runtime.control import Branches, Scan, While, is_one_native_call
+from kgraph.runtime.steps import HostStep
 
 N, T = Dim.symbol("N"), Dim.symbol("T")
 # Conditions stay what they are, however cheap their branches.
@@ -215,6 +216,61 @@ def test_while_loops_run_until_their_condition_fails(limit):
     compiled = compile_graph(graph)
     for rows in (1, 6):
         check(compiled, graph, np.ones(rows, np.float32), np.array(0, np.int32), np.full(rows, 2, np.float32))
+
+
+def carried_on(kind, *, reads_operand: bool) -> Graph:
+    """A loop over what a kernel has made of an input."""
+    types = [f32(N, 3), TensorType((), "int32")]
+    if kind == "while":
+        more = record_region("more", types, lambda x, n: [ops.lt(n, np.int32(4))])
+        step = record_region(
+            "step", types, lambda x, n: [ops.add(ops.mul(x, x), np.float32(0.1)), ops.add(n, np.int32(1))]
+        )
+        loop = lambda x, n: ops.while_loop(x, n, cond=more, body=step)[0]
+    else:
+        step = record_region("step", types[:1], lambda x: [ops.add(ops.mul(x, x), np.float32(0.1))])
+        loop = lambda x, n: ops.scan(x, body=step, num_carry=1, num_xs=0, length=4, reverse=False)[0]
+
+    def function(x, n):
+        made = ops.tanh(x)
+        last = ops.exp(loop(made, n))
+        return ops.add(last, made) if reads_operand else last
+
+    return trace(function, *types)
+
+
+@pytest.mark.parametrize("start", [0, 4])  # 4: the while loop does not begin
+@pytest.mark.parametrize("reads_operand", [False, True])
+@pytest.mark.parametrize("kind", ["while", "scan"])
+def test_a_loop_overwrites_what_nobody_else_reads(kind, reads_operand, start):
+    graph = carried_on(kind, reads_operand=reads_operand)
+    compiled = compile_graph(graph)
+    (step,) = [s for s in compiled.program.steps if isinstance(s, HostStep)]
+    assert step.outputs == 1  # the counter is not read
+    binding = compiled.program.bind({"N": 5})
+    source, target = step.operands[0], step.operands[-1]
+    in_place = binding.storage.places[source] == binding.storage.places[target]
+    assert in_place != reads_operand
+    assert binding._overwritten(step) == (frozenset() if reads_operand else {0})
+    for rows in (1, 5):
+        check(compiled, graph, normal(rows, 3), np.array(start, np.int32))
+
+
+@pytest.mark.parametrize("kind", ["while", "scan"])
+def test_loops_that_python_counts_overwrite_it_too(kind, monkeypatch):
+    monkeypatch.setattr("kgraph.runtime.control.is_one_native_call", lambda binding: False)
+    for reads_operand in (False, True):
+        graph = carried_on(kind, reads_operand=reads_operand)
+        check(compile_graph(graph), graph, normal(5, 3), np.array(0, np.int32))
+
+
+def test_a_loop_leaves_the_arrays_of_a_call_alone():
+    """What it is given are the caller's arrays, and what it gives are the program's outputs."""
+    graph = doubling_until(100)
+    compiled = compile_graph(graph)
+    (step,) = [s for s in compiled.program.steps if isinstance(s, HostStep)]
+    assert step.inplace
+    check(compiled, graph, np.ones(3, np.float32), np.array(0, np.int32), np.full(3, 2, np.float32))
 
 
 def test_derivatives_of_a_scan():

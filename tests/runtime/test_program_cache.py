@@ -235,7 +235,8 @@ def looping(x, w):
     last, _ = ops.while_loop(x, w, cond=more, body=record_region("body", types, body))
     row = TensorType(x.shape[1:], "float32")
     total = record_region("total", [row, row], lambda a, r: [(a := ops.tanh(ops.add(a, r))), a])
-    return ops.scan(ops.reduce_sum(last, axes=(0,)), last, body=total, num_carry=1, num_xs=1, length=last.shape[0], reverse=False)
+    attrs = {"body": total, "num_carry": 1, "num_xs": 1, "length": last.shape[0], "reverse": False}
+    return ops.scan(ops.reduce_sum(last, axes=(0,)), last, **attrs)
 
 
 def test_programs_with_loops_and_branches(monkeypatch):

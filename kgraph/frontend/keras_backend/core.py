@@ -18,6 +18,8 @@ import contextlib
 import functools
 import threading
 import warnings
+import weakref
+from collections.abc import Callable
 from sys import getrefcount
 from typing import Any
 
@@ -60,6 +62,10 @@ dtypes.PYTHON_DTYPES_MAP = _DTypeNames(dtypes.PYTHON_DTYPES_MAP)
 # looks at its own variables' versions only when it differs. Read it as `core.weights_version`.
 weights_version = 0
 _version_lock = threading.Lock()
+# Held while a value is put away, or made again.
+_fetch_lock = threading.RLock()
+# References to a variable's array as `getrefcount` counts them: the variable's own and its argument.
+_HELD_BY_VARIABLE = 2
 
 
 class Variable(KerasVariable):
@@ -71,6 +77,9 @@ class Variable(KerasVariable):
     Steps on a GPU leave the value there: `resident` is an array on the device that has it, and `_value`, the array of
     the host, is copied from there when it is read and behind. `spare` is the resident that an assignment has replaced:
     its memory takes the next one.
+
+    Where compiled models keep a weight in the order in which kernels read it, that is all that is kept (`put_away`):
+    `_value` is made again when it is read, and stays from then on.
     """
 
     version = 0
@@ -78,21 +87,54 @@ class Variable(KerasVariable):
     spare: Any = None
     _host: np.ndarray | None = None
     _is_behind = False
+    _restore: Callable[[], np.ndarray] | None = None
+    _is_read = False
 
     @property
     def _value(self):
+        host = self._host  # before the question, since another thread may put it away
         if self._is_behind:
             self._fetch()
-        return self._host
+            return self._host
+        return host
 
     @_value.setter
     def _value(self, value):
-        if self.resident is not None:
-            self.spare, self.resident = self.resident, None
-        self._host, self._is_behind = value, False
+        with _fetch_lock:
+            if self.resident is not None:
+                self.spare, self.resident = self.resident, None
+            self._host, self._is_behind, self._restore = value, False, None
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the variable is initialised."""
+        return self._is_behind or self._host is not None
+
+    def may_be_put_away(self) -> bool:
+        """Whether nobody but the variable holds its value, and nobody has read one that was put away."""
+        return not self._is_behind and not self._is_read and getrefcount(self._host) <= _HELD_BY_VARIABLE
+
+    def put_away(self, value: weakref.ref[np.ndarray], restore: Callable[[], np.ndarray]) -> None:
+        """Let go of this array, if it is the value still, which `restore` makes again."""
+        with _fetch_lock:
+            if not self._is_behind and self._host is value():
+                # In this order, for those who read without the lock.
+                self._restore, self._is_behind = restore, True
+                self._host = None
+
+    def __getstate__(self):
+        return {**vars(self), "_host": self._value, "_is_behind": False, "_restore": None, "resident": None}
 
     def _fetch(self) -> None:
-        """Copy the value from the device. If that is lost, the last copy stays, after a warning."""
+        """Bring the value to the host. If its device is lost, the last copy stays, after a warning."""
+        with _fetch_lock:
+            if self._restore is not None:
+                value = self._restore()
+                value.setflags(write=False)
+                self._host, self._is_read = value, True
+                self._is_behind, self._restore = False, None
+        if not self._is_behind:
+            return
         try:
             value = self.resident.numpy()
         except DeviceError as error:

@@ -55,13 +55,13 @@ def _branches(step: Branches, arrays: Arrays, sizes: dict[str, int], device: Dev
 
 def _while(step: While, arrays: Arrays, sizes: dict[str, int], device: Device) -> list[DeviceArray]:
     if not _run(step.first, [*arrays, *_extra(step.first, sizes, device)], sizes, device)[0]:
-        return [arrays[i] for i in step.changing]
+        return [arrays[i] for i in step.wanted]
     rest = _extra(step.body, sizes, device)
     while True:
         *given, go_on = _run(step.body, [*arrays, *rest], sizes, device)
         check_carried(step.body.program.name, types_of(arrays), types_of(given))
         if not go_on:
-            return [given[i] for i in step.changing]
+            return [given[i] for i in step.wanted]
         arrays = given
 
 
