@@ -24,7 +24,7 @@ from kgraph.frontend.tracer import is_tracing
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.passes.round_operands import round_operands
 from kgraph.precision import PrecisionReport, measure
-from kgraph.prepared import Source, is_any_prepared
+from kgraph.prepared import Source, Values, is_any_prepared
 from kgraph.progress import CompileProgress
 from kgraph.report import Explanation, Profile, explain, kernel_rows, profile_of
 from kgraph.reserve import Reserve
@@ -32,19 +32,6 @@ from kgraph.runtime.cuda.device import device_for
 from kgraph.runtime.model import Model, sizes_of
 from kgraph.targets import resolve
 from kgraph.types import np_dtype
-
-
-class Values(Sequence[np.ndarray]):
-    """The values of variables, each of which is read when it is asked for."""
-
-    def __init__(self, variables: Sequence[core.Variable]):
-        self._variables = variables
-
-    def __len__(self) -> int:
-        return len(self._variables)
-
-    def __getitem__(self, number):
-        return self._variables[number]._value
 
 
 class Variant:

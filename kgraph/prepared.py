@@ -24,6 +24,19 @@ class Source(NamedTuple):
     variable: Any = None
 
 
+class Values(Sequence[np.ndarray]):
+    """The values of variables, each of which is read when it is asked for: it may have been let go."""
+
+    def __init__(self, variables: Sequence[Any]):
+        self._variables = variables
+
+    def __len__(self) -> int:
+        return len(self._variables)
+
+    def __getitem__(self, number):
+        return self._variables[number]._value
+
+
 class Prepared:
     """An array that is made of `sources`, for as long as somebody keeps this object."""
 

@@ -19,6 +19,7 @@ from kgraph.frontend.capture import Captured, SpecialisationError, capture_funct
 from kgraph.frontend.keras_backend import core
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.ir import Graph
+from kgraph.prepared import Source, Values
 from kgraph.progress import CompileProgress
 from kgraph.report import Profile, kernel_rows, profile_of
 from kgraph.targets import resolve
@@ -250,7 +251,7 @@ class Variant:
         if self.versions:
             changed = [i for i, (new, old) in enumerate(zip(versions, self.versions)) if new != old]
         if changed is None or changed:
-            self.compiled.set_params([v._value for v in self.read], changed)
+            self.compiled.set_params(Values(self.read), changed, sources=list(map(Source, self.read, versions)))
         self.versions, self.seen_version = versions, seen
 
 

@@ -277,3 +277,13 @@ def test_scalars_are_shared_too():
     function = kgraph.jit(lambda x: x * keras.ops.exp(scale))
     for rows in (2, 3):
         np.testing.assert_allclose(function(np.ones(rows, "float32")), np.full(rows, np.exp(2)), rtol=1e-5)
+
+
+def test_predict_takes_what_a_compiled_model_has(dense, monkeypatch):
+    """Without reading values that were put away."""
+    x = normal(32, SIZE)
+    fast = kgraph.compile(dense)
+    wanted = fast(x)
+    assert away(dense)
+    np.testing.assert_allclose(dense.predict(x, verbose=0), wanted, rtol=1e-4, atol=1e-4)
+    assert away(dense)
