@@ -30,6 +30,9 @@ from kgraph.runtime.threads import get_num_threads
 
 # Packed weights below this do not pay for a kernel.
 LEAST_BYTES = 1 << 18
+# What variables have let go of is given back to the system whenever it is so much: the C library keeps it, and for
+# other threads than those that pack.
+_GIVEN_BACK = 32 << 20
 # (layout of a packed array, what is done in turn to what it unpacks to).
 _Order = tuple[tuple, tuple[tuple[str, tuple], ...]]
 
@@ -230,8 +233,17 @@ class Preparation:
                 del values
                 yield from left
 
+        gone = 0
+
         def run(task: _Task) -> tuple[int, np.ndarray]:
-            return task.run(room.get(task.number))
+            nonlocal gone
+            made = task.run(room.get(task.number))
+            if task.let_go is not None:
+                gone += made[1].nbytes
+                if gone >= _GIVEN_BACK:  # as another thread may count too, sooner or later by one
+                    gone = 0
+                    give_back()
+            return made
 
         threads = min(get_num_threads(), len(calls))
         if threads > 1:
