@@ -8,12 +8,14 @@ import copy
 import gc
 import threading
 import time
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 
 from kgraph import prepared
+from kgraph.frontend.keras_backend import core
 from kgraph.prepared import Source
 
 SIZE = 300
@@ -287,3 +289,12 @@ def test_predict_takes_what_a_compiled_model_has(dense, monkeypatch):
     assert away(dense)
     np.testing.assert_allclose(dense.predict(x, verbose=0), wanted, rtol=1e-4, atol=1e-4)
     assert away(dense)
+
+
+def test_a_value_on_a_device_takes_the_place_of_one_that_was_put_away(dense):
+    kernel = dense.layers[0].kernel
+    kgraph.compile(dense)
+    assert kernel._is_behind
+    value = normal(SIZE, SIZE, seed=5)
+    core.adopt_residents([kernel], [SimpleNamespace(numpy=lambda: value)])
+    np.testing.assert_array_equal(kernel.numpy(), value)

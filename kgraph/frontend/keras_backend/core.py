@@ -217,7 +217,8 @@ def adopt_residents(variables, arrays) -> None:
     """Make arrays on a device, of the right types and held by nobody else, the variables' values without copies."""
     global weights_version
     for variable, array in zip(variables, arrays, strict=True):
-        variable.resident, variable._is_behind = array, True
+        with _fetch_lock:
+            variable.resident, variable._is_behind, variable._restore = array, True, None
     with _version_lock:
         for variable in variables:
             variable.version += 1
