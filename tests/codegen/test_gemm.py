@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kgraph.codegen.cpu import gemm
+from kgraph.codegen.cpu.gemm_kernel import render
 from kgraph.codegen.cpu.microkernel import TileRange, register_tile
 from kgraph.ir import Dim, TensorType, Value, make_node
 from kgraph.ops.contraction import DOT_GENERAL
-from tests.codegen.contractions import add, check, filled
+from tests.codegen.contractions import add, check, filled, fused, pack_weights
 from tests.codegen.driver import Bound, host_target
 from tests.codegen.samples import check_sample
 
@@ -176,7 +177,6 @@ def test_epilogue_converts():
 
 def test_an_operand_of_other_shape_is_refused():
     from kgraph.ir import Value, make_node
-    from tests.codegen.contractions import fused
 
     attrs = {**PLAIN, "lhs_contract": (2,)}
     core = make_node(DOT_GENERAL, [Value(TensorType(s, "float32")) for s in ((2, 3, 5), (5, 4))], attrs)
@@ -240,3 +240,24 @@ def test_even_tiles_cover_every_row_once(tile):
         assert max(tiles.sizes) - min(tiles.sizes) <= 1
         if extent > tile:  # no short tile, which would wait for its sums
             assert min(tiles.sizes) > tile // 2 - 1
+
+
+@pytest.mark.parametrize("k", [70, 3000])
+@pytest.mark.parametrize("m", [4, 8, 17, 64])
+def test_few_rows_ask_for_what_they_read_next(m, k, monkeypatch):
+    """Of weights that come from memory. The last panel asks for what is not there; no bit depends on it."""
+    node = fused(
+        make_node(DOT_GENERAL, [Value(TensorType(s, "float32")) for s in ((m, k), (k, 45))], PLAIN),
+        [],
+        lambda graph, result: [result],
+        "dot",
+    )
+    packed, _ = pack_weights(gemm, node, [filled((m, k), "float32"), filled((k, 45), "float32", 1)])
+    results, texts = [], []
+    for multiple in (1 << 30, 0):
+        monkeypatch.setattr(gemm, "REQUESTED_BYTES", multiple)
+        results.append(matrices(m, k, 45, packed=True)[0])
+        (call,) = gemm.lower(packed, host_target())
+        texts.append(render(call.spec.params, host_target()))
+    np.testing.assert_array_equal(*results)
+    assert ["llvm.prefetch" in text for text in texts] == [False, True]

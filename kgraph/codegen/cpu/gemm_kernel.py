@@ -26,6 +26,9 @@ class GemmPlan(NamedTuple):
 
     Where M is symbolic and A is read in place, the block and the number of first tiles are sizes of run time: products
     that are equal but for these share a kernel.
+
+    requests: tiles of a panel that between them ask for what they read next of B, where rows are so few that they are
+    multiplied about as fast as B comes from memory; 0 for none.
     """
 
     product: tuple
@@ -48,6 +51,7 @@ class GemmPlan(NamedTuple):
     row_tiles: tuple
     vectors: int
     beside: int
+    requests: int
     epilogue: tuple
 
     @property
@@ -144,6 +148,7 @@ class _Gemm:
             pixel_row_pitch=0,
             pixel_col_pitch=1,
             partial=plan.chunked,
+            requests=plan.requests,
             panel=plan.vectors if plan.beside > 1 and plan.b_step is None else 0,
             panel_step=self.panels.width * self.product.column_length(plan.depth) if plan.beside > 1 else 0,
         )
@@ -287,7 +292,12 @@ class _Gemm:
             if plan.chunked:
                 sums = sums + (((panel - begin) * self.block + row) * panels.width)
             shape = Tile(1, size, vectors, masked)
-            self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, turns, first, last)
+            requested = None
+            if plan.requests:
+                # What follows in memory: the next block of k, or the next panel.
+                number = row // min(plan.row_tiles[0])
+                requested = bp + (turns + number) * (self.product.steps * width)
+            self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, turns, first, last, requested)
 
         if vectors > panels.vectors:
             tile(0, 1)
