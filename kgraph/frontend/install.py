@@ -34,6 +34,7 @@ COARSE = frozenset(
         "keras.src.layers.core.embedding",
         "keras.src.layers.preprocessing.image_preprocessing.equalization",
         "keras_hub.src.models.depth_anything.interpolate",
+        "keras_hub.src.models.roformer_v2.roformer_v2_attention",
     }
 )
 # KerasHub's, in which `keras_backend.generation` does.
