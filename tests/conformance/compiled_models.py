@@ -87,7 +87,6 @@ def check_task(cls, init_kwargs, train_data, compile_kwargs) -> None:
     x, y, sample_weight = map(_arrays, keras.utils.unpack_x_y_sample_weight(task.preprocessor(*train_data)))
     x = keras.tree.map_structure(_varied, x)
     _check_calls(task, [x])
-    task.preprocessor = None
     _check_step(task, compile_kwargs or {}, x, y, sample_weight)
 
 
@@ -236,5 +235,8 @@ def _changes(task, compile_kwargs: dict, values: list, x, y, sample_weight, run_
     optimizer = keras.optimizers.SGD(RATE)
     task.compile(**{**compile_kwargs, "optimizer": optimizer, "run_eagerly": run_eagerly})
     batch = len(keras.tree.flatten(x)[0])
+    # The data is preprocessed. Some tasks ask the preprocessor for what they compile with.
+    preprocessor, task.preprocessor = task.preprocessor, None
     task.fit(x, y, sample_weight=sample_weight, batch_size=batch, shuffle=False, verbose=0)
+    task.preprocessor = preprocessor
     return [v.numpy().astype("float64") - b.astype("float64") for v, b in zip(task.variables, values, strict=True)]
