@@ -70,3 +70,8 @@ def is_presented(array: np.ndarray) -> bool:
 def presented(x):
     """What a primitive or ufunc has computed, in the form in which Keras' code gets it."""
     return x.view(EagerArray) if type(x) is np.ndarray and is_presented(x) else x
+
+
+def underlying(x):
+    """The plain array that `presented` has made a view of; anything else as it is."""
+    return x.base if type(x) is EagerArray and type(x.base) is np.ndarray else x

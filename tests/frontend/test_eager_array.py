@@ -7,6 +7,7 @@ import pytest
 from keras import layers, ops
 
 import kgraph
+from kgraph.frontend.eager_array import presented, underlying
 from kgraph.ir import np_dtype
 
 BFLOAT16 = np_dtype("bfloat16")
@@ -47,6 +48,14 @@ def test_in_place_operators_on_bfloat16_make_new_arrays():
     assert (x.dtype, y.dtype) == (BFLOAT16, BFLOAT16)
     assert x.tolist() == [1.0] * 3
     assert y.tolist() == [1.5] * 3
+
+
+def test_the_plain_array_underlies_its_view():
+    plain = np.arange(4.0).reshape(2, 2).astype(BFLOAT16)
+    for x in (plain, plain.T, plain[:1]):
+        assert underlying(presented(x)) is x
+    for x in (presented(plain)[:1], presented(plain).T, [1.0]):
+        assert underlying(x) is x
 
 
 @pytest.mark.parametrize("table", [lambda: ops.cumsum(ops.arange(5)), lambda: ops.convert_to_tensor([0, 1, 3, 6, 10])])

@@ -34,7 +34,7 @@ from keras.src.backend.common.variables import standardize_shape as _standardize
 
 from kgraph import ops
 from kgraph.errors import DeviceError, DimDecisionError, InputError, UnsupportedError
-from kgraph.frontend.eager_array import presented
+from kgraph.frontend.eager_array import presented, underlying
 from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
@@ -158,7 +158,7 @@ class Variable(KerasVariable):
         self._direct_assign(value)
 
     def _initialize_with_initializer(self, initializer):
-        value = self._convert_to_tensor(initializer(self._shape, dtype=self._dtype))
+        value = underlying(self._convert_to_tensor(initializer(self._shape, dtype=self._dtype)))
         # What the initialiser has made for this variable, and nobody else can see or change, needs no copy.
         own = type(value) is np.ndarray and value.base is None and getrefcount(value) == 2
         if own and value.flags.carray and value.dtype == np_dtype(self._dtype):
