@@ -50,6 +50,7 @@ def _is_symbolic(item) -> bool:
 
 
 def _plain(x):
+    x = underlying(x)
     return x.view(np.ndarray) if isinstance(x, EagerArray) else x
 
 

@@ -8,6 +8,7 @@ from keras import layers, ops
 
 import kgraph
 from kgraph.frontend.eager_array import presented, underlying
+from kgraph.frontend.tracer import trace
 from kgraph.ir import np_dtype
 
 BFLOAT16 = np_dtype("bfloat16")
@@ -70,6 +71,12 @@ def test_known_tables_are_read_at_traced_indices(table):
         expected = read(np.minimum(index, 3), x)
         for y, wanted in zip(compiled(np.minimum(index, 3), x), expected):
             np.testing.assert_array_equal(y, wanted)
+
+
+def test_a_table_that_is_converted_twice_is_one_constant():
+    table = np.arange(5.0, dtype="float32")
+    graph = trace(lambda i: [ops.convert_to_tensor(table)[i], ops.convert_to_tensor(table)[-i]], np.int32(1))
+    assert [node.attrs["value"].size for node in graph.nodes if node.name == "constant"].count(5) == 1
 
 
 def test_known_tables_are_read_in_loops():
