@@ -181,7 +181,7 @@ def _lower_body(graph: Graph, known: set[str], lower: Callable) -> LoweredBody |
         root = root_of(value)
         literal = constant_value(root)
         if literal is not None:
-            constants.append(np.ascontiguousarray(literal))
+            constants.append(np.asarray(literal, order="C"))
             inputs.append(Value(root.type))
             results.append(("input", len(inputs) - 1))
         elif root in own.inputs:

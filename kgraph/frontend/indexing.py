@@ -8,7 +8,7 @@ import numpy as np
 
 from kgraph import ops
 from kgraph.errors import CaptureError, ShapeError
-from kgraph.frontend.tracer import TracedArray
+from kgraph.frontend.traced_array import TracedArray
 from kgraph.ir import Dim, TensorType
 from kgraph.ops.common import broadcast_shapes
 

@@ -34,11 +34,19 @@ COARSE = frozenset(
         "keras.src.layers.core.embedding",
         "keras.src.layers.preprocessing.image_preprocessing.equalization",
         "keras_hub.src.models.depth_anything.interpolate",
+        "keras_hub.src.models.roformer_v2.roformer_v2_attention",
     }
 )
 # KerasHub's, in which `keras_backend.generation` does.
 _TASKS = ("causal_lm", "image_to_image", "inpaint", "text_to_image")
 GENERATING = frozenset(f"keras_hub.src.models.{task}" for task in _TASKS)
+# KerasHub's, in which `keras_backend.transformers_export` does.
+EXPORTING = frozenset({"keras_hub.src.utils.transformers.export.hf_exporter"})
+_REPLACING = {
+    **dict.fromkeys(COARSE, "coarse"),
+    **dict.fromkeys(GENERATING, "generation"),
+    **dict.fromkeys(EXPORTING, "transformers_export"),
+}
 
 
 class _AliasLoader:
@@ -76,8 +84,8 @@ class _ReplacingLoader(_WrappingLoader):
     def exec_module(self, module):
         self.loader.exec_module(module)
         if foreign_backend() is None:  # KerasHub may be imported on another backend
-            who = "generation" if module.__name__ in GENERATING else "coarse"
-            importlib.import_module(f"{PACKAGE}.{who}").apply(module.__name__, module)
+            who = importlib.import_module(f"{PACKAGE}.{_REPLACING[module.__name__]}")
+            who.apply(module.__name__, module)
 
 
 class _ConfigLoader(_WrappingLoader):
@@ -96,19 +104,17 @@ class _ConfigLoader(_WrappingLoader):
 
 
 class KerasBackendFinder:
-    """Answers for `keras.src.backend.numpy`, its submodules, Keras' configuration module, and those of `COARSE` and
-    `GENERATING`."""
+    """Answers for `keras.src.backend.numpy`, its submodules, Keras' configuration module, and those of `_REPLACING`."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if not fullname.startswith(("keras.src.", "keras_hub.src.models.")):
+        if not fullname.startswith(("keras.src.", "keras_hub.src.")):
             return None
         if fullname == SERVED:
             return importlib.machinery.ModuleSpec(fullname, _AliasLoader(INTERFACE), is_package=True)
         if fullname.startswith(SERVED + "."):
             own = PACKAGE + fullname[len(SERVED) :]
             return importlib.machinery.ModuleSpec(fullname, _AliasLoader(own))
-        replaced = fullname in COARSE or fullname in GENERATING
-        wrapper = _ConfigLoader if fullname == CONFIG else _ReplacingLoader if replaced else None
+        wrapper = _ConfigLoader if fullname == CONFIG else _ReplacingLoader if fullname in _REPLACING else None
         if wrapper is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)

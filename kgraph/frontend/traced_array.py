@@ -109,7 +109,7 @@ class TracedArray(Traced):
             kwargs = {}  # `array += tensor` gives the name on the left a new value
         if function is None or method != "__call__" or kwargs:
             self._refuse(f"numpy.{ufunc.__name__}", f"Use the function of that kind in keras.ops ({ufunc.__name__}).")
-        return getattr(_functions(), function)(*inputs)
+        return getattr(functions(), function)(*inputs)
 
     def numpy(self):
         return self.__array__()
@@ -159,12 +159,12 @@ class TracedArray(Traced):
         return self
 
     def reshape(self, *shape):
-        return _functions().reshape(self, shape[0] if len(shape) == 1 and not _is_size(shape[0]) else shape)
+        return functions().reshape(self, shape[0] if len(shape) == 1 and not _is_size(shape[0]) else shape)
 
     def transpose(self, *axes):
         if len(axes) == 1 and (axes[0] is None or isinstance(axes[0], (tuple, list))):
             axes = axes[0]
-        return _functions().transpose(self, axes=axes or None)
+        return functions().transpose(self, axes=axes or None)
 
     def flatten(self, *args):
         return self.reshape(-1)
@@ -173,15 +173,15 @@ class TracedArray(Traced):
 
     @property
     def T(self):
-        return _functions().transpose(self)
+        return functions().transpose(self)
 
     @property
     def real(self):
-        return _functions().real(self)
+        return functions().real(self)
 
     @property
     def imag(self):
-        return _functions().imag(self)
+        return functions().imag(self)
 
 
 def _is_size(x) -> bool:
@@ -196,7 +196,7 @@ def _dtype_of(dtype) -> str:
     return standardize.standardize_dtype(dtype) if standardize is not None else dtype_name(dtype)
 
 
-def _functions():
+def functions():
     """Keras' backend functions in their kgraph implementation."""
     from kgraph.frontend.keras_backend import numpy
 
@@ -205,7 +205,7 @@ def _functions():
 
 def _method(function: str):
     def method(self, *args, **kwargs):
-        return getattr(_functions(), function)(self, *args, **kwargs)
+        return getattr(functions(), function)(self, *args, **kwargs)
 
     method.__name__ = function
     return method
@@ -216,7 +216,7 @@ def _operator(function: str, swapped: bool = False):
         if not _is_operand(other):
             return NotImplemented
         pair = (other, self) if swapped else (self, other)
-        return getattr(_functions(), function)(*pair)
+        return getattr(functions(), function)(*pair)
 
     operator.__name__ = function
     return operator

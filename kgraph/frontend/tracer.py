@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 
 from kgraph.errors import CaptureError
+from kgraph.frontend.eager_array import underlying
 from kgraph.frontend.traced_array import TracedArray, layer_path
 from kgraph.ir import Graph, TensorType, Tracer, Value, dtype_name, make_node, type_of
 from kgraph.ir.primitive import PRIMITIVES, current_tracer
@@ -82,6 +83,7 @@ class GraphTracer(Tracer):
 
     def constant(self, array) -> Value:
         """The value of a constant node for a concrete array; the same array object gives the same node."""
+        array = underlying(array)
         known = self._constants.get(id(array))
         if known is not None:
             return known[1]

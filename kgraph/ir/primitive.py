@@ -112,6 +112,20 @@ class Traced:
 current_tracer: contextvars.ContextVar[Tracer | None] = contextvars.ContextVar("kgraph_tracer", default=None)
 
 
+def _as_computed(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+# The form in which eager applications hand out what they compute; the frontend has one of its own.
+_presented: Callable[[np.ndarray], np.ndarray] = _as_computed
+
+
+def present_results(form: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Let eager applications hand out `form(array)` for an array that they compute."""
+    global _presented
+    _presented = form
+
+
 def bind(primitive: Primitive, *args, **attrs):
     """Apply a primitive: recorded if an operand is traced or an attribute symbolic, else evaluated by its reference."""
     from kgraph.ir.dims import Dim
@@ -130,13 +144,13 @@ def bind(primitive: Primitive, *args, **attrs):
     inferred = primitive.infer(*types, **attrs)
     out = primitive.reference(*arrays, **attrs)
     if isinstance(inferred, tuple):
-        return tuple(_conform(o, t) for o, t in zip(out, inferred, strict=True))
+        return tuple(_presented(_conform(o, t)) for o, t in zip(out, inferred, strict=True))
     result = _conform(out, inferred)
     # A view of an array of another kind (one that guards its memory) is of that kind too.
     guards = [a for a in args if isinstance(a, np.ndarray) and type(a) is not np.ndarray]
     if guards and np.may_share_memory(result, guards[0]):
         return result.view(type(guards[0]))
-    return result
+    return _presented(result)
 
 
 def _conform(array, expected: TensorType) -> np.ndarray:

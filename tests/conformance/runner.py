@@ -17,19 +17,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / ".bench"
-# Seconds: of the processor for a test, and of the silence after which a process counts as hanging.
-TEST_TIMEOUT, SILENCE = 180, 1000
+# Times the limit of a test: the silence, in seconds, after which a process counts as hanging. It ends itself at 5.
+SILENCE = 5.5
 # Files that one process runs: starting one takes as long as the tests of several files.
 SHARE = 12
 
 
 @dataclass(frozen=True)
 class Project:
-    """Whose tests run. environment: the one of `benchmarks.environments` with what they import."""
+    """Whose tests run.
+
+    environment: the one of `benchmarks.environments` with what they import. timeout: processor seconds of a test.
+    """
 
     package: str
     environment: str
     flags: tuple[str, ...] = ()
+    timeout: int = 180
 
     @property
     def results(self) -> Path:
@@ -38,8 +42,9 @@ class Project:
 
 PROJECTS = {
     project.package: project
-    # KerasHub's "large" tests save each model and load it again; those that download are "extra_large".
-    for project in (Project("keras", "conformance"), Project("keras_hub", "keras-hub", ("--run_large",)))
+    # KerasHub's "large" tests save each model and load it again; those that download are "extra_large". Steps of `fit`
+    # run op by op there, too, of models with up to a hundred million weights.
+    for project in (Project("keras", "conformance"), Project("keras_hub", "keras-hub", ("--run_large",), 600))
 }
 
 
@@ -167,7 +172,7 @@ class Suite:
             "JAX_PLATFORMS": "cpu",
             "CONFORMANCE_PACKAGE": self.project.package,
             "CONFORMANCE_RESULTS": str(self.folder),
-            "CONFORMANCE_TIMEOUT": str(TEST_TIMEOUT),
+            "CONFORMANCE_TIMEOUT": str(self.project.timeout),
             **({} if self.given is None else {"CONFORMANCE_GIVEN": str(self.given.folder)}),
         }
         settings = [
@@ -191,5 +196,5 @@ class Suite:
                     size = sum(path.stat().st_size for file in files if (path := self.path_of(file)).exists())
                     if size != seen:
                         last_sign, seen = time.monotonic(), size
-                    elif time.monotonic() - last_sign > SILENCE:
+                    elif time.monotonic() - last_sign > SILENCE * self.project.timeout:
                         process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -127,10 +128,16 @@ class ByTheLength(keras.Layer):
 class Task(keras.Sequential):
     def __init__(self, layer):
         super().__init__([keras.Input((3,)), layer, keras.layers.Dense(2)])
-        self.compile(loss="mse", optimizer="adam")
+        self.preprocessor = lambda x, y: (x, y)
+        self.compile(optimizer="adam")
 
-    def preprocessor(self, x, y):
-        return x, y
+    def compile(self, optimizer, loss="mse", **kwargs):
+        assert self.preprocessor is not None
+        super().compile(optimizer, loss, **kwargs)
+
+    def fit(self, *args, **kwargs):
+        assert self.preprocessor is None
+        return super().fit(*args, **kwargs)
 
 
 class OtherInTheSecondStep(keras.Layer):
@@ -155,6 +162,31 @@ def test_steps_of_fit_are_compared():
     compiled_models.check_task(Task, {"layer": keras.layers.Dense(3, "relu")}, data, {"loss": "mse"})
     with pytest.raises(AssertionError, match=r"change of .* in a step of fit"):
         compiled_models.check_task(Task, {"layer": OtherInTheSecondStep()}, data, {"loss": "mse"})
+
+
+class Images(keras.Sequential):
+    """Keeps what it is called with op by op."""
+
+    seen: ClassVar[list] = []
+
+    def __init__(self):
+        super().__init__([keras.Input((2, 2, 3)), keras.layers.Lambda(self.keep), keras.layers.Flatten()])
+        self.token_embedding = None
+
+    def keep(self, x):
+        if isinstance(x, np.ndarray):
+            self.seen.append(np.asarray(x))
+        return x
+
+
+def test_images_of_one_colour_become_noise():
+    images = np.ones((2, 2, 2, 3), "float32"), np.arange(24, dtype="float32").reshape(2, 2, 2, 3)
+    for x in images:
+        compiled_models.check_backbone(Images, {}, x)
+    noise, same = Images.seen
+    assert noise.shape == images[0].shape
+    assert np.unique(noise).size == noise.size
+    assert np.array_equal(same, images[1])
 
 
 class Draws(keras.Model):

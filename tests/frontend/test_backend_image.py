@@ -149,15 +149,29 @@ def test_scale_and_translate_generalises_resize(method):
     np.testing.assert_allclose(y, image.resize(x, (12, 4), name, antialias=True), rtol=1e-3, atol=1e-4)
 
 
+def module_of_keras_hub(name: str, text: str, folder):
+    """A module below `keras_hub.src.models` with this text, loaded through the finder."""
+    (folder / f"{name.rpartition('.')[2]}.py").write_text(text)
+    spec = KerasBackendFinder().find_spec(f"keras_hub.src.models.{name}", [str(folder)])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rotary_embeddings_of_keras_hub_are_aligned(tmp_path):
+    """In place of a method that indexes by a list."""
+    text = "class RoformrPositionalEmbedding:\n    def align(self, *args):\n        return tensor[[0]]\n"
+    module = module_of_keras_hub("roformer_v2.roformer_v2_attention", text, tmp_path)
+    x = floats(2, 5, 3)
+    y = both(lambda t: module.RoformrPositionalEmbedding().align(t, [0, 1, -1], 4), x)
+    np.testing.assert_array_equal(y, x[:, :, None])
+
+
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
 def test_interpolation_of_keras_hub(data_format, tmp_path):
     """Through the finder, in place of the module that refuses frameworks which it does not know."""
-    (tmp_path / "interpolate.py").write_text(
-        "def interpolate(x, size, data_format=None):\n    raise NotImplementedError\n"
-    )
-    spec = KerasBackendFinder().find_spec("keras_hub.src.models.depth_anything.interpolate", [str(tmp_path)])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    text = "def interpolate(x, size, data_format=None):\n    raise NotImplementedError\n"
+    module = module_of_keras_hub("depth_anything.interpolate", text, tmp_path)
     x = floats(2, 4, 5, 3)
     expected = x
     for axis, size in ((1, 7), (2, 3)):

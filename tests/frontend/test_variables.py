@@ -10,15 +10,17 @@ from kgraph.frontend.keras_backend import core
 
 
 @pytest.mark.parametrize("initializer", ["zeros", "glorot_uniform", "orthogonal"])
-def test_what_an_initialiser_makes_is_not_copied(initializer, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_an_initialiser_makes_is_not_copied(initializer, dtype, monkeypatch):
     adopted = []
     adopt = core.adopt_values
     monkeypatch.setattr(
         core, "adopt_values", lambda variables, arrays: adopted.extend(arrays) or adopt(variables, arrays)
     )
-    variable = keras.Variable(initializer=initializer, shape=(6, 5), dtype="float32")
+    variable = keras.Variable(initializer=initializer, shape=(6, 5), dtype=dtype)
     (array,) = adopted
     assert variable._value is array
+    assert type(array) is np.ndarray
     assert not array.flags.writeable
     assert variable.version == 1
 

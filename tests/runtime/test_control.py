@@ -71,6 +71,18 @@ def test_samples(name, sample):
         check(compiled, graph, *sample.args)
 
 
+def test_branches_may_give_scalars_that_are_known():
+    branches = [
+        record_region("known", [f32(3)], lambda x: [np.asarray(2.5, np.float32), x]),
+        record_region("computed", [f32(3)], lambda x: [ops.reduce_sum(x, axes=(0,), keepdims=False), x]),
+    ]
+    attrs = {"branches": tuple(branches)}
+    graph = trace(lambda index, x: ops.cond(index, x, **attrs), TensorType((), "int32"), f32(3))
+    compiled = compile_graph(graph, passes=PASSES)
+    for index in (0, 1):
+        check(compiled, graph, np.asarray(index, np.int32), normal(3))
+
+
 def scanned(build, carries, xs, constants=(), length=None, reverse=False) -> Graph:
     """A graph of one scan over inputs of these types."""
     slices = [TensorType(x.shape[1:], x.dtype) for x in xs]

@@ -8,6 +8,7 @@ are loaded, and it replaces the functions in them. To be removed where Keras cal
 The same way `Operation.__call__` learns to report unsupported operations to a running capture, arguments of a call may
 hold arrays beside text, an `Embedding` of packed weights takes LoRA, for which Keras sets an attribute of the unpacked
 tensor, and `Equalization` can be captured, in which sizes depend on values unless the backend's name is "jax".
+KerasHub's own: `interpolate` asks for frameworks by name, `align` indexes by a list unless the name is "jax".
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def apply(name: str, module) -> None:
         layer._apply_equalization = _of_fixed_sizes(layer._apply_equalization)
     elif name.endswith("depth_anything.interpolate"):
         module.interpolate = interpolate
+    elif name.endswith("roformer_v2_attention"):
+        module.RoformrPositionalEmbedding.align = align
     elif name.endswith("_attention"):
         layer = getattr(module, "MultiHeadAttention", None) or module.GroupedQueryAttention
         layer._compute_attention = _without_idle_dropout(layer._compute_attention)
@@ -176,6 +179,13 @@ def interpolate(x, size, data_format=None):
     scale = [(n - 1) / (x.shape[axis] - 1) for axis, n in zip(axes, size)]
     translation = [0.5 - s / 2 for s in scale]
     return backend.image.scale_and_translate(x, shape, scale, translation, axes, "linear", antialias=False)
+
+
+def align(self, tensor, axes, ndim=None):
+    """The tensor with its axes at the places `axes`, in order, of ndim ones; the others have size 1."""
+    ndim = ndim or max(axes) + 1
+    kept = {axis % ndim for axis in axes}
+    return tensor[tuple(slice(None) if axis in kept else None for axis in range(ndim))]
 
 
 class _Seen:

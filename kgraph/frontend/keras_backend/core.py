@@ -34,10 +34,11 @@ from keras.src.backend.common.variables import standardize_shape as _standardize
 
 from kgraph import ops
 from kgraph.errors import DeviceError, DimDecisionError, InputError, UnsupportedError
+from kgraph.frontend.eager_array import presented, underlying
 from kgraph.frontend.keras_backend.sparse import SparseTensor
 from kgraph.frontend.tracer import GraphTracer, TracedArray, running_trace
 from kgraph.ir import Dim, TensorType, np_dtype, type_of
-from kgraph.ir.primitive import current_tracer
+from kgraph.ir.primitive import current_tracer, present_results
 from kgraph.ir.types import SHORT_NAMES, numpy_name
 
 SUPPORTS_SPARSE_TENSORS = True
@@ -46,6 +47,8 @@ SUPPORTS_COMPLEX_DTYPES = True
 # Keras asks in one place: whether callbacks may run in a thread beside the training. Logs are ready when a step returns
 # here, so that handing them to a thread costs more (tens of microseconds a step) than calling back.
 IS_THREAD_SAFE = False
+
+present_results(presented)
 
 
 class _DTypeNames(dict):
@@ -155,7 +158,7 @@ class Variable(KerasVariable):
         self._direct_assign(value)
 
     def _initialize_with_initializer(self, initializer):
-        value = self._convert_to_tensor(initializer(self._shape, dtype=self._dtype))
+        value = underlying(self._convert_to_tensor(initializer(self._shape, dtype=self._dtype)))
         # What the initialiser has made for this variable, and nobody else can see or change, needs no copy.
         own = type(value) is np.ndarray and value.base is None and getrefcount(value) == 2
         if own and value.flags.carray and value.dtype == np_dtype(self._dtype):
@@ -236,7 +239,7 @@ def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
         x = as_sparse(x)
         if type(x) is SparseTensor:
             return x if dtype is None else cast(x, dtype)
-    return dense_tensor(x, dtype)
+    return presented(dense_tensor(x, dtype))
 
 
 def dense_tensor(x, dtype=None):

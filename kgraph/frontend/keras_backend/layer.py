@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import functools
-import operator
 
 import numpy as np
 from keras.src import tree
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
-
-class LayerInput(np.ndarray):
-    """An array inside of a layer's call: `x += y` gives a new array, as it does for the tensors of other backends.
-
-    Shares its memory with the array that the layer was called with. Views of it are of its kind; what ufuncs compute
-    from it are plain arrays.
-    """
-
-    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
-        if out is not None:
-            kwargs["out"] = tuple(_plain(x) for x in out)
-        return getattr(ufunc, method)(*(_plain(x) for x in inputs), **kwargs)
-
-
-def _plain(x):
-    return x.view(np.ndarray) if isinstance(x, LayerInput) else x
-
-
-def _not_in_place(function):
-    return lambda self, other: function(self, other)
-
-
-for _name in "add sub mul matmul truediv floordiv mod pow lshift rshift and or xor".split():
-    _function = getattr(operator, _name, None) or getattr(operator, f"{_name}_")
-    setattr(LayerInput, f"__i{_name}__", _not_in_place(_function))
+from kgraph.frontend.eager_array import EagerArray, is_presented
 
 
 def _as(kind: type, x: np.ndarray) -> np.ndarray:
@@ -49,11 +24,11 @@ def _guarded(x):
     """An argument with its arrays guarded; a dict stays itself, because Keras' image layers write results into it."""
     if type(x) in (tuple, list):
         return type(x)(_guarded(item) for item in x)
-    return _as(LayerInput, x) if type(x) is np.ndarray else x
+    return _as(EagerArray, x) if type(x) is np.ndarray else x
 
 
 def _released(x):
-    return _as(np.ndarray, x) if type(x) is LayerInput else x
+    return _as(np.ndarray, x) if type(x) is EagerArray and not is_presented(x) else x
 
 
 class NumpyLayer:
