@@ -104,9 +104,15 @@ class Variable(KerasVariable):
     @_value.setter
     def _value(self, value):
         with _fetch_lock:
-            if self.resident is not None:
-                self.spare, self.resident = self.resident, None
-            self._host, self._is_behind, self._restore = value, False, None
+            self._hold(value)
+
+    def _hold(self, value) -> None:
+        """Have this array as the value; `_fetch_lock` is held."""
+        if self.resident is not None:
+            self.spare, self.resident = self.resident, None
+        self._host = value
+        if self._is_behind:
+            self._is_behind, self._restore = False, None
 
     @property
     def has_value(self) -> bool:
@@ -207,9 +213,10 @@ class Variable(KerasVariable):
 def adopt_values(variables, arrays) -> None:
     """Make fresh arrays, of the right types and held by nobody else, the variables' values without copies."""
     global weights_version
-    for variable, array in zip(variables, arrays, strict=True):
-        array.setflags(write=False)
-        variable._value = array
+    with _fetch_lock:
+        for variable, array in zip(variables, arrays, strict=True):
+            array.setflags(write=False)
+            variable._hold(array)
     with _version_lock:
         for variable in variables:
             variable.version += 1
