@@ -23,7 +23,7 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
 from kgraph.ir.exact_text import plain_value
 from kgraph.ir.interpreter import evaluate
-from kgraph.ops.packing import unpack_reference
+from kgraph.ops.packing import is_reordering, unpack_reference
 from kgraph.prepared import Prepared, Source, find, keep
 from kgraph.reserve import LINE, Reserve, aligned_bytes, give_back
 from kgraph.runtime.threads import get_num_threads
@@ -146,7 +146,7 @@ def _packed_order(value: Value) -> _Order | None:
         else:
             steps.append(("transpose", tuple(int(axis) for axis in np.argsort(w.node.attrs["permutation"]))))
         w = before
-    if layout[0] != "panels" or w.node is not None or layout[-1] != w.dtype:
+    if w.node is not None or not is_reordering(layout, w.dtype):
         return None
     return layout, tuple(steps)
 
