@@ -7,7 +7,6 @@ from kgraph.ops.packing import is_reordering
 from kgraph.passes.manager import PassContext
 from kgraph.passes.patterns import is_channel_vector, primitive, state_only_values
 
-
 # Of a weight that is kept as it is: below, a second copy costs less than another operation for each sum.
 LEAST_KEPT_BYTES = 256 << 10
 
@@ -42,9 +41,10 @@ def fold_batch_norm(graph: Graph, context: PassContext | None = None) -> Graph:
     def is_kept(node: Node) -> bool:
         if node.name not in ("conv", "dot_general") or node.inputs[1] not in state_only:
             return False
-        if not node.inputs[1].type.is_static or node.inputs[1].type.nbytes < LEAST_KEPT_BYTES:
+        w = node.inputs[1].type
+        if not w.is_static or w.nbytes < LEAST_KEPT_BYTES:
             return False
-        return any(index == 1 and is_reordering(layout, node.inputs[1].dtype) for index, layout in context.packing(node) or ())
+        return any(index == 1 and is_reordering(layout, w.dtype) for index, layout in context.packing(node) or ())
 
     def emit_state(rewriter, name, *operands, **attrs):
         out = rewriter.emit(primitive(name), *operands, **attrs)

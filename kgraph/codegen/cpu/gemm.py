@@ -39,8 +39,8 @@ GROUP_COLUMNS = 256  # of a unit whose block of A is copied chunk by chunk
 UNITS = 48  # of work, at least, so that many threads balance
 COPIED_ROWS, COPIED_UNITS = 132, 8  # the same where blocks of A are transposed and every unit reads much of B again
 FEWEST_GROUPS = 4  # of panels that a single row is multiplied with at once, so that threads have something to share
-# Fewer rows are multiplied with a panel faster than it comes from memory. Smaller weights, as a share of the second-level
-# cache, are read from a panel's first tile on in time. What the last of many tiles asks for would come too late.
+# Fewer rows are multiplied with a panel faster than it comes from memory. Of a weight of less than this part of the
+# second-level cache, little is gained. What the last of many tiles asks for would come too late.
 FEWEST_REQUESTING_ROWS, REQUESTED_SHARE, REQUESTING_TILES = 4, 4, 2
 ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
 

@@ -135,7 +135,7 @@ class TileSet:
             if code.partial:
                 acc = self._sums_so_far(sums, first, acc)
             acc = self._multiply(tile, a, bp, requested, sizes, run, remaining, acc)
-            if code.partial:
+            if code.partial and self.epilogue is not None:
                 with b.if_else(last) as (then, otherwise):
                     with then:
                         self._finish(tile, function, acc, sums, pixel, column, remaining)
