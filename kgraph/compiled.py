@@ -157,9 +157,10 @@ class CompiledModel(Model):
     def _reserve(self) -> Reserve:
         """Memory for the prepared weights, about as much as those are that convolutions read."""
         on_host = not isinstance(self._target, CudaTarget)
-        # Matrices are packed into the memory of the one before, which its variable has let go.
-        least = 1 if self._options.freeze else 2
-        weights = [v for v in self._variables() if len(v.shape) > least and v.name != "embeddings"] if on_host else []
+        weights = [v for v in self._variables() if len(v.shape) > 1 and v.name != "embeddings"] if on_host else []
+        if not self._options.freeze:
+            # Matrices, and windows of one, are packed into the memory of the one before, which its variable has let go.
+            weights = [v for v in weights if prod(v.shape[:-2]) > 1]
         if is_any_prepared([*weights, *(self._baked or {}).values()]):
             weights = []  # by another form, which shares them
         return Reserve(sum(prod(v.shape) * np_dtype(v.dtype).itemsize for v in weights))

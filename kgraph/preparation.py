@@ -23,7 +23,7 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Graph, Node, Value, append_graph, live_nodes
 from kgraph.ir.exact_text import plain_value
 from kgraph.ir.interpreter import evaluate
-from kgraph.ops.packing import unpack_reference
+from kgraph.ops.packing import is_reordering, unpack_reference
 from kgraph.prepared import Prepared, Source, find, keep
 from kgraph.reserve import LINE, Reserve, aligned_bytes, give_back
 from kgraph.runtime.threads import get_num_threads
@@ -146,7 +146,7 @@ def _packed_order(value: Value) -> _Order | None:
         else:
             steps.append(("transpose", tuple(int(axis) for axis in np.argsort(w.node.attrs["permutation"]))))
         w = before
-    if layout[0] != "panels" or w.node is not None or layout[-1] != w.dtype:
+    if w.node is not None or not is_reordering(layout, w.dtype):
         return None
     return layout, tuple(steps)
 
@@ -212,8 +212,9 @@ class Preparation:
         shared = self._shared(pieces, sources) if sources is not None else {}
         pieces = [p.without(shared) if shared.keys() & p.recipes.keys() else p for p in pieces]
         pieces = [p for p in pieces if p.numbers or p.calls]
-        # The largest first, so that no thread begins one when the others are done.
-        pieces.sort(key=_Piece.packed_bytes, reverse=True)
+        # First those whose variables let go of as much as is made, then the largest, so that no thread begins one when
+        # the others are done.
+        pieces.sort(key=lambda piece: (piece.leaving(sources) is None, -piece.packed_bytes()))
         calls = {n: call for piece in pieces for n, call in piece.calls.items()}
         load([call.spec for call in calls.values()])
         leaving = {n: v for piece in pieces if (v := piece.leaving(sources)) is not None for n in piece.calls}
@@ -233,14 +234,14 @@ class Preparation:
                 del values
                 yield from left
 
-        gone = 0
+        gone, left = 0, len(leaving)
 
         def run(task: _Task) -> tuple[int, np.ndarray]:
-            nonlocal gone
+            nonlocal gone, left
             made = task.run(room.get(task.number))
             if task.let_go is not None:
-                gone += made[1].nbytes
-                if gone >= _GIVEN_BACK:  # as another thread may count too, sooner or later by one
+                gone, left = gone + made[1].nbytes, left - 1
+                if gone >= _GIVEN_BACK or not left:  # as another thread may count too, sooner or later by one
                     gone = 0
                     give_back()
             return made

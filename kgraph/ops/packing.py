@@ -75,6 +75,11 @@ def matrix_sizes(layout: Layout) -> tuple[int, int, int]:
     return batch * groups, depth, columns // groups
 
 
+def is_reordering(layout: Layout, dtype: str) -> bool:
+    """Whether a weight of this dtype can be told from what is packed of it: the elements are the same."""
+    return layout[0] == "panels" and layout[-1] == dtype
+
+
 def padded_columns(layout: Layout) -> int:
     """Columns of one packed matrix, the padding of the last panel included."""
     columns, vector = matrix_sizes(layout)[2], layout[-2]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from kgraph.ir import Graph, Node, Rewriter, Value
+from kgraph.ops.packing import is_reordering
 from kgraph.passes.manager import PassContext
 from kgraph.passes.patterns import is_channel_vector, primitive, state_only_values
+
+# Of a weight that is kept as it is: below, a second copy costs less than another operation for each sum.
+LEAST_KEPT_BYTES = 256 << 10
 
 
 def _split_scale(node: Node, inputs: tuple, state_only) -> tuple[Value, Value] | None:
@@ -21,8 +25,11 @@ def fold_batch_norm(graph: Graph, context: PassContext | None = None) -> Graph:
     and t from weights only.
 
     Only where the convolution or product has no other reader. The folded weights are computed when weights change,
-    not per call, so they are never stale. Dense layers are served as well.
+    not per call, so they are never stale. Dense layers are served as well. Large weights of which the kernel wants
+    nothing but another order are left as they are, and their results multiplied by s: in memory there is one copy of
+    them then, where a folded one would be the second.
     """
+    context = context or PassContext()
     state_only = state_only_values(graph)
     single = {value for value, nodes in graph.uses().items() if len(nodes) == 1}
     single -= set(graph.outputs)
@@ -30,6 +37,14 @@ def fold_batch_norm(graph: Graph, context: PassContext | None = None) -> Graph:
 
     def is_single(value: Value) -> bool:
         return originals.get(value, value) in single
+
+    def is_kept(node: Node) -> bool:
+        if node.name not in ("conv", "dot_general") or node.inputs[1] not in state_only:
+            return False
+        w = node.inputs[1].type
+        if not w.is_static or w.nbytes < LEAST_KEPT_BYTES:
+            return False
+        return any(index == 1 and is_reordering(layout, w.dtype) for index, layout in context.packing(node) or ())
 
     def emit_state(rewriter, name, *operands, **attrs):
         out = rewriter.emit(primitive(name), *operands, **attrs)
@@ -54,6 +69,8 @@ def fold_batch_norm(graph: Graph, context: PassContext | None = None) -> Graph:
                         primitive("add"), y_scaled, emit_state(rewriter, "mul", bias, flat(scale, rewriter))
                     )
             return None
+        if is_kept(inner):
+            return rewriter.emit(primitive("mul"), x, scale)
         if inner.name == "conv" and inner.inputs[1] in state_only:
             weights = emit_state(rewriter, "mul", inner.inputs[1], flat(scale, rewriter))
             return rewriter.emit(inner.primitive, inner.inputs[0], weights, **inner.attrs)

@@ -243,8 +243,8 @@ def test_even_tiles_cover_every_row_once(tile):
 
 
 @pytest.mark.parametrize("k", [70, 3000])
-@pytest.mark.parametrize("m", [4, 8, 17, 64])
-def test_few_rows_ask_for_what_they_read_next(m, k, monkeypatch):
+@pytest.mark.parametrize("m", [4, 8, 17, 64, 300])
+def test_rows_ask_for_what_they_read_next(m, k, monkeypatch):
     """Of weights that come from memory. The last panel asks for what is not there; no bit depends on it."""
     node = fused(
         make_node(DOT_GENERAL, [Value(TensorType(s, "float32")) for s in ((m, k), (k, 45))], PLAIN),
@@ -254,8 +254,8 @@ def test_few_rows_ask_for_what_they_read_next(m, k, monkeypatch):
     )
     packed, _ = pack_weights(gemm, node, [filled((m, k), "float32"), filled((k, 45), "float32", 1)])
     results, texts = [], []
-    for multiple in (1 << 30, 0):
-        monkeypatch.setattr(gemm, "REQUESTED_BYTES", multiple)
+    for share in (0, 1 << 30):
+        monkeypatch.setattr(gemm, "REQUESTED_SHARE", share)
         results.append(matrices(m, k, 45, packed=True)[0])
         (call,) = gemm.lower(packed, host_target())
         texts.append(render(call.spec.params, host_target()))

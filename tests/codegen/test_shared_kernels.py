@@ -9,6 +9,7 @@ import pytest
 from kgraph import ops  # noqa: F401  (registers the primitives)
 from kgraph.codegen import expressions, families
 from kgraph.codegen.cpu.compiler import compile_ir
+from kgraph.codegen.cpu.microkernel import register_tile
 from kgraph.codegen.target import host_target
 from kgraph.garbage import earlier_objects_set_aside
 from kgraph.ir import PRIMITIVES, Dim, TensorType, Value, make_node
@@ -39,10 +40,11 @@ def test_pieces_of_rows_are_concatenated_by_one_kernel():
 
 
 def test_products_of_symbolic_rows_share_a_kernel_if_their_tiles_are_of_one_size():
-    """49 rows are a block of 9 tiles, 196 rows two blocks of 17."""
+    """Blocks of 4 and of 7 tiles."""
     attrs = {"lhs_contract": (1,), "rhs_contract": (0,), "lhs_batch": (), "rhs_batch": ()}
     rows = Dim.symbol("N")
-    one, other = (specs("dot_general", (n * rows, 192), (192, 64), **attrs)[-1] for n in (49, 196))
+    tile, _ = register_tile(host_target())
+    one, other = (specs("dot_general", (n * tile * rows, 192), (192, 64), **attrs)[-1] for n in (4, 7))
     assert one[0].endswith("gemm_kernel:render")
     assert one == other
 

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kgraph.codegen.cpu import conv, winograd
+from kgraph.codegen.cpu import conv, winograd, winograd_chunk
+from kgraph.codegen.cpu.winograd_plan import WinogradPlan
 from kgraph.ir import Dim, TensorType, Value, make_node
 from kgraph.ops.convolution import CONV
 from kgraph.ops.packing import pack, unpack_reference, winograd_layout
 from kgraph.ops.winograd import PAIRS
-from tests.codegen.contractions import add, check, filled
+from tests.codegen.contractions import add, check, filled, fused, pack_weights
 from tests.codegen.driver import Bound, host_target, run_node
 from tests.codegen.test_conv import attributes
 
@@ -28,6 +29,22 @@ def always(monkeypatch):
     monkeypatch.setattr(winograd, "LEAST_GAIN", 0.0)
     monkeypatch.setattr(winograd, "SHARED_PRODUCTS", 0)
     return lambda outputs: monkeypatch.setattr(winograd, "PAIRS", {outputs: PAIRS[outputs]})
+
+
+@pytest.fixture
+def chunked(always, monkeypatch):
+    """The same, by kernels that transform filters themselves; gives a function of m and of the bytes of a chunk."""
+    monkeypatch.setattr(winograd, "LEAST_CHUNKED", 0)
+    monkeypatch.setattr(winograd, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(winograd, "CHUNKED_WORTH", 1e9)
+
+    def choose(outputs: int, chunk_bytes: int = 64 << 10) -> None:
+        always(outputs)
+        monkeypatch.setattr(winograd_chunk, "SHARE", chunk_bytes / host_target().l2_bytes)
+        winograd._schedule.cache_clear()
+
+    yield choose
+    winograd._schedule.cache_clear()
 
 
 def convolution(x, w, padding, *, dynamic=(), dilations=1, **options):
@@ -171,24 +188,64 @@ def test_transformed_filters(always, outputs, axes):
     np.testing.assert_allclose(unpack_reference(wanted, layout), w, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+@pytest.mark.parametrize(
+    ("x", "w", "options"),
+    [
+        ((2, 9, 7, 20), (3, 3, 20, 40), {}),
+        ((1, 14, 13, 24), (3, 3, 24, 100), {"dynamic": (0,), "parts": 3}),
+        ((2, 33, 30, 31), (3, 3, 31, 45), {"dynamic": (0, 1, 2), "parts": 2}),
+        ((0, 9, 7, 20), (3, 3, 20, 40), {"dynamic": (0,)}),
+        ((1, 13, 12, 16), (3, 3, 16, 64), {"dilations": 2}),
+        ((2, 127, 20), (3, 20, 40), {"parts": 2}),
+    ],
+)
+def test_filters_that_the_kernel_transforms(chunked, outputs, x, w, options):
+    """Whatever the chunks, the same bits: sums rest in memory between them."""
+    results = []
+    for chunk_bytes in (1 << 30, 24 << 10, 12 << 10):
+        chunked(outputs, chunk_bytes)
+        results.append(convolution(x, w, 1, packed=True, **options)[0])
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+@pytest.mark.parametrize("outputs", sorted(PAIRS))
+def test_the_kernel_that_transforms_filters_reads_those_of_panels(chunked, outputs):
+    x, w = (1, 14, 13, 24), (3, 3, 24, 100)
+    chunked(outputs, 24 << 10)
+    values = [Value(TensorType(s, "float32")) for s in (x, w)]
+    node = fused(make_node(CONV, values, attributes(2, padding=1)), [], lambda graph, result: [result], "conv")
+    ((index, layout),) = conv.packing_for(node, host_target())
+    assert (index, layout[0]) == (1, "panels")
+    packed, _ = pack_weights(conv, node, [filled(s, "float32") for s in (x, w)])
+    plan = WinogradPlan(*conv.lower(packed, host_target())[-1].spec.params)
+    assert 0 < plan.chunk < plan.channels
+
+
 # Root of mean squares of the error, as a multiple of that of the direct kernel.
 WORST = {2: 1.0, 4: 2.5}
 
 
 @pytest.mark.parametrize(("channels", "sizes"), [(64, (28, 28)), (256, (14, 14)), (512, (7, 7)), (64, (500,))])
 @pytest.mark.parametrize("outputs", sorted(PAIRS))
-def test_error_beside_the_direct_convolution(always, monkeypatch, outputs, channels, sizes):
+@pytest.mark.parametrize("inside", [False, True])
+def test_error_beside_the_direct_convolution(chunked, always, monkeypatch, outputs, channels, sizes, inside):
+    """inside: filters are transformed in float32 by the kernel itself."""
     x = np.maximum(filled((1, *sizes, channels), "float32"), 0)
     w = filled((*[3] * len(sizes), channels, 64), "float32", 1)
     attrs = attributes(len(sizes), padding=1)
-    node = make_node(CONV, [Value(TensorType(a.shape, "float32")) for a in (x, w)], attrs)
+    values = [Value(TensorType(a.shape, "float32")) for a in (x, w)]
+    node = make_node(CONV, values, attrs)
+    if inside:  # only a fused node has packed weights
+        node = fused(node, [], lambda graph, result: [result], "conv")
     exact = CONV.reference(x.astype(np.float64), w.astype(np.float64), **attrs)
 
     def error() -> float:
-        (result,) = run_node(conv.lower, node, [x, w])
+        (result,) = run_node(conv.lower, *(pack_weights(conv, node, [x, w]) if inside else (node, [x, w])))
         return float(np.linalg.norm(result - exact) / np.linalg.norm(exact))
 
-    always(outputs)
+    (chunked if inside else always)(outputs)
     ours = error()
     monkeypatch.setenv("KGRAPH_WINOGRAD", "0")
     direct = error()

@@ -155,6 +155,31 @@ def test_values_come_back_as_they_were():
         np.testing.assert_array_equal(a, b)
 
 
+def test_convolutions_with_a_factor_for_each_filter_keep_their_values():
+    """Of batch normalisation, for a window of one and for filters that a Winograd kernel transforms itself."""
+    inputs = keras.Input((7, 7, 512))
+    x = inputs
+    for window in (1, 3):
+        x = keras.layers.Conv2D(512, window, padding="same")(x)
+        x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    model = keras.Model(inputs, x)
+    rng = np.random.default_rng(0)
+    for v in model.variables:
+        if v.name != "kernel":
+            v.assign(rng.uniform(0.5, 1.5, v.shape))
+    before = [np.array(v._value) for v in model.variables]
+    images, wanted = normal(2, 7, 7, 512), model(normal(2, 7, 7, 512))
+    fast = kgraph.compile(model)
+    np.testing.assert_allclose(fast(images), wanted, rtol=1e-4, atol=1e-4)
+    assert [v.name for v in away(model)] == ["kernel"] * 2
+    model.layers[2].gamma.assign(2 * model.layers[2].gamma)
+    changed = fast(images)
+    for value, v in zip(before, model.variables, strict=True):
+        if v.name != "gamma":
+            np.testing.assert_array_equal(v, value)
+    np.testing.assert_allclose(changed, model(images), rtol=1e-4, atol=1e-4)
+
+
 def test_transposed_and_tied_values():
     """A weight that is read transposed can go; one that is read as it is, too, cannot."""
     table = keras.Variable(normal(400, 300))

@@ -11,6 +11,7 @@ from keras import layers
 
 import kgraph
 from benchmarks import models
+from kgraph.codegen.target import host_target
 from kgraph.ir.interpreter import evaluate
 
 RNG = np.random.default_rng(0)
@@ -106,7 +107,11 @@ def test_weights_take_a_byte_each():
     compiled, *_ = quantised(dense, "int8")
     packed = [p.type for p in compiled.graph.params if p.type.dtype == "int8"]
     assert len(packed) == 3
-    assert sum(t.nbytes for t in packed) < 1.2 * (71 * 50 + 50 * 33 + 33 * 10)
+    # Panels are whole vectors of sums wide, K is filled up to a multiple of 4, and some ways to multiply need the
+    # columns' sums.
+    lanes = host_target().lanes("int32")
+    padded = [(-(-k // 4) * 4 + 4) * -(-n // lanes) * lanes for k, n in ((71, 50), (50, 33), (33, 10))]
+    assert sum(t.nbytes for t in packed) <= sum(padded)
 
 
 def test_a_model_quantised_again_has_the_new_weights():

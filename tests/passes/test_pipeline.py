@@ -11,6 +11,7 @@ from kgraph.frontend.tracer import trace
 from kgraph.ir import Dim, Graph, TensorType
 from kgraph.ir.interpreter import evaluate
 from kgraph.ir.verifier import verify
+from kgraph.ops.packing import panels_layout
 from kgraph.passes.canonicalise import canonicalise
 from kgraph.passes.collapse_dot import collapse_dot
 from kgraph.passes.common_subexpressions import common_subexpressions
@@ -147,6 +148,31 @@ def test_batch_norm_leaves_the_call():
     after = dead_code(fold_batch_norm(canonicalise(graph)))
     assert names(split_prologue(after).main) == ["conv", "add", "relu"]
     check_same(graph, after)
+
+
+def panels(node, dtype="float32"):
+    """What a code generator says that only puts weights in another order."""
+    axes = tuple(range(node.inputs[1].type.rank))
+    return ((1, panels_layout(node.inputs[1].shape, (), axes[:-1], axes[-1:], 1, 8, 4, dtype)),)
+
+
+@pytest.mark.parametrize(("packing", "kept"), [(panels, True), (lambda node: None, False)])
+def test_results_are_scaled_where_a_large_weight_is_only_put_in_another_order(packing, kept, monkeypatch):
+    """A folded weight would be a second copy; the bias joins the shift in either case."""
+    monkeypatch.setattr("kgraph.passes.fold_batch_norm.LEAST_KEPT_BYTES", 4 * 3 * 3 * 4 * 8)
+    graph = traced(conv_batch_norm, *CONV_BN)
+    after = dead_code(fold_batch_norm(canonicalise(graph), PassContext(packing=packing)))
+    assert names(split_prologue(after).main) == ["conv", *["mul"] * kept, "add", "relu"]
+    (conv_node,) = (node for node in after.nodes if node.name == "conv")
+    assert (conv_node.inputs[1] in after.params) == kept
+    check_same(graph, after)
+
+
+def test_a_weight_that_is_packed_in_another_dtype_is_folded(monkeypatch):
+    monkeypatch.setattr("kgraph.passes.fold_batch_norm.LEAST_KEPT_BYTES", 0)
+    graph = canonicalise(traced(conv_batch_norm, *CONV_BN))
+    after = dead_code(fold_batch_norm(graph, PassContext(packing=lambda node: panels(node, "float64"))))
+    assert names(split_prologue(after).main) == ["conv", "add", "relu"]
 
 
 def test_batch_norm_is_not_folded_into_a_convolution_that_others_read():

@@ -194,6 +194,7 @@ def lower_implicit(parts: Parts, target) -> list[KernelCall]:
         pixel_pitch=pixel_pitch,
         lanes=lanes,
         vectors=vectors,
+        requests=_requests(block, tile, weight, target) if parts.packed[1] is not None and not few else 0,
         epilogue=tuple(parts.epilogue(accumulate, groups * filters, 2)),
     )
     sections = [Section(plan, i) for i in range(len(plan.phases))]
@@ -213,6 +214,12 @@ def lower_implicit(parts: Parts, target) -> list[KernelCall]:
         )
     )
     return calls
+
+
+def _requests(block: tuple, tile: tuple, weight: Value | Temporary, target) -> int:
+    """Tiles of a block that ask, between them, for what they read next of a packed weight; 0 where that is small."""
+    tiles = product(-(-n // size) for n, size in zip(block, tile, strict=True))
+    return min(tiles, gemm.REQUESTING_TILES) if gemm.is_requested(weight, target) else 0
 
 
 def _places(images, groups: int, counts: tuple, block: tuple) -> int:

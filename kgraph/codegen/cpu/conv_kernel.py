@@ -23,6 +23,7 @@ class ConvPlan(NamedTuple):
     fields of one `AxisPhase` per axis. origins: minus the padding below, per axis. counts: positions per phase, axis.
     block: (rows, columns) of positions of a unit. group: panels of a unit. row_tiles, col_tiles: tile extents (see
     `TileRange`) per phase. pixel_pitch: distance of pixels in the copy. lanes, vectors: of a vector, of a full panel.
+    requests: tiles that between them ask for what they read next of the weight, which comes from memory; 0 for none.
     """
 
     accumulate: str
@@ -44,6 +45,7 @@ class ConvPlan(NamedTuple):
     pixel_pitch: int
     lanes: int
     vectors: int
+    requests: int
     epilogue: tuple
 
 
@@ -78,6 +80,7 @@ class Section:
             depth *= loops[inner].turns
         self.outer_loops, self.inner_loops = tuple(loops[:inner]), tuple(loops[inner:])
         self.chunks = product(loop.turns for loop in self.outer_loops)
+        self.depth = depth  # steps of k of a chunk
 
 
 def copy_bytes(plan: ConvPlan, sections: list[Section]) -> int:
@@ -138,6 +141,7 @@ class _Conv:
             pixel_row_pitch=high.period * plan.out_sizes[2] if wide_rows else 0,
             pixel_col_pitch=wide.period,
             partial=section.chunks > 1,
+            requests=plan.requests,
         )
         self.tiles = tile_sets.setdefault(code, TileSet(b, code, Epilogue(*plan.epilogue), f"phase{index}_"))
         self.x, self.weight = b.operand(0, plan.dtype), b.operand(1, plan.accumulate)
@@ -285,7 +289,12 @@ class _Conv:
                     # Tiles are disjoint in positions; `row * columns + col * rows` numbers their first sums densely.
                     place = sums + (row * plan.block[1] + col * tile_rows) * self.panels.width
                 shape = Tile(tile_rows, tile_cols, vectors, masked)
-                self.tiles.call(shape, start, at, place, first_pixel, column, remaining, 0, first, last)
+                requested = None
+                if plan.requests:
+                    # What follows in memory: the next chunk of k, or the next panel.
+                    number = (row // self.row_tiles.sizes[0] + col // self.col_tiles.sizes[0]) % plan.requests
+                    requested = at + (section.depth + number) * (vectors * plan.lanes)
+                self.tiles.call(shape, start, at, place, first_pixel, column, remaining, 0, first, last, requested)
 
             self.col_tiles.walk(b, cols, tile)
 

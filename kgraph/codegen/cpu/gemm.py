@@ -39,9 +39,9 @@ GROUP_COLUMNS = 256  # of a unit whose block of A is copied chunk by chunk
 UNITS = 48  # of work, at least, so that many threads balance
 COPIED_ROWS, COPIED_UNITS = 132, 8  # the same where blocks of A are transposed and every unit reads much of B again
 FEWEST_GROUPS = 4  # of panels that a single row is multiplied with at once, so that threads have something to share
-# Rows that are multiplied with a panel about as fast as it comes from memory; of a weight of so many times the bytes of
-# the second-level cache: smaller ones may stay in the last one, and requests would only cost time.
-REQUESTING_ROWS, REQUESTED_BYTES = (4, 64), 4
+# Fewer rows are multiplied with a panel faster than it comes from memory. Of a weight of less than this part of the
+# second-level cache, little is gained. What the last of many tiles asks for would come too late.
+FEWEST_REQUESTING_ROWS, REQUESTED_SHARE, REQUESTING_TILES = 4, 4, 2
 ROWS_TO_PACK = 16  # fewer rows than this do not pay for packing an activation
 
 
@@ -186,7 +186,7 @@ def product_calls(parts: Parts, a: MatrixView, b, batch: tuple, rows, columns, d
         row_tiles=(row_tiles.sizes, entry(row_tiles.first) if row_tiles.first else 0),
         vectors=vectors,
         beside=beside,
-        requests=0 if isinstance(b, MatrixView) or group > 1 else _requests(rows, b, tile, target),
+        requests=0 if isinstance(b, MatrixView) or group > 1 else _requests(rows, block, b, tile, target),
         epilogue=tuple(epilogue),
     )
     narrow = "" if way.b == accumulate else f"_{way.b}"
@@ -307,10 +307,17 @@ def _panels_beside(rows, columns, depth, width: int) -> int:
     return next((n for n in (4, 2) if columns // width >= n * FEWEST_GROUPS), 1)
 
 
-def _requests(rows, b: Value, tile: int, target) -> int:
-    """Tiles that ask, between them, for what they read next of a packed B: where rows are few and B is in memory."""
-    few = not isinstance(rows, Dim) and REQUESTING_ROWS[0] <= rows <= REQUESTING_ROWS[1]
-    return -(-rows // tile) if few and b.type.nbytes >= REQUESTED_BYTES * target.l2_bytes else 0
+def _requests(rows, block: int, b: Value, tile: int, target) -> int:
+    """Tiles that ask, between them, for what they read next of a packed B; 0 where B is small or rows are too few."""
+    fewest = math.gcd(*(coefficient for _, coefficient in rows.terms)) if isinstance(rows, Dim) else rows
+    if fewest < FEWEST_REQUESTING_ROWS or not is_requested(b, target):
+        return 0
+    return min(-(-min(fewest, block) // tile), REQUESTING_TILES)
+
+
+def is_requested(b: Value | Temporary, target) -> bool:
+    """Whether a packed weight is so large that tiles ask for what they read next of it while they multiply."""
+    return b.type.nbytes * REQUESTED_SHARE >= target.l2_bytes
 
 
 def _even_block(rows: Dim, most: int, tile: int) -> int:

@@ -295,7 +295,7 @@ class _Gemm:
             requested = None
             if plan.requests:
                 # What follows in memory: the next block of k, or the next panel.
-                number = row // min(plan.row_tiles[0])
+                number = row // min(plan.row_tiles[0]) % plan.requests
                 requested = bp + (turns + number) * (self.product.steps * width)
             self.tiles.call(shape, at, bp, sums, pixel + row, column, remaining, turns, first, last, requested)
 

@@ -135,7 +135,7 @@ class TileSet:
             if code.partial:
                 acc = self._sums_so_far(sums, first, acc)
             acc = self._multiply(tile, a, bp, requested, sizes, run, remaining, acc)
-            if code.partial:
+            if code.partial and self.epilogue is not None:
                 with b.if_else(last) as (then, otherwise):
                     with then:
                         self._finish(tile, function, acc, sums, pixel, column, remaining)
@@ -186,9 +186,9 @@ class TileSet:
         steps = run if code.run is None else code.run
         unroll = _unroll(steps, len(acc))
 
-        def request(row) -> None:
+        def request(at: Pointer, row) -> None:
             for line in range(0, vectors * lanes, 64 // itemsize(product.b)):
-                b.prefetch(requested, row * b_step + line)
+                b.prefetch(at, row * b_step + line)
 
         def step(a_at: Pointer, b_at: Pointer, sums: list) -> list:
             places = [(b_at + at, j, count) for at, count in panels for j in range(count)]
@@ -199,25 +199,26 @@ class TileSet:
                 out += [product.add(b, x, columns[j], sums[p * vectors + j]) for j in range(vectors)]
             return out
 
-        def walk(loops: tuple[KLoop, ...], a_at: Pointer, b_at: Pointer, sums: list) -> list:
+        def walk(loops: tuple[KLoop, ...], a_at: Pointer, b_at: Pointer, asked: Pointer, sums: list) -> list:
             if loops:
                 count, a_stride, b_rows = loops[0]
 
                 def turn(i, sums):
-                    return walk(loops[1:], a_at + i * a_stride, b_at + i * (b_rows * b_step), sums)
+                    passed = i * (b_rows * b_step)
+                    return walk(loops[1:], a_at + i * a_stride, b_at + passed, asked + passed, sums)
 
                 return turn(0, sums) if count == 1 else carried_loop(b, count, 1, sums, turn)
 
             def unrolled(k, sums):
                 for u in range(unroll):
                     if code.requests and u % math.gcd(code.requests, unroll) == 0:
-                        request(k + u)
+                        request(asked, k + u)
                     sums = step(a_at + (k * code.a_step + u * code.a_step), b_at + (k * b_step + u * b_step), sums)
                 return sums
 
             return carried_loop(b, steps, unroll, sums, unrolled)
 
-        return walk(code.loops, a, bp, acc)
+        return walk(code.loops, a, bp, requested, acc)
 
     def _finish(self, tile: Tile, function, acc: list, sums: Pointer, pixel, column, remaining) -> None:
         """The epilogue: in registers where it is short, else by a function that all tiles of one width share."""

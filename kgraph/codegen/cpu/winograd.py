@@ -24,13 +24,14 @@ from kgraph.codegen.cpu.builder import itemsize
 from kgraph.codegen.cpu.epilogue import Parts, take_apart
 from kgraph.codegen.cpu.microkernel import register_tile
 from kgraph.codegen.cpu.strided import SizeTable
+from kgraph.codegen.cpu.winograd_chunk import chunk_of
 from kgraph.codegen.cpu.winograd_filters import filters_call
 from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
 from kgraph.codegen.eager import run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType, Value, make_node
 from kgraph.ir.dims import ceil_div, evaluate, product
-from kgraph.ops.packing import winograd_layout
+from kgraph.ops.packing import panels_layout, winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
@@ -39,6 +40,9 @@ LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below
 MOST_MEASURED = 1 << 30  # of the same: of larger ones, a search runs those with few images only
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
 ASSUMED_SIZE = 56  # of an image, where it is symbolic
+LEAST_CHUNKED = 4 << 20  # bytes of transformed filters: fewer ones are transformed ahead
+LEAST_CHUNK = 16  # channels
+CHUNKED_WORTH = 1.13  # of the estimate of filters that are not there twice, in memory and as what was made of them
 LEAST_TILE = 4  # of a register tile, whose sums hide the latency of multiply-add
 LARGEST_BLOCK = 64  # tiles
 FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have something to share
@@ -47,6 +51,8 @@ FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have
 # Of one vector of channels, or of filters, of a tile, and of one vector of filters; by axes and m.
 TRANSFORM = {(1, 2): 35, (1, 4): 60, (2, 2): 180, (2, 4): 400}
 FILTER_TRANSFORM = {(1, 2): 10, (1, 4): 15, (2, 2): 40, (2, 4): 80}
+CHUNK_TRANSFORM = {(1, 2): 20, (1, 4): 40, (2, 2): 80, (2, 4): 360}
+CHUNKED_SUM = 3  # of a vector of sums that is read and written once more
 TILE_OVERHEAD = 0.5  # of a step of k in a register tile
 # Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
 # come back, in many streams at once.
@@ -55,13 +61,15 @@ OVERLAP = 0.7  # of the shorter of products and arrival that the longer one hide
 
 
 class Schedule(NamedTuple):
-    """How a convolution is computed: m, tiles of a register tile and of a unit, panels of a unit; the estimate, as a
-    fraction of the direct convolution's; what was measured, if anything."""
+    """How a convolution is computed: m, tiles of a register tile and of a unit, panels of a unit, channels whose
+    filters the kernel transforms at once (0 where that is done ahead); the estimate, as a fraction of the direct
+    convolution's; what was measured, if anything."""
 
     outputs: int
     tile: int
     block: int
     group: int
+    chunk: int
     cost: float
     measured: str = ""
 
@@ -122,11 +130,13 @@ def refusal(node: Node) -> str | None:
     return None
 
 
-def schedule(node: Node, target, prepared: bool, outputs: int | None = None) -> Schedule | str:
+def schedule(
+    node: Node, target, prepared: bool, outputs: int | None = None, chunked: bool | None = None
+) -> Schedule | str:
     """How to compute a conv node, or why not to.
 
-    prepared: whether its filters are transformed ahead of calls. outputs: the m that the filters are transformed for;
-    None considers all, and the direct convolution.
+    prepared: whether its filters are laid out ahead of calls. outputs: the m that the filters are transformed for; None
+    considers all, and the direct convolution. chunked: whether the kernel transforms them; None considers both.
     """
     reason = refusal(node) if outputs is None else None
     if reason is not None:
@@ -135,14 +145,14 @@ def schedule(node: Node, target, prepared: bool, outputs: int | None = None) -> 
     if outputs is None and problems[0].direct_products < LEAST_PRODUCTS:
         return "too few products"
     if outputs is not None:
-        return _schedule(outputs, problems, target)
-    best = min((_schedule(m, problems, target) for m in PAIRS), key=lambda s: s.cost)
+        return _schedule(outputs, problems, target, chunked)
+    best = min((_schedule(m, problems, target, chunked) for m in PAIRS), key=lambda s: s.cost)
     estimated = "direct" if best.cost * LEAST_GAIN > 1 else str(best.outputs)
     names = "direct", *map(str, PAIRS)
     candidates = {name: functools.partial(_candidate, node, target, problems, name) for name in names}
     chosen, measured = tuning.decide(("conv of 3 taps", *problems), target, estimated, candidates)
     if chosen != "direct":
-        return _schedule(int(chosen), problems, target)._replace(measured=measured)
+        return _schedule(int(chosen), problems, target, chunked)._replace(measured=measured)
     return f"measured: {measured}" if measured else _estimate(best.cost)
 
 
@@ -181,8 +191,12 @@ def layout_for(node: Node, target, prepared: bool = True, outputs: int | None = 
     how = schedule(node, target, prepared, outputs)
     if isinstance(how, str):
         raise ValueError(how)
-    lanes = target.lanes(DTYPE)
-    return winograd_layout(node.inputs[1].shape, how.outputs, register_tile(target)[1] * lanes, lanes, DTYPE)
+    lanes, shape = target.lanes(DTYPE), node.inputs[1].shape
+    panel = register_tile(target)[1] * lanes
+    if how.chunk:
+        axes = tuple(range(len(shape)))
+        return panels_layout(shape, (), axes[:-1], axes[-1:], 1, panel, lanes, DTYPE)
+    return winograd_layout(shape, how.outputs, panel, lanes, DTYPE)
 
 
 def _problems(node: Node, prepared: bool) -> tuple[_Problem, ...]:
@@ -199,26 +213,30 @@ def _problems(node: Node, prepared: bool) -> tuple[_Problem, ...]:
 
 
 @functools.cache
-def _schedule(outputs: int, problems: tuple[_Problem, ...], target) -> Schedule:
+def _schedule(outputs: int, problems: tuple[_Problem, ...], target, chunked: bool | None = None) -> Schedule:
     """The best schedule for m = `outputs`, by the mean of the problems' costs."""
     most, vectors = register_tile(target)
-    lanes = target.lanes(DTYPE)
     first = problems[0]
-    panels = -(-first.filters // (vectors * lanes))
-    direct = [_direct_cost(p, lanes) for p in problems]
+    width = vectors * target.lanes(DTYPE)
+    panels = -(-first.filters // width)
+    direct = [_direct_cost(p, target.lanes(DTYPE)) for p in problems]
     counts = [_tiles(p, outputs) for p in problems]
-    best: Schedule | None = None
-    for tile in range(LEAST_TILE, most + 1):
-        for block in range(tile, max(LARGEST_BLOCK, tile) + 1, tile):
-            blocks = -(-counts[0] // block)
-            group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
-            width = group * vectors * lanes
-            costs = [_cost(p, outputs, n, tile, block, width, target) for p, n in zip(problems, counts)]
-            cost = sum(c / d for c, d in zip(costs, direct)) / len(problems)
-            if best is None or cost < best.cost:
-                best = Schedule(outputs, tile, block, group, cost)
-    assert best is not None
-    return best
+    points = (outputs + TAPS - 1) ** first.axes
+    chunk = chunk_of(first.channels, points, width, target) if first.prepared else 0
+    small = points * first.channels * first.filters * itemsize(DTYPE) < LEAST_CHUNKED
+    ways = {0} if chunked is False or small or chunk < LEAST_CHUNK else {chunk} if chunked else {0, chunk}
+    best: dict[int, Schedule] = {}
+    for way in ways:
+        for tile in range(LEAST_TILE, most + 1):
+            for block in range(tile, max(LARGEST_BLOCK, tile) + 1, tile):
+                blocks = -(-counts[0] // block)
+                group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
+                how = Schedule(outputs, tile, block, group, way, 0.0)
+                costs = [_cost(p, how, n, group * width, target) for p, n in zip(problems, counts)]
+                cost = sum(c / d for c, d in zip(costs, direct)) / len(problems)
+                if way not in best or cost < best[way].cost:
+                    best[way] = how._replace(cost=cost)
+    return min(best.values(), key=lambda how: how.cost / (CHUNKED_WORTH if how.chunk else 1))
 
 
 def _is_shared(problem: _Problem, how: Schedule) -> bool:
@@ -248,13 +266,14 @@ def _direct_cost(problem: _Problem, lanes: int) -> float:
     return _both(pixels * problem.window * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
 
 
-def _cost(problem: _Problem, outputs: int, tiles: int, tile: int, block: int, group: int, target) -> float:
+def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> float:
     """The estimate for one problem; tiles: of all images. group: filters of a unit."""
     lanes, size = target.lanes(DTYPE), itemsize(DTYPE)
+    outputs, tile, block = how.outputs, how.tile, how.block
     points = (outputs + TAPS - 1) ** problem.axes
     channel_vectors, vectors = -(-problem.channels // lanes), -(-problem.filters // lanes)
     rounded = -(-tiles // tile)
-    filters = points * problem.channels * problem.filters * size
+    filters = (problem.window if how.chunk else points) * problem.channels * problem.filters * size
     blocks = -(-tiles // block)
     # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
     shared = (rounded + blocks * min(block // tile, rounded)) / 2
@@ -269,7 +288,10 @@ def _cost(problem: _Problem, outputs: int, tiles: int, tile: int, block: int, gr
     cost = _both(products, arrival) + spilled
     way = problem.axes, outputs
     cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[way]
-    if not problem.prepared:
+    if how.chunk:
+        sums = points * tiles * (problem.channels // how.chunk) * vectors * CHUNKED_SUM
+        cost += blocks * problem.channels * vectors * CHUNK_TRANSFORM[way] + sums
+    elif not problem.prepared:
         cost += problem.channels * vectors * FILTER_TRANSFORM[way] + filters / (MEMORY_BYTES * lanes)
     return cost
 
@@ -288,8 +310,10 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
         layout = layout_for(node, target, prepared=False, outputs=outputs)
         calls.append(filters_call(parts.operands[1], layout))
         transformed = calls[-1].operands[1]
-    how = schedule(node, target, parts.packed[1] is not None, layout[2])
+    chunked = layout[0] == "panels"
+    how = schedule(node, target, parts.packed[1] is not None, outputs if chunked else layout[2], chunked)
     assert isinstance(how, Schedule)
+    assert (how.chunk > 0) == chunked
     out_sizes = tuple(parts.result.shape[1:-1])
     dilations = tuple(node.attrs["rhs_dilation"])
     row_pitch = out_sizes[-1] * dilations[0] if len(dilations) == 2 else 1
@@ -315,6 +339,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
         block=how.block,
         group=how.group,
         shared=how.group < panels and _is_shared(_problems(node, True)[0], how),
+        chunk=how.chunk,
         lanes=lanes,
         vectors=vectors,
         epilogue=tuple(parts.epilogue(DTYPE, filters, 2)),
@@ -342,7 +367,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
 
 def _inputs_call(x: Value | Temporary, plan: WinogradPlan, table: SizeTable, tiles) -> KernelCall:
     """The call that transforms the inputs of all tiles into a Temporary. Those of all filters share its kernel."""
-    params = tuple(plan._replace(filters=0, group=0, vectors=0, epilogue=()))
+    params = tuple(plan._replace(filters=0, group=0, chunk=0, vectors=0, epilogue=()))
     out = Temporary(TensorType((ceil_div(tiles, plan.block), plan.inputs_block), DTYPE))
     return KernelCall(
         spec=KernelSpec("winograd_inputs", "kgraph.codegen.cpu.winograd_inputs:render_inputs", params),

@@ -3,12 +3,15 @@
 One unit of work is a block of output tiles, counted through all images, times some panels of filters. It transforms
 the inputs that its tiles meet, channels in vectors, unless a kernel ahead has done so; multiplies, pair of points by
 pair of points, so that only one matrix of transformed filters at a time is in use; then transforms the sums of each
-tile back and finishes them. Units of the same tiles follow one another and share the transformed inputs.
+tile back and finishes them. Units of the same tiles follow one another and share the transformed inputs. Filters are
+given transformed, or as taps (`winograd_chunk`): then the products of a panel are those of one chunk of channels after
+the other.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import cast
 
 from llvmlite import ir
 
@@ -17,6 +20,7 @@ from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, subfunction
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileSet
 from kgraph.codegen.cpu.products import plain
 from kgraph.codegen.cpu.strided import resolve_all
+from kgraph.codegen.cpu.winograd_chunk import FilterTransform
 from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid, both_axes
 from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
 from kgraph.codegen.cpu.winograd_transform import output_transform
@@ -47,11 +51,11 @@ class _Winograd:
             col_pitch=plan.input_pitch,
             a_step=1,
             loops=(),
-            run=plan.channels,
+            run=plan.chunk or plan.channels,
             b_step=None,
             pixel_row_pitch=0,
             pixel_col_pitch=0,
-            partial=False,
+            partial=0 < plan.chunk < plan.channels,
             requests=min(plan.block // plan.tile, REQUESTING_TILES),
         )
         self.products = TileSet(b, code, None)
@@ -66,6 +70,7 @@ class _Winograd:
         self.sums, self.outputs, self.stage = scratch("sums"), scratch("outputs"), scratch("stage")
         self.inputs = b.operand(0, DTYPE) if plan.shared else scratch("inputs")
         self.filters = b.operand(1, DTYPE)
+        self.taps = FilterTransform(b, plan, self.filters, scratch("filters")) if plan.chunk else None
 
     def emit(self) -> None:
         b, plan = self.b, self.plan
@@ -85,9 +90,12 @@ class _Winograd:
                     transformed.set(b.i64(place))
             begin = group * plan.group
             end = b.min(begin + plan.group, self.panels.count())
-            with b.loop(0, plan.points) as point:
-                at = inputs + point * plan.input_matrix
-                self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
+            if self.taps is not None:
+                self._panels(begin, end, lambda *panel: self._chunks(inputs, tiles, *panel))
+            else:
+                with b.loop(0, plan.points) as point:
+                    at = inputs + point * plan.input_matrix
+                    self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
             with b.loop(0, tiles) as tile:
                 image, row, col = self.grid.place(first + tile)
                 self._panels(begin, end, lambda *panel: self._outputs(tile, image, row, col, *panel))
@@ -106,7 +114,6 @@ class _Winograd:
     # -- products -----------------------------------------------------------------------------------------------
     def _products(self, inputs, point, tiles, begin, end, panel, place, vectors: int, masked: bool) -> None:
         b, plan = self.b, self.plan
-        width = vectors * plan.lanes
         packed = plan.channels * self.panels.packed_columns()
         filters = self.filters + (point * packed + panel * (plan.channels * plan.width))
         # What is needed next: another panel, or the unit's first one for the next pair of points.
@@ -114,13 +121,35 @@ class _Winograd:
         following = b.ir.select(last, b.i64(begin - panel), b.i64(1))
         skipped = b.ir.select(last, b.i64(packed), b.i64(0))
         requested = filters + (Int(b, following) * (plan.channels * plan.width) + Int(b, skipped))
-        sums = self._sums(place) + point * plan.sums_matrix
+        self._tiles(inputs, filters, self._sums(place) + point * plan.sums_matrix, tiles, vectors, requested)
 
+    def _chunks(self, inputs, tiles, panel, place, vectors: int, masked: bool) -> None:
+        """The products of a panel whose filters are transformed chunk by chunk of the channels."""
+        b, plan, taps = self.b, self.plan, cast(FilterTransform, self.taps)
+        chunks = plan.channels // plan.chunk
+        with b.loop(0, chunks) as chunk:
+            channel = chunk * plan.chunk
+            taps.transform(panel, vectors, channel)
+            first, last = chunk.equals(0), chunk.equals(chunks - 1)
+            # What is needed next: another chunk, or the next panel's first one; some rows of it with every point.
+            following = Int(b, b.ir.select(last, b.i64(panel + 1), b.i64(panel)))
+            start = Int(b, b.ir.select(last, b.i64(0), b.i64(channel + plan.chunk)))
+            with b.loop(0, plan.points) as point:
+                filters = taps.to + point * plan.filters_matrix
+                requested = taps.first_row(following, vectors, point % taps.taps, start)
+                at = inputs + (point * plan.input_matrix + channel)
+                to = self._sums(place) + point * plan.sums_matrix
+                self._tiles(at, filters, to, tiles, vectors, requested, first, last)
+
+    def _tiles(self, inputs, filters, sums, tiles, vectors: int, requested: Pointer, first=1, last=1) -> None:
+        """The products of all tiles with a matrix of filters, or with a chunk of one."""
+        b, plan = self.b, self.plan
+        width = vectors * plan.lanes
         with b.loop(0, tiles, plan.tile) as tile:
             shape = Tile(1, plan.tile, vectors, False)
             turn = tile // plan.tile % min(plan.block // plan.tile, REQUESTING_TILES)
-            a, to = inputs + tile * plan.input_pitch, sums + tile * width
-            self.products.call(shape, a, filters, to, 0, 0, 0, requested=requested + turn * width)
+            a, to, asked = inputs + tile * plan.input_pitch, sums + tile * width, requested + turn * width
+            self.products.call(shape, a, filters, to, 0, 0, 0, first=first, last=last, requested=asked)
 
     def _sums(self, place) -> Pointer:
         return self.sums + place * (self.plan.points * self.plan.sums_matrix)

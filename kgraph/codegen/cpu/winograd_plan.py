@@ -18,8 +18,8 @@ class WinogradPlan(NamedTuple):
     tiles: how many there are, and tiles along the axes of one: rows and columns, or columns only. sizes, out_sizes: of
     an image. out_pitches: pixels between rows, and columns, of a tile's outputs. origins: minus the padding below.
     tile: output tiles of a register tile. block: those of a unit, a multiple of `tile`. group: panels of a unit.
-    shared: whether a kernel ahead transforms the inputs, as several units read those of a block. lanes, vectors: of a
-    vector, a panel.
+    shared: whether a kernel ahead transforms the inputs, as several units read those of a block. chunk: channels whose
+    filters the kernel transforms at once; 0 where it is given transformed ones. lanes, vectors: of a vector, a panel.
     """
 
     pairs: tuple[float, ...]
@@ -37,6 +37,7 @@ class WinogradPlan(NamedTuple):
     block: int
     group: int
     shared: bool
+    chunk: int
     lanes: int
     vectors: int
     epilogue: tuple
@@ -81,6 +82,11 @@ class WinogradPlan(NamedTuple):
         """Distance of matrices of sums, likewise."""
         return (-(-self.block * self.width // LINE) | 1) * LINE
 
+    @property
+    def filters_matrix(self) -> int:
+        """Distance of matrices of the filters that the kernel transforms, likewise."""
+        return (-(-self.chunk * self.width // LINE) | 1) * LINE
+
     def scratch(self) -> dict[str, int]:
         """Byte offsets in a thread's scratch, and the `end`."""
         points, size = self.points, itemsize(DTYPE)
@@ -88,6 +94,7 @@ class WinogradPlan(NamedTuple):
             "sums": points * self.sums_matrix * self.group * size,
             "outputs": self.outputs**self.axes * self.width * size,
             "stage": points * self.lanes * size,
+            "filters": points * self.filters_matrix * size if self.chunk else 0,
         }
         if not self.shared:
             sections = {"inputs": self.inputs_block * size, **sections, **self._input_sections()}
