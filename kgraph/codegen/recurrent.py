@@ -14,7 +14,10 @@ SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
 
 class Shape(NamedTuple):
-    """Static structure of a kernel; `reverse` has one entry per layer."""
+    """Static structure of a kernel; `reverse` has one entry per layer.
+
+    joined: whether the sequences of the layers lie side by side in one result.
+    """
 
     dtype: str
     cell: str
@@ -26,6 +29,7 @@ class Shape(NamedTuple):
     features: int
     units: int
     reverse: tuple[bool, ...]
+    joined: bool = False
 
     @property
     def gates(self) -> int:
@@ -47,7 +51,10 @@ class Shape(NamedTuple):
 
 
 def layers_of(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ...]]]:
-    """(rnn node, its operands, its results) for each layer of a plain or fused node; empty where it is neither."""
+    """(rnn node, its operands, its results) for each layer of a plain or fused node; empty where it is neither.
+
+    Layers whose sequences are concatenated have the whole as their first result (`is_joined`).
+    """
     if node.name == "rnn":
         return [(node, node.inputs, node.outputs)]
     if node.name != "fusion":
@@ -55,14 +62,27 @@ def layers_of(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ..
     body = node.attrs["body"]
     outer = dict(zip(body.inputs, node.inputs, strict=True))
     results = dict(zip(body.outputs, node.outputs, strict=True))
+    members = list(body.nodes)
+    if is_joined(node):
+        concatenate = members.pop()
+        sequences = [n.outputs[0] for n in members if n.name == "rnn"]
+        if list(concatenate.inputs) != sequences or concatenate.attrs["axis"] != 2:
+            return []
+        results |= dict.fromkeys(sequences, results[concatenate.output])
     layers = []
-    for member in body.nodes:
+    for member in members:
         whole = all(v in outer for v in member.inputs) and all(v in results for v in member.outputs)
         if member.name != "rnn" or not whole:
             return []
         operands = tuple(outer[v] for v in member.inputs)
         layers.append((member, operands, tuple(results[v] for v in member.outputs)))
     return layers
+
+
+def is_joined(node: Node) -> bool:
+    """Whether a fused node of recurrent layers ends with the concatenation of their sequences."""
+    members = node.attrs["body"].nodes if node.name == "fusion" else ()
+    return bool(members) and members[-1].name == "concatenate"
 
 
 def shape_of(node: Node) -> Shape:

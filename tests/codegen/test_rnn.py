@@ -102,8 +102,10 @@ def test_wide_layer_and_narrow_vectors():
         compare(result, wanted, 1e-5)
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_both_directions_as_one_kernel(parts):
+def test_both_directions_as_one_kernel(parts, joined):
+    """joined: with the concatenation of their sequences, whose parts are no whole vectors."""
     first, second = operands("lstm", 17, 9, 6, 20), operands("lstm", 17, 9, 6, 20, seed=1)
     second[0] = first[0]
     shared, *forward = values_of(first)
@@ -112,11 +114,16 @@ def test_both_directions_as_one_kernel(parts):
     results = []
     for own, reverse in ((forward, False), (backward, True)):
         results += graph.add(recurrent.RNN, (shared, *own), **attributes("lstm", reverse=reverse))
+    if joined:
+        whole = graph.add(PRIMITIVES["concatenate"], (results[0], results[3]), axis=2)
+        results = [whole, *results[1:3], *results[4:]]
     graph.outputs = results
     inputs = [Value(v.type) for v in graph.inputs]
     node = Node(PRIMITIVES["fusion"], inputs, {"kind": "rnn", "body": graph}, [v.type for v in results])
     assert rnn.accepts(node) is None
     got = run_node(rnn.lower, node, [*first, *second[1:]], {"N": 17, "L": 9}, parts)
     wanted = [*run(first, **attributes("lstm")), *run(second, **attributes("lstm", reverse=True))]
+    if joined:
+        wanted = [np.concatenate([wanted[0], wanted[3]], axis=2), *wanted[1:3], *wanted[4:]]
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -393,16 +393,32 @@ def rnn(x, kernel, recurrent, bias, state, reverse):
     return ops.rnn(x, kernel, recurrent, bias, zero, state, state, cell="lstm", reverse=reverse)
 
 
-def test_directions_of_a_bidirectional_layer_join():
+def no_concatenation(node):
+    return "separate results only" if node.attrs["body"].nodes[-1].name == "concatenate" else None
+
+
+@pytest.mark.parametrize(
+    ("order", "axis", "also_read", "accepts", "expected"),
+    [
+        ((0, 1), 2, False, lambda node: None, ["rnn"]),
+        ((1, 0), 2, False, lambda node: None, ["rnn"]),
+        ((0, 1), 2, False, no_concatenation, ["rnn", "concatenate"]),
+        ((0, 1), 2, True, lambda node: None, ["rnn", "concatenate"]),
+        ((0, 1), 1, False, lambda node: None, ["rnn", "concatenate"]),
+        ((0, 0, 1), 2, False, lambda node: None, ["rnn", "concatenate"]),
+    ],
+)
+def test_directions_of_a_bidirectional_layer_join(order, axis, also_read, accepts, expected):
     def function(x, s, k, r, b, k2, r2, b2):
         forward = rnn(x, k, r, b, s, False)
         backward = rnn(x, k2, r2, b2, s, True)
-        return ops.concatenate(forward[0], backward[0], axis=2), backward[1]
+        sequences = [(forward[0], backward[0])[n] for n in order]
+        return ops.concatenate(*sequences, axis=axis), backward[0] if also_read else backward[1]
 
     weights = [f32(3, 16), f32(4, 16), f32(16)]
     graph = traced(function, [f32(N, 5, 3), f32(N, 4)], weights * 2)
-    after = group_recurrent(graph, PassContext())
-    assert kinds(after) == ["rnn", "concatenate"]
+    after = group_recurrent(graph, PassContext(accepts=accepts))
+    assert kinds(after) == expected
     check_same(graph, after)
 
 

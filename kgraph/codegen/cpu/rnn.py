@@ -5,7 +5,8 @@ scratch. Time runs in chunks: the input projection of a chunk is one product ove
 the recurrent product on top of the projection, and the gates. Everything a step touches stays in cache.
 
 Several layers over equal shapes, such as both directions of a bidirectional one, run as one kernel (a fused node of
-kind "rnn" that holds nothing but them): the layer is the outer part of the extent, so layers run on several threads.
+kind "rnn" that holds them, and perhaps the concatenation of their sequences): the layer is the outer part of the
+extent, so layers run on several threads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kgraph.codegen.cpu.block_product import BlockProduct, Panel
 from kgraph.codegen.cpu.builder import PTR, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.strided import SizeTable, resolve
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.codegen.recurrent import SELU_ALPHA, SELU_SCALE, Shape, layers_of, shape_of, unsupported
+from kgraph.codegen.recurrent import SELU_ALPHA, SELU_SCALE, Shape, is_joined, layers_of, shape_of, unsupported
 from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div
 
@@ -109,13 +110,13 @@ def lower(node: Node, target) -> list[KernelCall]:
     """The one call of a recurrent layer, or of several."""
     layers = layers_of(node)
     shape = shape_of(layers[0][0])
-    shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
+    shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers), joined=is_joined(node))
     batch, steps, features = layers[0][1][0].shape
     layout = layout_of(shape, target)
     table = SizeTable()
     params = (tuple(shape), table(batch), table(steps))
     inputs = [v for _, operands, _ in layers for v in operands]
-    outputs = [v for _, _, results in layers for v in results]
+    outputs = list(dict.fromkeys(v for _, _, results in layers for v in results))
     width = shape.gates * shape.units
     name = "_".join([shape.cell, *(["bidirectional"] if len(set(shape.reverse)) > 1 else [])])
     return [
@@ -257,7 +258,12 @@ class RecurrentKernel:
 
         self.inputs = [operand(layer * shape.inputs + k, f"input{k}", dtype_of(k)) for k in range(shape.inputs)]
         first = count * shape.inputs
-        self.outputs = [operand(layer * results + (first + k), f"output{k}", shape.dtype) for k in range(results)]
+        places = [layer * results + (first + k) for k in range(results)]
+        if shape.joined:
+            places = [first, *(layer * shape.states + (first + 1 + k) for k in range(shape.states))]
+        self.outputs = [operand(place, f"output{k}", shape.dtype) for k, place in enumerate(places)]
+        if shape.joined:
+            self.outputs[0] = self.outputs[0] + layer * shape.units
 
     def render(self) -> str:
         b, shape, layout = self.b, self.shape, self.layout
@@ -415,7 +421,8 @@ class RecurrentKernel:
 
     def write(self, row, unit, mask, number, out: ir.Value) -> None:
         """Output of (sequence, step) `number`; the states are still those before the step."""
-        self.b.store(self.outputs[0], number * self.shape.units + unit, out, mask)
+        pitch = self.shape.units * (len(self.shape.reverse) if self.shape.joined else 1)
+        self.b.store(self.outputs[0], number * pitch + unit, out, mask)
 
 
 def render_rnn(params, target) -> str:

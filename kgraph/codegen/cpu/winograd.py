@@ -77,7 +77,8 @@ class Schedule(NamedTuple):
     def reason(self) -> str:
         """Why, for `explain`."""
         found = f"measured: {self.measured}" if self.measured else _estimate(self.cost)
-        return f"{self.outputs} outputs along an axis, {found}"
+        where = ", filters transformed by the kernel" if self.chunk else ""
+        return f"{self.outputs} outputs along an axis{where}, {found}"
 
 
 def _estimate(cost: float) -> str:

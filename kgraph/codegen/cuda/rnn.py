@@ -20,7 +20,7 @@ from kgraph.codegen.cuda.rnn_activations import ACTIVATIONS
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.cuda.target import CudaTarget
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
-from kgraph.codegen.recurrent import Shape, layers_of, product_calls, shape_of, unsupported
+from kgraph.codegen.recurrent import Shape, is_joined, layers_of, product_calls, shape_of, unsupported
 from kgraph.ir import Node, TensorType, Value
 from kgraph.ir.dims import ceil_div
 
@@ -37,6 +37,8 @@ def accepts(node: Node) -> str | None:
     reason = unsupported(node)
     if reason is not None:
         return reason
+    if is_joined(node):
+        return "sequences of several layers are separate results"
     shape = shape_of(layers_of(node)[0][0])
     return too_wide(shape, shared_values(shape))
 
