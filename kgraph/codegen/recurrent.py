@@ -81,7 +81,7 @@ def layers_of(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ..
 
 def is_joined(node: Node) -> bool:
     """Whether a fused node of recurrent layers ends with the concatenation of their sequences."""
-    members = node.attrs["body"].nodes if node.name == "fusion" else ()
+    members: list[Node] = node.attrs["body"].nodes if node.name == "fusion" else []
     return bool(members) and members[-1].name == "concatenate"
 
 
