@@ -5,8 +5,8 @@ scratch. Time runs in chunks: the input projection of a chunk is one product ove
 the recurrent product on top of the projection, and the gates. Everything a step touches stays in cache.
 
 Several layers over equal shapes, such as both directions of a bidirectional one, run as one kernel (a fused node of
-kind "rnn" that holds them, and perhaps the concatenation of their sequences): the layer is the outer part of the
-extent, so layers run on several threads.
+kind "rnn" that holds them, and perhaps the concatenation of their sequences): the layer is the inner part of the
+extent, so layers of one sequence run on several threads, and of many sequences each thread has some with all layers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kgraph.ir import Node
 from kgraph.ir.dims import ceil_div
 
 LARGE_WEIGHTS = 1 << 18  # elements of the recurrent weights from which on they come from beyond the L2 cache
+BLOCKS_OF_CHUNK = 2  # of sequences, where there are several layers
 CHUNK_ELEMENTS = 1 << 15  # of the projected inputs of one chunk of steps
 
 
@@ -129,6 +130,8 @@ def lower(node: Node, target) -> list[KernelCall]:
             flops=batch * steps * (2 * width * (features + shape.units) * len(layers)),
             bytes=sum((v.type.nbytes for v in (*inputs, *outputs)), 0),
             scratch_bytes=layout.total * itemsize(shape.dtype),
+            # A chunk packs the weights of all layers.
+            notes={"grain": BLOCKS_OF_CHUNK * len(layers)} if len(layers) > 1 else {},
         )
     ]
 
@@ -266,22 +269,31 @@ class RecurrentKernel:
             self.outputs[0] = self.outputs[0] + layer * shape.units
 
     def render(self) -> str:
+        b, shape = self.b, self.shape
+        count = len(shape.reverse)
+        if count == 1:
+            with b.if_then(b.begin < b.end):
+                self.layer(0, b.begin, b.end)
+            return b.ir_text()
+        # Unit `block * count + layer`: what a thread writes of some sequences, it reads in the layer after this one.
+        with b.loop(0, count) as layer:
+            begin, end = (b.ceil_div(unit - layer, count) for unit in (b.begin, b.end))
+            with b.if_then(begin < end):
+                self.layer(layer, begin, end)
+        return b.ir_text()
+
+    def layer(self, layer, begin, end) -> None:
+        """Blocks `begin` to `end` of the sequences of one layer."""
         b, shape, layout = self.b, self.shape, self.layout
-        blocks = b.ceil_div(self.batch, layout.rows)
-        packed = b.variable(b.i64(-1))
-        with b.loop(b.begin, b.end) as unit:
-            layer, block = (unit // blocks, b.int(unit % blocks)) if len(shape.reverse) > 1 else (0, unit)
-            self.select_layer(layer)
-            backward: ir.Value = ir.Constant(ir.IntType(1), shape.reverse[0])
-            for number, reverse in enumerate(shape.reverse[1:], 1):
-                flag = ir.Constant(ir.IntType(1), reverse)
-                backward = b.ir.select(b.int(layer).equals(number), flag, backward)
-            with b.if_then(b.ir.icmp_signed("!=", packed.get(), b.i64(layer))):
-                self.pack()
-                packed.set(b.i64(layer))
+        self.select_layer(layer)
+        backward: ir.Value = ir.Constant(ir.IntType(1), shape.reverse[0])
+        for number, reverse in enumerate(shape.reverse[1:], 1):
+            flag = ir.Constant(ir.IntType(1), reverse)
+            backward = b.ir.select(b.int(layer).equals(number), flag, backward)
+        self.pack()
+        with b.loop(begin, end) as block:
             first = block * layout.rows
             self.sequences(first, b.min(self.batch - first, layout.rows), backward)
-        return b.ir_text()
 
     def pack(self) -> None:
         """Weights and biases of the current layer."""
