@@ -44,6 +44,7 @@ LONG_COMPILES = (
     "attention_gradient",
     "attention",
     "winograd_kernel",
+    "conv_filter_winograd_kernel",
     "conv_kernel",
     "conv_filter_kernel",
     "gemm_kernel",

@@ -3,13 +3,13 @@
 Few results are sums over many positions. So positions are cut into chunks of a fixed length, one unit of work takes one
 chunk and a part of the weight, and a second kernel adds the chunks' sums in order: results do not depend on the number
 of threads. Chunks are long against the weight, which bounds the memory of their sums by that of the operands.
-`choose` tells apart depthwise convolutions (`conv_filter_depthwise`), 1x1 windows that meet every pixel, where images
-and rows are one long line, and the rest.
+`choose` tells apart depthwise convolutions (`conv_filter_depthwise`), windows of 3 that gain by Winograd's algorithm
+(`conv_filter_winograd`), 1x1 windows that meet every pixel, where images and rows are one long line, and the rest.
 """
 
 from __future__ import annotations
 
-from kgraph.codegen.cpu import conv_filter_depthwise
+from kgraph.codegen.cpu import conv_filter_depthwise, conv_filter_winograd
 from kgraph.codegen.cpu.builder import MEMORY_TYPES, itemsize
 from kgraph.codegen.cpu.conv_filter_kernel import FilterPlan, total_call
 from kgraph.codegen.cpu.microkernel import register_tile
@@ -22,6 +22,7 @@ from kgraph.ir.dims import ceil_div, product
 POSITIONS = 128  # of a block, about: operands of a tile stay in the first-level cache
 CHUNK_POSITIONS = 1024  # of a chunk, at least
 CHANNELS = (48, 96)  # of a unit, least and most, where there are more and they divide
+MANY_BLOCKS = 16
 COPY_BYTES = 128 << 10  # of scratch for the input, and for the cotangents, that fits the second-level cache
 UNIT_RESULTS = 4096  # of the weight, beyond which rows of taps are units of their own
 FEW_ROWS = 28  # of the result, up to which cotangents are read too rarely for a copy to pay
@@ -45,21 +46,29 @@ def accepts(node: Node) -> str | None:
     return None
 
 
-def choose(node: Node) -> tuple[str, str]:
-    """(algorithm, reason) for a conv_filter_gradient node: "depthwise", "pixels" or "implicit_product"."""
+def choose(node: Node, target) -> tuple[str, str]:
+    """(algorithm, reason) for a conv_filter_gradient node: "depthwise", "pixels", "winograd" or "implicit_product"."""
     attrs = node.attrs
     if conv_filter_depthwise.takes(node):
         return "depthwise", "one filter per channel"
     plain = all(s == 1 for s in attrs["strides"]) and all(p == (0, 0) for p in attrs["padding"])
     if plain and all(k == 1 for k in attrs["window"]):
         return "pixels", "a 1x1 window that meets every pixel"
-    return "implicit_product", "a window over positions"
+    how = conv_filter_winograd.schedule(node, target)
+    if isinstance(how, str):
+        return "implicit_product", f"a window over positions; not Winograd's algorithm: {how}"
+    return "winograd", f"{how.outputs} outputs along an axis, estimated at {how.cost:.2f} times the implicit product"
 
 
 def lower(node: Node, target) -> list[KernelCall]:
     """One call that sums chunks, and one that adds the chunks' sums where there are several."""
-    algorithm, reason = choose(node)
-    calls = conv_filter_depthwise.lower(node, target) if algorithm == "depthwise" else _lower(node, algorithm, target)
+    algorithm, reason = choose(node, target)
+    if algorithm == "depthwise":
+        calls = conv_filter_depthwise.lower(node, target)
+    elif algorithm == "winograd":
+        calls = conv_filter_winograd.lower(node, target)
+    else:
+        calls = _lower(node, algorithm, target)
     calls[0].notes.update(algorithm=algorithm, reason=reason)
     return calls
 
@@ -143,7 +152,10 @@ def _channel_block(channels: int) -> int:
     least, most = CHANNELS
     if channels <= most:
         return channels
-    return max((d for d in range(least, most + 1) if channels % d == 0), default=channels)
+    divisors = [d for d in range(least, most + 1) if channels % d == 0]
+    # An odd number of blocks, where there are few, leaves one of two threads without work.
+    even = [d for d in divisors if channels // d % 2 == 0 or channels // d > MANY_BLOCKS]
+    return max(even or divisors, default=channels)
 
 
 def _blocking(plan: FilterPlan, target) -> FilterPlan:

@@ -34,6 +34,7 @@ from kgraph.ir.dims import ceil_div, evaluate, product
 from kgraph.ops.packing import panels_layout, winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
+OFF = "switched off by KGRAPH_WINOGRAD"
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
 SHARED_PRODUCTS = 1 << 24  # from which on a kernel ahead transforms inputs for all units
 LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
@@ -126,9 +127,12 @@ def refusal(node: Node) -> str | None:
         return "channels of symbolic size, or none"
     if x.dtype != DTYPE or node.output.dtype != DTYPE:
         return f"its error is bounded for float32, not {x.dtype}"
-    if os.environ.get("KGRAPH_WINOGRAD") == "0":
-        return "switched off by KGRAPH_WINOGRAD"
-    return None
+    return OFF if is_off() else None
+
+
+def is_off() -> bool:
+    """Whether the environment switches the algorithm off."""
+    return os.environ.get("KGRAPH_WINOGRAD") == "0"
 
 
 def schedule(
@@ -247,10 +251,10 @@ def _is_shared(problem: _Problem, how: Schedule) -> bool:
 
 def _tiles(problem: _Problem, outputs: int) -> int:
     sizes = (problem.high, problem.wide)[-problem.axes :]
-    return problem.images * product(_tiles_along(n, outputs, d) for n, d in zip(sizes, problem.dilations, strict=True))
+    return problem.images * product(tiles_along(n, outputs, d) for n, d in zip(sizes, problem.dilations, strict=True))
 
 
-def _tiles_along(size, outputs: int, dilation: int):
+def tiles_along(size, outputs: int, dilation: int):
     """Tiles along an axis: those that begin with the first outputs, as many as there are gaps, then the next ones."""
     return dilation * ceil_div(ceil_div(size, dilation), outputs)
 
@@ -318,7 +322,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
     out_sizes = tuple(parts.result.shape[1:-1])
     dilations = tuple(node.attrs["rhs_dilation"])
     row_pitch = out_sizes[-1] * dilations[0] if len(dilations) == 2 else 1
-    tiles = tuple(_tiles_along(n, how.outputs, d) for n, d in zip(out_sizes, dilations, strict=True))
+    tiles = tuple(tiles_along(n, how.outputs, d) for n, d in zip(out_sizes, dilations, strict=True))
     count = x.shape[0] * product(tiles)
     vectors, lanes = register_tile(target)[1], target.lanes(DTYPE)
     channels, filters = w.shape[-2:]

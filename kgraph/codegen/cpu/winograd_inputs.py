@@ -13,7 +13,7 @@ from llvmlite import ir
 from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer
 from kgraph.codegen.cpu.epilogue import subfunction
 from kgraph.codegen.cpu.strided import resolve, resolve_all
-from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
+from kgraph.codegen.cpu.winograd_plan import DTYPE, Tiling, WinogradPlan
 from kgraph.codegen.cpu.winograd_transform import input_transform
 
 
@@ -40,7 +40,7 @@ class TileGrid:
     The outputs of a tile lie `dilations` apart: tiles that begin beside one another fill the gaps of the first.
     """
 
-    def __init__(self, b: KernelBuilder, plan: WinogradPlan):
+    def __init__(self, b: KernelBuilder, plan: Tiling):
         self.outputs, self.tiles = plan.outputs, both_axes(resolve_all(b, plan.tiles), 1)
         self.dilations = both_axes(plan.dilations, 1)
         self.count = resolve(b, plan.images) * (self.tiles[0] * self.tiles[1])

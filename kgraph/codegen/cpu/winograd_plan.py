@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kgraph.codegen.cpu.builder import itemsize
 from kgraph.ops.winograd import TAPS
 
 DTYPE = "float32"
 LINE = 16  # elements of a cache line
+
+
+class Tiling(Protocol):
+    """What a plan says of its tiles; see `WinogradPlan`."""
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def dilations(self) -> tuple[int, ...]: ...
+
+    @property
+    def images(self) -> int | tuple: ...
+
+    @property
+    def tiles(self) -> tuple: ...
 
 
 class WinogradPlan(NamedTuple):
@@ -98,17 +114,17 @@ class WinogradPlan(NamedTuple):
         }
         if not self.shared:
             sections = {"inputs": self.inputs_block * size, **sections, **self._input_sections()}
-        return _offsets(sections)
+        return offsets_of(sections)
 
     def input_scratch(self) -> dict[str, int]:
         """The same for the kernel that transforms inputs only."""
-        return _offsets({"stage": self.points * self.lanes * itemsize(DTYPE), **self._input_sections()})
+        return offsets_of({"stage": self.points * self.lanes * itemsize(DTYPE), **self._input_sections()})
 
     def _input_sections(self) -> dict[str, int]:
         return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.points * 8}
 
 
-def _offsets(sections: dict[str, int]) -> dict[str, int]:
+def offsets_of(sections: dict[str, int]) -> dict[str, int]:
     offsets, at = {}, 0
     for name, nbytes in sections.items():
         offsets[name] = at

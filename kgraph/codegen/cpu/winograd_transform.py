@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from kgraph.codegen.cpu.builder import KernelBuilder
 from kgraph.codegen.cpu.products import multiply_add
-from kgraph.ops.winograd import Pairs, even_polynomial, filter_matrix
+from kgraph.ops.winograd import TAPS, Pairs, even_polynomial, filter_matrix
 
 Vectors = Sequence[ir.Value]
 
@@ -48,6 +48,31 @@ def output_transform(b: KernelBuilder, values: Vectors, pairs: Pairs) -> list[ir
 def filter_transform(b: KernelBuilder, g: Vectors, pairs: Pairs) -> list[ir.Value]:
     """G g for three vectors of taps: m + 2 vectors."""
     return [_sum(b, [(f, v) for f, v in zip(row, g, strict=True) if f]) for row in filter_matrix(pairs)]
+
+
+def cotangent_transform(b: KernelBuilder, y: Vectors, pairs: Pairs) -> list[ir.Value]:
+    """A y for m vectors, cotangents of outputs: the values at the points of a polynomial with these coefficients."""
+    out = [y[0]]
+    for pair in pairs:
+        even = _sum(b, [(pair**power, y[power]) for power in range(0, len(y), 2)])
+        odd = _sum(b, [(pair**power, y[power]) for power in range(1, len(y), 2)])
+        out += [b.add(even, odd), b.sub(even, odd)]
+    return [*out, y[-1]]
+
+
+def filter_cotangent_transform(b: KernelBuilder, values: Vectors, pairs: Pairs) -> list[ir.Value]:
+    """G^T values for m + 2 vectors: the cotangents of three taps."""
+    matrix = filter_matrix(pairs)
+    plus, minus = values[1:-1:2], values[2:-1:2]
+    sums = [b.add(p, q) for p, q in zip(plus, minus, strict=True)]
+    differences = [b.sub(p, q) for p, q in zip(plus, minus, strict=True)]
+    out = []
+    for tap in range(TAPS):
+        # Rows of G for +p and -p differ in the sign of odd powers.
+        terms = list(zip((row[tap] for row in matrix[1:-1:2]), differences if tap % 2 else sums, strict=True))
+        ends = [(row[tap], value) for row, value in ((matrix[0], values[0]), (matrix[-1], values[-1])) if row[tap]]
+        out.append(_sum(b, [*terms, *ends]))
+    return out
 
 
 def _sum(b: KernelBuilder, terms) -> ir.Value:
