@@ -186,6 +186,11 @@ def _take_along_axis_gradient(cotangents, inputs, outputs, axis):
     (c,), (x, indices) = cotangents, inputs
     where = ops.broadcast_to(_traced_clamped(indices, x.shape[axis]), shape=c.shape)
     base_shape = (*c.shape[:axis], x.shape[axis], *c.shape[axis + 1 :])
+    if c.shape[axis] == 1:
+        # One element of a row, such as the logarithm of a label's probability: no scatter, which nothing fuses with.
+        along = tuple(n if i == axis else 1 for i, n in enumerate(base_shape))
+        positions = ops.iota(shape=along, dtype=dtype_of(where), axis=axis)
+        return unbroadcast(ops.select(ops.eq(positions, where), c, zeros_like(c)), x), None
     base = ops.full(shape=base_shape, value=0, dtype=dtype_of(x))
     return unbroadcast(ops.scatter_along_axis(base, where, c, axis=axis, reduction="add"), x), None
 
@@ -202,6 +207,8 @@ TAKE_ALONG_AXIS = register(
             Sample((uniform((2, 5, 3)), integers((2, 7, 3), -5, 5)), {"axis": 1}),
             Sample((uniform((3, 5)), integers((1, 4), 0, 5)), {"axis": 1}, "broadcast"),
             Sample((uniform((1, 5)), integers((3, 4), 0, 5)), {"axis": 1}, "broadcast"),
+            Sample((uniform((3, 5)), integers((3, 1), -7, 7)), {"axis": 1}, "one of a row"),
+            Sample((uniform((1, 4, 5)), integers((3, 1, 5), 0, 4, "int64")), {"axis": 1}, "one of a row, broadcast"),
             Sample((integers((3, 5)), integers((3, 2), -20, 20)), {"axis": 1}, "int32"),
             Sample((uniform((3, 5)), integers((3, 0), 0, 5)), {"axis": 1}, "empty"),
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kgraph.ir import Graph, Node, Rewriter, Value
-from kgraph.passes.fuse import WITH_PROLOGUE, anchor_kind, computes_operands, reduction_of, source_of
+from kgraph.passes.fuse import WITH_PROLOGUE, anchor_kind, computes_operands, is_made_of_less, reduction_of, source_of
 from kgraph.passes.manager import PassContext
 from kgraph.passes.patterns import is_elementwise
 from kgraph.passes.regions import Contraction
@@ -16,12 +16,12 @@ def duplicate_producers(graph: Graph, context: PassContext | None = None) -> Gra
     """`c = x - m; v = reduce_sum(c * c); y = c * f(v)  ->  c = x - m; v = reduce_sum(c * c); d = x - m; y = d * f(v)`.
 
     For values that would be written because kernels that cannot be one read them, and whose only operand of their size
-    is in memory anyway: then each of the kernels reads that operand instead.
+    is in memory anyway: then each of the kernels reads that operand instead. Or there is none of their size.
     """
     contraction = Contraction(graph)
     doubles: dict[Node, set[Node]] = {}  # per reader, the producers that it gets copies of
     for node in graph.nodes:
-        if source_of(node) is not None and _root_is_stored(contraction, node):
+        if (source_of(node) is not None or is_made_of_less(node)) and _root_is_stored(contraction, node):
             for reader in _apart(contraction, node):
                 doubles.setdefault(reader, set()).add(node)
     if not doubles:
@@ -50,7 +50,8 @@ def _below(contraction: Contraction, node: Node) -> Node | None:
     producer = source.node
     if set(contraction.users[source]) != {node}:
         return None
-    return producer if is_elementwise(producer) and source_of(producer) is not None else None
+    cheap = is_elementwise(producer) and (source_of(producer) is not None or is_made_of_less(producer))
+    return producer if cheap else None
 
 
 def _root_is_stored(contraction: Contraction, node: Node) -> bool:
@@ -63,8 +64,7 @@ def _root_is_stored(contraction: Contraction, node: Node) -> bool:
     else:
         return False
     root = source_of(node)
-    assert root is not None
-    if root.node is None or root in contraction.outputs or len(set(contraction.users[root])) > 1:
+    if root is None or root.node is None or root in contraction.outputs or len(set(contraction.users[root])) > 1:
         return True
     return not is_elementwise(root.node) and anchor_kind(root.node) is None
 

@@ -59,6 +59,17 @@ def source_of(node: Node) -> Value | None:
     return source if source.type.itemsize <= out.itemsize else None
 
 
+def is_made_of_less(node: Node) -> bool:
+    """Whether a cheap elementwise node has no operand of its result's shape, such as the comparison of a row's numbers
+    with a label: to compute it again costs less than to read its result."""
+    if node.name not in CHEAP or len(node.outputs) != 1:
+        return False
+    out = node.output.type
+    if out.is_static and out.size < FEWEST_ELEMENTS:
+        return False
+    return all(v.shape != out.shape or constant_value(v) is not None for v in node.inputs)
+
+
 def computes_operands(contraction: Contraction, reader: Node, value: Value) -> bool:
     """Whether a kernel led by the reader may compute `value` on the fly."""
     if is_elementwise(reader):
