@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kgraph import ops
-from kgraph.codegen.cpu import pool, pool_gradient
+from kgraph.codegen.cpu import pool, pool_gradient, pool_gradient_disjoint
 from kgraph.ir import PRIMITIVES, Dim, Graph, Node, TensorType, Value, make_node, type_of
 from kgraph.ops import pooling
 from tests.codegen.driver import run_node
@@ -135,3 +135,42 @@ def test_gradient_with_ties_and_symbolic_sizes(kind, dtype):
     assert pool_gradient.accepts(node) is None
     (y,) = run_node(pool_gradient.lower, node, [x, source], {"N": 2, "L": 8}, 3)
     compare(y, pooling.SELECT_AND_SCATTER_ADD.reference(x, source, **attrs), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["max", "min"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int32", "uint8"])
+@pytest.mark.parametrize("window", [(2,), (3, 2), (2, 2), (2, 1, 3)])
+@pytest.mark.parametrize("channels", [1, 20, 35])
+def test_gradient_of_windows_side_by_side(kind, dtype, window, channels):
+    """With ties and NaN; also where channels come first."""
+    rng = np.random.default_rng(0)
+    results = (3, 4, 2)[: len(window)]
+    shape = (2, *(n * w for n, w in zip(results, window)), channels)
+    np_type = TensorType((), dtype).np_dtype
+    x = rng.integers(0, 4, shape).astype(np_type)
+    if dtype not in ("int32", "uint8"):
+        x[rng.random(x.shape) < 0.1] = np.nan
+    source = rng.integers(0, 9, (2, *results, channels)).astype(np_type)
+    full = (1, *window, 1)
+    attrs = {"kind": kind, "window": full, "strides": full, "padding": ((0, 0),) * len(full)}
+    attrs |= {name: (1,) * len(full) for name in ("window_dilation", "base_dilation")}
+    for symbolic in (False, True):
+        first = N if symbolic else 2
+        values = [Value(TensorType((first, *a.shape[1:]), dtype)) for a in (x, source)]
+        node = Node(pooling.SELECT_AND_SCATTER_ADD, values, attrs, [values[0].type])
+        assert pool_gradient.accepts(node) is None
+        assert pool_gradient_disjoint.takes(node)
+        (y,) = run_node(pool_gradient.lower, node, [x, source], {"N": 2}, 3)
+        np.testing.assert_array_equal(y, pooling.SELECT_AND_SCATTER_ADD.reference(x, source, **attrs))
+
+
+def test_gradient_of_windows_that_leave_elements_out():
+    values = [Value(TensorType(s, "float32")) for s in ((2, 9, 4), (2, 4, 4))]
+    attrs = {"kind": "max", "window": (1, 2, 1), "strides": (1, 2, 1), "padding": ((0, 0),) * 3}
+    attrs |= dict.fromkeys(("window_dilation", "base_dilation"), (1,) * 3)
+    node = Node(pooling.SELECT_AND_SCATTER_ADD, values, attrs, [values[0].type])
+    assert not pool_gradient_disjoint.takes(node)
+    x = np.random.default_rng(0).standard_normal((2, 9, 4)).astype("float32")
+    source = np.ones((2, 4, 4), "float32")
+    (y,) = run_node(pool_gradient.lower, node, [x, source], {}, 2)
+    np.testing.assert_array_equal(y, pooling.SELECT_AND_SCATTER_ADD.reference(x, source, **attrs))

@@ -1,7 +1,8 @@
 """select_and_scatter_add: the cotangent of a windowed maximum (minimum) goes to the element that won.
 
 A unit is one vector of channels of one batch entry, so no two threads add to one place. Every window is read twice: to
-find the winner, then to add the source to it.
+find the winner, then to add the source to it. Windows that share no element have a kernel of their own
+(`pool_gradient_disjoint`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 
 from llvmlite import ir
 
+from kgraph.codegen.cpu import pool_gradient_disjoint
 from kgraph.codegen.cpu.builder import MEMORY_TYPES, Int, KernelBuilder, compute_dtype, is_float
 from kgraph.codegen.cpu.pool import WindowAxis, window_params
 from kgraph.codegen.cpu.strided import SizeTable, dense_strides, resolve
@@ -29,6 +31,8 @@ def accepts(node: Node) -> str | None:
 
 def lower(node: Node, target) -> list[KernelCall]:
     """The one call of a select_and_scatter_add."""
+    if pool_gradient_disjoint.takes(node):
+        return pool_gradient_disjoint.lower(node, target)
     x, source = node.inputs
     first, last = groups_of(node)
     table = SizeTable()
