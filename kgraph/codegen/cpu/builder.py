@@ -125,6 +125,11 @@ class KernelBuilder(DataValues):
         self._accesses: list[tuple[ir.Instruction, str]] = []
         self._shared: set[frozenset] = set()
 
+    def align_stack(self) -> None:
+        """For functions that keep more vectors than there are registers: otherwise LLVM puts the rest where they cross
+        cache lines."""
+        self.function.attributes.alignstack = self.target.vector_bytes
+
     # -- operands and sizes -------------------------------------------------------------------------------------
     def operand(self, index: int, dtype: str) -> Pointer:
         """The buffer of operand `index` (inputs first, then outputs)."""

@@ -8,7 +8,6 @@ make of a filter's taps is computed once at the end of the chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -20,8 +19,13 @@ from kgraph.codegen.cpu.microkernel import Tile, TileCode, TileRange, TileSet
 from kgraph.codegen.cpu.products import plain
 from kgraph.codegen.cpu.strided import resolve_all
 from kgraph.codegen.cpu.winograd_inputs import TileGrid, both_axes
-from kgraph.codegen.cpu.winograd_plan import DTYPE, LINE, offsets_of
-from kgraph.codegen.cpu.winograd_transform import cotangent_transform, filter_cotangent_transform, input_transform
+from kgraph.codegen.cpu.winograd_plan import DTYPE, odd_lines, offsets_of
+from kgraph.codegen.cpu.winograd_transform import (
+    cotangent_transform,
+    filter_cotangent_transform,
+    input_transform,
+    over_axes,
+)
 from kgraph.ops.winograd import TAPS
 
 
@@ -83,18 +87,18 @@ class FilterWinogradPlan(NamedTuple):
 
     @property
     def input_matrix(self) -> int:
-        """Distance of matrices of transformed inputs: an odd number of lines, as all are written at once."""
-        return _odd_lines(self.step * self.input_pitch)
+        """Distance of matrices of transformed inputs."""
+        return odd_lines(self.step * self.input_pitch)
 
     @property
     def cotangent_matrix(self) -> int:
-        """Distance of matrices of transformed cotangents, likewise."""
-        return _odd_lines(self.step * self.filter_block * self.lanes)
+        """Distance of matrices of transformed cotangents."""
+        return odd_lines(self.step * self.filter_block * self.lanes)
 
     @property
     def sums_matrix(self) -> int:
-        """Distance of matrices of sums, likewise."""
-        return _odd_lines(self.channel_block * self.filter_block * self.lanes)
+        """Distance of matrices of sums."""
+        return odd_lines(self.channel_block * self.filter_block * self.lanes)
 
     def scratch(self) -> dict[str, int]:
         """Byte offsets in a thread's scratch, and the `end`."""
@@ -107,10 +111,6 @@ class FilterWinogradPlan(NamedTuple):
         }
         sections = {name: count * size for name, count in elements.items()}
         return offsets_of({**sections, "addresses": self.points * 8})
-
-
-def _odd_lines(elements: int) -> int:
-    return (-(-elements // LINE) | 1) * LINE
 
 
 def render_filter_winograd(params: tuple, target) -> str:
@@ -245,7 +245,7 @@ class _FilterWinograd:
                 b.prefetch(at + following, b.int(lane))
                 return b.load(at, b.int(lane), lanes, mask)
 
-            transformed = _over_axes(taken, plan.axes, pixel, lambda values: along(b, values, self.pairs))
+            transformed = over_axes(taken, plan.axes, pixel, lambda values: along(b, values, self.pairs))
             for point, value in transformed:
                 b.store(out, point * matrix, value)
         return function
@@ -303,16 +303,7 @@ class _FilterWinograd:
             mask = None if whole else b.tail_mask(b.int(function.args[1]), plan.lanes)
             point = lambda number: b.load(sums, number * plan.sums_matrix, plan.lanes)
             along = lambda values: filter_cotangent_transform(b, values, self.pairs)
-            for tap, value in _over_axes(plan.side, plan.axes, point, along):
+            for tap, value in over_axes(plan.side, plan.axes, point, along):
                 b.store(out, tap * (plan.channels * plan.filters), value, mask)
         self.functions["taps"] = function
         return function
-
-
-def _over_axes(count: int, axes: int, load: Callable, along: Callable) -> list[tuple[int, ir.Value]]:
-    """(number, value) of a transform along each axis; load(number): a value of `count` along each axis."""
-    if axes == 1:
-        return list(enumerate(along([load(i) for i in range(count)])))
-    columns = [along([load(i * count + j) for i in range(count)]) for j in range(count)]
-    rows = zip(*columns)
-    return list(enumerate(value for row in rows for value in along(list(row))))

@@ -125,10 +125,9 @@ def subfunction(b: KernelBuilder, name: str, arguments: list[ir.Type]):
     function.linkage = "internal"
     for attribute in ("nounwind", "noinline"):
         function.attributes.add(attribute)
-    # LLVM spills vectors to addresses that cross cache lines unless the function aligns its stack anyway.
-    function.attributes.alignstack = b.target.vector_bytes
     outer_function, outer_ir = b.function, b.ir
     b.function, b.ir = function, ir.IRBuilder(function.append_basic_block("entry"))
+    b.align_stack()
     yield function
     b.ir.ret_void()
     b.function, b.ir = outer_function, outer_ir

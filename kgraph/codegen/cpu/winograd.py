@@ -26,12 +26,12 @@ from kgraph.codegen.cpu.microkernel import register_tile
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.cpu.winograd_chunk import chunk_of
 from kgraph.codegen.cpu.winograd_filters import filters_call
-from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
+from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan, odd_lines
 from kgraph.codegen.eager import run_call
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
 from kgraph.ir import Dim, Node, TensorType, Value, make_node
 from kgraph.ir.dims import ceil_div, evaluate, product
-from kgraph.ops.packing import panels_layout, winograd_layout
+from kgraph.ops.packing import matrix_sizes, padded_columns, panels_layout, winograd_layout
 from kgraph.ops.winograd import PAIRS, TAPS
 
 OFF = "switched off by KGRAPH_WINOGRAD"
@@ -310,10 +310,11 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
     x, w = node.inputs
     calls: list[KernelCall] = []
     transformed: Value | Temporary = parts.operands[1]
-    layout = parts.packed[1]
+    layout, apart = parts.packed[1], 0
     if layout is None:
         layout = layout_for(node, target, prepared=False, outputs=outputs)
-        calls.append(filters_call(parts.operands[1], layout))
+        apart = odd_lines(taken := matrix_sizes(layout)[1] * padded_columns(layout)) - taken
+        calls.append(filters_call(parts.operands[1], layout, apart=apart))
         transformed = calls[-1].operands[1]
     chunked = layout[0] == "panels"
     how = schedule(node, target, parts.packed[1] is not None, outputs if chunked else layout[2], chunked)
@@ -345,6 +346,7 @@ def lower_parts(parts: Parts, target, outputs: int | None = None) -> list[Kernel
         group=how.group,
         shared=how.group < panels and _is_shared(_problems(node, True)[0], how),
         chunk=how.chunk,
+        apart=apart,
         lanes=lanes,
         vectors=vectors,
         epilogue=tuple(parts.epilogue(DTYPE, filters, 2)),

@@ -114,7 +114,7 @@ class _Winograd:
     # -- products -----------------------------------------------------------------------------------------------
     def _products(self, inputs, point, tiles, begin, end, panel, place, vectors: int, masked: bool) -> None:
         b, plan = self.b, self.plan
-        packed = plan.channels * self.panels.packed_columns()
+        packed = plan.channels * self.panels.packed_columns() + plan.apart
         filters = self.filters + (point * packed + panel * (plan.channels * plan.width))
         # What is needed next: another panel, or the unit's first one for the next pair of points.
         last = b.int(panel + 1) >= end

@@ -35,7 +35,8 @@ class WinogradPlan(NamedTuple):
     an image. out_pitches: pixels between rows, and columns, of a tile's outputs. origins: minus the padding below.
     tile: output tiles of a register tile. block: those of a unit, a multiple of `tile`. group: panels of a unit.
     shared: whether a kernel ahead transforms the inputs, as several units read those of a block. chunk: channels whose
-    filters the kernel transforms at once; 0 where it is given transformed ones. lanes, vectors: of a vector, a panel.
+    filters the kernel transforms at once; 0 where it is given transformed ones. apart: elements between the matrices of
+    these. lanes, vectors: of a vector, a panel.
     """
 
     pairs: tuple[float, ...]
@@ -54,6 +55,7 @@ class WinogradPlan(NamedTuple):
     group: int
     shared: bool
     chunk: int
+    apart: int
     lanes: int
     vectors: int
     epilogue: tuple
@@ -85,8 +87,8 @@ class WinogradPlan(NamedTuple):
 
     @property
     def input_matrix(self) -> int:
-        """Distance of matrices of transformed inputs: an odd number of lines, as all are written at once."""
-        return (-(-self.block * self.input_pitch // LINE) | 1) * LINE
+        """Distance of matrices of transformed inputs."""
+        return odd_lines(self.block * self.input_pitch)
 
     @property
     def inputs_block(self) -> int:
@@ -95,13 +97,13 @@ class WinogradPlan(NamedTuple):
 
     @property
     def sums_matrix(self) -> int:
-        """Distance of matrices of sums, likewise."""
-        return (-(-self.block * self.width // LINE) | 1) * LINE
+        """Distance of matrices of sums."""
+        return odd_lines(self.block * self.width)
 
     @property
     def filters_matrix(self) -> int:
-        """Distance of matrices of the filters that the kernel transforms, likewise."""
-        return (-(-self.chunk * self.width // LINE) | 1) * LINE
+        """Distance of matrices of the filters that the kernel transforms."""
+        return odd_lines(self.chunk * self.width)
 
     def scratch(self) -> dict[str, int]:
         """Byte offsets in a thread's scratch, and the `end`."""
@@ -122,6 +124,11 @@ class WinogradPlan(NamedTuple):
 
     def _input_sections(self) -> dict[str, int]:
         return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.points * 8}
+
+
+def odd_lines(elements: int) -> int:
+    """`elements` rounded up to an odd number of cache lines: so far apart, matrices that are written at once spread."""
+    return (-(-elements // LINE) | 1) * LINE
 
 
 def offsets_of(sections: dict[str, int]) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from llvmlite import ir
@@ -73,6 +73,14 @@ def filter_cotangent_transform(b: KernelBuilder, values: Vectors, pairs: Pairs) 
         ends = [(row[tap], value) for row, value in ((matrix[0], values[0]), (matrix[-1], values[-1])) if row[tap]]
         out.append(_sum(b, [*terms, *ends]))
     return out
+
+
+def over_axes(count: int, axes: int, load: Callable, along: Callable) -> list[tuple[int, ir.Value]]:
+    """(number, value) of a transform along each axis; load(number): a value of `count` along each axis."""
+    if axes == 1:
+        return list(enumerate(along([load(i) for i in range(count)])))
+    columns = [along([load(i * count + j) for i in range(count)]) for j in range(count)]
+    return list(enumerate(value for row in zip(*columns) for value in along(row)))
 
 
 def _sum(b: KernelBuilder, terms) -> ir.Value:
