@@ -80,7 +80,11 @@ def test_training(monkeypatch):
     x, y = images(8), np.arange(8) % 5
     transformed = []
     make = winograd.filters_call
-    monkeypatch.setattr(winograd, "filters_call", lambda *operands: transformed.append(operands) or make(*operands))
+    monkeypatch.setattr(
+        winograd,
+        "filters_call",
+        lambda *operands, **options: transformed.append(operands) or make(*operands, **options),
+    )
 
     def losses() -> list[float]:
         model = residual()
