@@ -49,11 +49,13 @@ FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have
 
 # Estimates, in the time of one multiply-add of vectors. Bytes of filters arrive while products are made.
 # Of one vector of channels, or of filters, of a tile, and of one vector of filters; by axes and m.
-TRANSFORM = {(1, 2): 35, (1, 4): 60, (2, 2): 180, (2, 4): 400}
+TRANSFORM = {(1, 2): 25, (1, 4): 40, (2, 2): 80, (2, 4): 200}
 FILTER_TRANSFORM = {(1, 2): 10, (1, 4): 15, (2, 2): 40, (2, 4): 80}
 CHUNK_TRANSFORM = {(1, 2): 20, (1, 4): 40, (2, 2): 80, (2, 4): 360}
 CHUNKED_SUM = 3  # of a vector of sums that is read and written once more
-TILE_OVERHEAD = 0.5  # of a step of k in a register tile
+SPREAD = 5  # of a vector of a matrix that is beyond the first-level cache and half out of the second, too
+SPREAD_SHARE = 0.35  # of the second-level cache, from which on that is so; linear up to there
+TILE_OVERHEAD = 1.6  # of a step of k in a register tile of one pixel; the less, the more it has
 # Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
 # come back, in many streams at once.
 MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.5, 0.3
@@ -278,7 +280,7 @@ def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> f
     blocks = -(-tiles // block)
     # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
     shared = (rounded + blocks * min(block // tile, rounded)) / 2
-    products = points * shared * (tile + TILE_OVERHEAD) * problem.channels * vectors
+    products = points * shared * (tile + TILE_OVERHEAD / tile) * problem.channels * vectors
     held = points * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
     if filters + held < target.l2_bytes:
@@ -288,7 +290,9 @@ def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> f
     spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / (SPILLED_BYTES * lanes)
     cost = _both(products, arrival) + spilled
     way = problem.axes, outputs
-    cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[way]
+    asked = outputs**problem.axes * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
+    spread = points * SPREAD * min((held + asked) / (SPREAD_SHARE * target.l2_bytes), 1)
+    cost += (rounded * tile * channel_vectors + tiles * vectors) * (TRANSFORM[way] + spread)
     if how.chunk:
         sums = points * tiles * (problem.channels // how.chunk) * vectors * CHUNKED_SUM
         cost += blocks * problem.channels * vectors * CHUNK_TRANSFORM[way] + sums
