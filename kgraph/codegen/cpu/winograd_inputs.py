@@ -5,6 +5,7 @@ Ahead where few tiles are shared by many panels of filters, so that no thread tr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -87,8 +88,9 @@ class InputTransform:
             first_row, first_col = b.int(top + self.origins[0]), b.int(left + self.origins[1])
             line = self.x + ((image * high + first_row) * wide + first_col) * plan.channels
             pitch = b.int(wide * (down * plan.channels))
-            ends = b.ir.and_(first_row + (self.rows - 1) * down < high, first_col + (plan.side - 1) * right < wide)
-            inside = b.ir.and_(b.ir.and_(ends, b.int(first + tile) < self.grid.count), b.ir.and_(first_row >= 0, first_col >= 0))
+            last_row, last_col = first_row + (self.rows - 1) * down, first_col + (plan.side - 1) * right
+            limits = first_row >= 0, first_col >= 0, last_row < high, last_col < wide
+            inside = functools.reduce(b.ir.and_, limits, b.int(first + tile) < self.grid.count)
             out = to + (tile + row) * plan.input_pitch
             with b.if_else(inside) as (then, otherwise):
                 with then:
@@ -135,27 +137,21 @@ class InputTransform:
             out, pitch = Pointer(b, function.args[1], DTYPE, "inputs"), b.int(function.args[2])
             step = self.grid.dilations[1] * plan.channels
 
-            def reader(channel, mask):
-                # Each reader loads anew: registers do not hold all inputs of a tile.
-                hidden = b.hidden(source)
+            def read(source: Pointer, channel, mask, j: int, i: int) -> ir.Value:
+                """The input on row i and column j of the tile."""
                 if inside:
-                    rows = [hidden + (i * pitch + channel) for i in range(self.rows)]
-                    return lambda i, j: b.load(rows[i], j * step, lanes, mask)
-
-                def read(i: int, j: int):
-                    pixel = b.ir.load(self._address(hidden.value, i * side + j), typ=PTR)
-                    return b.load(Pointer(b, pixel, DTYPE, "pixels"), channel, lanes, mask)
-
-                return read
+                    return b.load(source + (i * pitch + channel), j * step, lanes, mask)
+                pixel = b.ir.load(self._address(source.value, i * side + j), typ=PTR)
+                return b.load(Pointer(b, pixel, DTYPE, "pixels"), channel, lanes, mask)
 
             def vector(channel, mask, slot):
                 if plan.axes == 1:
-                    read = reader(channel, mask)
-                    self._store_row(out + channel, [read(0, j) for j in range(side)])
+                    self._store_row(out + channel, [read(source, channel, mask, j, 0) for j in range(side)])
                     return
                 for part in input_parts(self.pairs):
-                    read = reader(channel, mask)
-                    columns = [input_part(b, lambda i: read(i, j), self.pairs, part) for j in range(side)]
+                    anew = b.hidden(source)  # registers do not hold all inputs of a tile
+                    column = functools.partial(functools.partial, read, anew, channel, mask)
+                    columns = [input_part(b, column(j), self.pairs, part) for j in range(side)]
                     for row, values in zip(part, zip(*columns, strict=True), strict=True):
                         self._store_row(out + (row * (side * plan.input_matrix) + channel), values)
 

@@ -96,7 +96,7 @@ class _Winograd:
             if self.taps is not None:
                 self._panels(begin, end, lambda *panel: self._chunks(inputs, tiles, *panel))
             else:
-                self.requests.begin(first, tiles, begin * plan.width, transform)
+                self.requests.begin(first, tiles, begin * plan.width, group, groups, transform)
                 with b.loop(0, plan.points) as point:
                     at = inputs + point * plan.input_matrix
                     self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
@@ -200,19 +200,18 @@ class _Winograd:
         b, plan, side, lanes = self.b, self.plan, self.plan.side, self.plan.lanes
         everything = range(plan.outputs)
 
-        def outputs(read, numbers=everything) -> list[ir.Value]:
-            return output_part(b, read, self.pairs, numbers)
+        def read(sums: Pointer, j: int, pitch: int, i: int) -> ir.Value:
+            return b.load(sums, (i * pitch + j) * plan.sums_matrix, lanes)
 
         if plan.axes == 1:
-            yield 0, outputs(lambda i: b.load(sums, i * plan.sums_matrix, lanes))
+            yield 0, output_part(b, functools.partial(read, sums, 0, 1), self.pairs, everything)
             return
         for numbers in (everything[::2], everything[1::2]):
-            at = b.hidden(sums)  # loaded anew: registers do not hold all sums of a tile
-            columns = [
-                outputs(lambda i: b.load(at, (i * side + j) * plan.sums_matrix, lanes), numbers) for j in range(side)
-            ]
+            anew = b.hidden(sums)  # registers do not hold all sums of a tile
+            column = functools.partial(functools.partial, read, anew)
+            columns = [output_part(b, column(j, side), self.pairs, numbers) for j in range(side)]
             for row, values in zip(numbers, zip(*columns, strict=True), strict=True):
-                yield row, outputs(values.__getitem__)
+                yield row, output_part(b, values.__getitem__, self.pairs, everything)
 
     def _finished_function(self, vectors: int, masked: bool) -> ir.Function:
         """finish(buffers, sizes, a tile's sums in the first matrix, its first pixel, column, columns from there on).

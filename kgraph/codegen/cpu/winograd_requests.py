@@ -1,8 +1,8 @@
 """What transforms will meet in memory, asked for while products are made: memory has nothing else to do then.
 
 Transforms read and write short pieces of many rows, which prefetchers do not foresee and one tile's arithmetic does not
-hide. So with each point of the products, some lines of each tile are requested: of the inputs that the next unit of work
-transforms, and of where the outputs of this one go.
+hide. So with each point of the products, some lines of each tile are requested: of the inputs that the next unit of
+work transforms, and of where the outputs of this one go.
 """
 
 from __future__ import annotations
@@ -12,24 +12,27 @@ from typing import NamedTuple
 from kgraph.codegen.cpu.builder import KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.epilogue import Epilogue
 from kgraph.codegen.cpu.strided import resolve, resolve_all
-from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid, both_axes
+from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid
 from kgraph.codegen.cpu.winograd_plan import WinogradPlan
 
 LINE_BYTES = 64
 
 
 class _Source(NamedTuple):
-    """Memory of a tile's pixels, `pitch` elements each; `count` of them from `first` on are asked for.
+    """Memory of a tile's pixels, `pitch` elements each; `asked` of them from `first` on are asked for.
 
-    pixels: table of the tiles' first pixels. pitches: of a tile's rows and columns, in pixels.
+    pixels: table of the tiles' first pixels. pitches: of a tile's rows and columns, in pixels. turn, turns: of the
+    units that share the work.
     """
 
     at: Pointer
     pitch: object
     first: object
-    count: int
+    asked: int
     pixels: Pointer
     pitches: tuple
+    turn: object = 0
+    turns: int = 1
 
 
 class Requests:
@@ -41,8 +44,8 @@ class Requests:
         self.following, self.outputs = table, table + plan.block
         self.sources: list[_Source] = []
 
-    def begin(self, first, tiles, column, inputs: InputTransform | None) -> None:
-        """For the unit of `tiles` tiles from `first` on, and of filters from `column` on.
+    def begin(self, first, tiles, column, group, groups: int, inputs: InputTransform | None) -> None:
+        """For the unit of `tiles` tiles from `first` on, and of filters from `column` on: a group of `groups`.
 
         inputs: what transforms those of the next unit, if they are to be asked for.
         """
@@ -66,7 +69,8 @@ class Requests:
         if inputs is not None:
             down, right = grid.dilations
             pitches = (inputs.sizes[1] * down, right)
-            self.sources.append(_Source(inputs.x, plan.channels, 0, plan.channels, self.following, pitches))
+            turn = group, groups
+            self.sources.append(_Source(inputs.x, plan.channels, 0, plan.channels, self.following, pitches, *turn))
 
     def ask(self, point, begin, end) -> None:
         """The share of a point for the tiles [begin, end) of the unit."""
@@ -82,12 +86,12 @@ class Requests:
         """Elements, from a tile's first pixel on, of the lines that are asked for with a point."""
         b, plan = self.b, self.plan
         line = LINE_BYTES // itemsize(source.at.dtype)
-        lines = -(-source.count // line)
+        lines = -(-source.asked // line)
         total = plan.outputs**plan.axes * lines
-        share = -(-total // plan.points)
+        share = -(-total // (plan.points * source.turns))
         elements = []
         for i in range(share):
-            number = b.min(point * share + i, total - 1)
+            number = b.min((point * source.turns + source.turn) * share + i, total - 1)
             pixel = number // lines
             row, col = pixel // plan.outputs, pixel % plan.outputs
             pixels = row * source.pitches[0] + col * source.pitches[1]
