@@ -36,7 +36,7 @@ from kgraph.ops.winograd import PAIRS, TAPS
 
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
 SHARED_PRODUCTS = 1 << 24  # from which on a kernel ahead transforms inputs for all units
-LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
+LEAST_GAIN = 1.1  # of the estimates, which are at most so much too good; below it, the convolution stays direct
 MOST_MEASURED = 1 << 30  # of the same: of larger ones, a search runs those with few images only
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
 ASSUMED_SIZE = 56  # of an image, where it is symbolic
@@ -56,7 +56,8 @@ SUM = 2  # of a vector of sums: it is written
 CHUNKED_SUM = 3  # of a vector of sums that is read and written once more
 SPREAD = 5  # of a vector of a matrix that is beyond the first-level cache and half out of the second, too
 SPREAD_SHARE = 0.35  # of the second-level cache, from which on that is so; linear up to there
-TILE_OVERHEAD = 2.4  # of a step of k in a register tile of one pixel; the less, the more it has
+SHORT_TILE = 2.4  # pixels of a register tile; its fourth power over that of a tile's is the share of latency not hidden
+DIRECT_OVERHEAD = 0.08  # of the products of a direct convolution
 # Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
 # come back, in many streams at once.
 MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.5, 0.3
@@ -275,7 +276,7 @@ def _direct_cost(problem: _Problem, target) -> float:
     pixels = problem.images * problem.high * problem.wide
     weight = problem.window * problem.channels * problem.filters * itemsize(DTYPE)
     arrival = weight / (_first_arrival(problem, target) * lanes)
-    return _both(pixels * problem.window * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
+    return _both(pixels * problem.window * problem.channels * vectors * (1 + DIRECT_OVERHEAD), arrival)
 
 
 def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> float:
@@ -289,7 +290,7 @@ def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> f
     blocks = -(-tiles // block)
     # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
     shared = (rounded + blocks * min(block // tile, rounded)) / 2
-    products = points * shared * ((tile + TILE_OVERHEAD / tile) * problem.channels + tile * SUM) * vectors
+    products = points * shared * tile * ((1 + (SHORT_TILE / tile) ** 4) * problem.channels + SUM) * vectors
     held = points * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
     if filters + held < target.l2_bytes:
