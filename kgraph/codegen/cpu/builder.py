@@ -350,10 +350,18 @@ class KernelBuilder(DataValues):
         word = self.ir.trunc(word, bits) if bits.width < 64 else word
         return self.ir.bitcast(word, mask.type)
 
-    def prefetch(self, pointer: Pointer, index=0) -> None:
-        """Requests the cache line of `pointer[index]`, which need not exist, for reading."""
+    def prefetch(self, pointer: Pointer, index=0, locality: int = 3) -> None:
+        """Requests the cache line of `pointer[index]`, which need not exist, for reading.
+
+        locality: 3 brings it into the first-level cache, 2 into the second.
+        """
         fetch = self._intrinsic("llvm.prefetch", VOID, [PTR, I32, I32, I32], (PTR,))
-        self.ir.call(fetch, [(pointer + index).value, *(ir.Constant(I32, n) for n in (0, 3, 1))])
+        self.ir.call(fetch, [(pointer + index).value, *(ir.Constant(I32, n) for n in (0, locality, 1))])
+
+    def hidden(self, pointer: Pointer) -> Pointer:
+        """The same address, which LLVM does not know to be the same: it loads again what it would keep, and spill."""
+        at = self.ir.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [pointer.value], False)
+        return Pointer(self, at, pointer.dtype, pointer.scope)
 
     def load_broadcast(self, pointer: Pointer, index, lanes: int):
         """One element in every lane."""

@@ -37,7 +37,7 @@ from kgraph.ops.winograd import PAIRS, TAPS
 OFF = "switched off by KGRAPH_WINOGRAD"
 LEAST_PRODUCTS = 1 << 20  # of a direct convolution: smaller ones are not worth the longer compile
 SHARED_PRODUCTS = 1 << 24  # from which on a kernel ahead transforms inputs for all units
-LEAST_GAIN = 1.25  # of the estimates, which are at most so much too good; below it, the convolution stays direct
+LEAST_GAIN = 1.1  # of the estimates, which are at most so much too good; below it, the convolution stays direct
 MOST_MEASURED = 1 << 30  # of the same: of larger ones, a search runs those with few images only
 ASSUMED_IMAGES = (1, 8)  # where their number is symbolic
 ASSUMED_SIZE = 56  # of an image, where it is symbolic
@@ -50,11 +50,15 @@ FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have
 
 # Estimates, in the time of one multiply-add of vectors. Bytes of filters arrive while products are made.
 # Of one vector of channels, or of filters, of a tile, and of one vector of filters; by axes and m.
-TRANSFORM = {(1, 2): 35, (1, 4): 60, (2, 2): 180, (2, 4): 400}
+TRANSFORM = {(1, 2): 25, (1, 4): 40, (2, 2): 95, (2, 4): 240}
 FILTER_TRANSFORM = {(1, 2): 10, (1, 4): 15, (2, 2): 40, (2, 4): 80}
 CHUNK_TRANSFORM = {(1, 2): 20, (1, 4): 40, (2, 2): 80, (2, 4): 360}
+SUM = 2  # of a vector of sums: it is written
 CHUNKED_SUM = 3  # of a vector of sums that is read and written once more
-TILE_OVERHEAD = 0.5  # of a step of k in a register tile
+SPREAD = 5  # of a vector of a matrix that is beyond the first-level cache and half out of the second, too
+SPREAD_SHARE = 0.35  # of the second-level cache, from which on that is so; linear up to there
+SHORT_TILE = 2.4  # pixels of a register tile; its fourth power over that of a tile's is the share of latency not hidden
+DIRECT_OVERHEAD = 0.08  # of the products of a direct convolution
 # Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
 # come back, in many streams at once.
 MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.5, 0.3
@@ -224,7 +228,7 @@ def _schedule(outputs: int, problems: tuple[_Problem, ...], target, chunked: boo
     first = problems[0]
     width = vectors * target.lanes(DTYPE)
     panels = -(-first.filters // width)
-    direct = [_direct_cost(p, target.lanes(DTYPE)) for p in problems]
+    direct = [_direct_cost(p, target) for p in problems]
     counts = [_tiles(p, outputs) for p in problems]
     points = (outputs + TAPS - 1) ** first.axes
     chunk = chunk_of(first.channels, points, width, target) if first.prepared else 0
@@ -264,11 +268,19 @@ def _both(products: float, arrival: float) -> float:
     return max(products, arrival) + (1 - OVERLAP) * min(products, arrival)
 
 
-def _direct_cost(problem: _Problem, lanes: int) -> float:
+def _first_arrival(problem: _Problem, target) -> float:
+    """Bytes per lane at which filters arrive: small weights are those of small models, which caches hold."""
+    weight = problem.window * problem.channels * problem.filters * itemsize(DTYPE)
+    return CACHE_BYTES if weight < target.l2_bytes else MEMORY_BYTES
+
+
+def _direct_cost(problem: _Problem, target) -> float:
+    lanes = target.lanes(DTYPE)
     vectors = -(-problem.filters // lanes)
     pixels = problem.images * problem.high * problem.wide
-    arrival = problem.window * problem.channels * problem.filters * itemsize(DTYPE) / (MEMORY_BYTES * lanes)
-    return _both(pixels * problem.window * problem.channels * vectors * (1 + TILE_OVERHEAD / 6), arrival)
+    weight = problem.window * problem.channels * problem.filters * itemsize(DTYPE)
+    arrival = weight / (_first_arrival(problem, target) * lanes)
+    return _both(pixels * problem.window * problem.channels * vectors * (1 + DIRECT_OVERHEAD), arrival)
 
 
 def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> float:
@@ -282,17 +294,19 @@ def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> f
     blocks = -(-tiles // block)
     # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
     shared = (rounded + blocks * min(block // tile, rounded)) / 2
-    products = points * shared * (tile + TILE_OVERHEAD) * problem.channels * vectors
+    products = points * shared * tile * ((1 + (SHORT_TILE / tile) ** 4) * problem.channels + SUM) * vectors
     held = points * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
     if filters + held < target.l2_bytes:
         again = 4 * CACHE_BYTES
-    arrival = (filters / MEMORY_BYTES + filters * (blocks - 1) / again) / lanes
+    arrival = (filters / _first_arrival(problem, target) + filters * (blocks - 1) / again) / lanes
     # What the second-level cache does not hold is written to the third and read again.
     spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / (SPILLED_BYTES * lanes)
     cost = _both(products, arrival) + spilled
     way = problem.axes, outputs
-    cost += (rounded * tile * channel_vectors + tiles * vectors) * TRANSFORM[way]
+    asked = outputs**problem.axes * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
+    spread = points * SPREAD * min((held + asked) / (SPREAD_SHARE * target.l2_bytes), 1)
+    cost += (rounded * tile * channel_vectors + tiles * vectors) * (TRANSFORM[way] + spread)
     if how.chunk:
         sums = points * tiles * (problem.channels // how.chunk) * vectors * CHUNKED_SUM
         cost += blocks * problem.channels * vectors * CHUNK_TRANSFORM[way] + sums

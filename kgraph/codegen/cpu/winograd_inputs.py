@@ -5,16 +5,18 @@ Ahead where few tiles are shared by many panels of filters, so that no thread tr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from fractions import Fraction
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import PTR, KernelBuilder, Pointer
+from kgraph.codegen.cpu.builder import I64, PTR, KernelBuilder, Pointer
 from kgraph.codegen.cpu.epilogue import subfunction
 from kgraph.codegen.cpu.strided import resolve, resolve_all
 from kgraph.codegen.cpu.winograd_plan import DTYPE, Tiling, WinogradPlan
-from kgraph.codegen.cpu.winograd_transform import input_transform
+from kgraph.codegen.cpu.winograd_transform import input_part, input_parts, input_transform
+from kgraph.ops.winograd import TAPS
 
 
 def render_inputs(params: tuple, target) -> str:
@@ -65,69 +67,98 @@ class InputTransform:
         self.origins = both_axes(resolve_all(b, plan.origins), 0)
         self.sizes = both_axes(resolve_all(b, plan.sizes), 1)
         self.rows = plan.side if plan.axes == 2 else 1  # of inputs that a tile meets
-        # What is never written together has a name of its own, so that LLVM may reorder accesses. Zeros stand in for
-        # inputs beyond the image: they are read through the same addresses.
+        # Zeros stand in for inputs beyond the image: they are read through the same addresses.
         self.x = Pointer(b, b.operand(0, DTYPE).value, DTYPE, "pixels")
         self.zeros = Pointer(b, b.scratch(DTYPE, offsets["zeros"]).value, DTYPE, "pixels")
-        self.stage = Pointer(b, b.scratch(DTYPE, offsets["stage"]).value, DTYPE, "stage")
         self.addresses = b.scratch(DTYPE, offsets["addresses"]).value
         zero = b.constant(0, DTYPE, plan.lanes)
         b.vector_loop(0, plan.channels, plan.lanes, lambda i, mask, slot: b.store(self.zeros, i, zero, mask))
-        self.function = self._function()
+        self.inside, self.border = self._function(True), self._function(False)
 
     def transform(self, first, tiles, to: Pointer, row=0) -> None:
         """Transforms what the tiles from `first` on meet, to rows from `row` on of the matrices at `to`.
 
         tiles: how many, in whole register tiles. Those beyond the last one meet zeros.
         """
-        b, plan, side = self.b, self.plan, self.plan.side
+        b, plan = self.b, self.plan
         high, wide = self.sizes
+        down, right = self.grid.dilations
         with b.loop(0, tiles) as tile:
             image, top, left = self.grid.place(first + tile)
             first_row, first_col = b.int(top + self.origins[0]), b.int(left + self.origins[1])
-            down, right = self.grid.dilations
-            columns = [first_col + j * right for j in range(side)]
-            columns_inside = [b.ir.and_(c >= 0, c < wide) for c in columns]
-            with b.loop(0, self.rows) as i:
-                r = first_row + i * down
-                inside = b.ir.and_(b.ir.and_(r >= 0, r < high), b.int(first + tile) < self.grid.count)
-                line = self.x + ((image * high + r) * wide) * plan.channels
-                for j, c in enumerate(columns):
-                    at = b.ir.select(
-                        b.ir.and_(inside, columns_inside[j]), (line + c * plan.channels).value, self.zeros.value
-                    )
-                    b.ir.store(at, self._address(self.addresses, i * side + j))
+            line = self.x + ((image * high + first_row) * wide + first_col) * plan.channels
+            pitch = b.int(wide * (down * plan.channels))
+            last_row, last_col = first_row + (self.rows - 1) * down, first_col + (plan.side - 1) * right
+            limits = first_row >= 0, first_col >= 0, last_row < high, last_col < wide
+            inside = functools.reduce(b.ir.and_, limits, b.int(first + tile) < self.grid.count)
             out = to + (tile + row) * plan.input_pitch
-            b.ir.call(self.function, [self.addresses, self.stage.value, out.value])
+            with b.if_else(inside) as (then, otherwise):
+                with then:
+                    b.ir.call(self.inside, [line.value, out.value, pitch.value])
+                with otherwise:
+                    self._note_addresses(first + tile, image, first_row, first_col)
+                    b.ir.call(self.border, [self.addresses, out.value, pitch.value])
+
+    def _note_addresses(self, tile, image, first_row, first_col) -> None:
+        """Where the inputs of a tile lie, or zeros."""
+        b, plan, side = self.b, self.plan, self.plan.side
+        high, wide = self.sizes
+        down, right = self.grid.dilations
+        columns = [first_col + j * right for j in range(side)]
+        columns_inside = [b.ir.and_(c >= 0, c < wide) for c in columns]
+        with b.loop(0, self.rows) as i:
+            r = first_row + i * down
+            inside = b.ir.and_(b.ir.and_(r >= 0, r < high), b.int(tile) < self.grid.count)
+            line = self.x + ((image * high + r) * wide) * plan.channels
+            for j, c in enumerate(columns):
+                at = (line + c * plan.channels).value
+                at = b.ir.select(b.ir.and_(inside, columns_inside[j]), at, self.zeros.value)
+                b.ir.store(at, self._address(self.addresses, i * side + j))
+
+    def newest_pixel(self, tile):
+        """Number of the first pixel that a tile meets and the tiles above and before it do not."""
+        image, top, left = self.grid.place(tile)
+        down, right = self.grid.dilations
+        row = top + self.origins[0] + ((TAPS - 1) * down if self.plan.axes == 2 else 0)
+        return (image * self.sizes[0] + row) * self.sizes[1] + (left + self.origins[1] + (TAPS - 1) * right)
 
     def _address(self, addresses: ir.Value, number) -> ir.Value:
         return self.b.ir.gep(addresses, [self.b.i64(number)], inbounds=True, source_etype=PTR)
 
-    def _function(self) -> ir.Function:
-        """transform(addresses of a tile's inputs, room for one channel vector of them, its row of the first matrix)."""
+    def _function(self, inside: bool) -> ir.Function:
+        """transform(addresses of a tile's inputs, its row of the first matrix, elements between rows of the image).
+
+        inside: the tile lies in the image, so that all follow from the first input, whose address is given instead.
+        """
         b, plan, side, lanes = self.b, self.plan, self.plan.side, self.plan.lanes
-        with subfunction(b, "transform_input", [PTR] * 3) as function:
-            addresses, *at = function.args
-            stage, out = (Pointer(b, p, DTYPE, s) for p, s in zip(at, ("stage", "inputs"), strict=True))
+        arguments = [PTR, PTR, I64]
+        with subfunction(b, "transform_inside" if inside else "transform_input", arguments) as function:
+            source = Pointer(b, function.args[0], DTYPE, "pixels")
+            out, pitch = Pointer(b, function.args[1], DTYPE, "inputs"), b.int(function.args[2])
+            step = self.grid.dilations[1] * plan.channels
 
-            def inputs(numbers, channel, mask) -> list:
-                pixels = [b.ir.load(self._address(addresses, number), typ=PTR) for number in numbers]
-                return [b.load(Pointer(b, p, DTYPE, "pixels"), channel, lanes, mask) for p in pixels]
-
-            def transform(x: list, to: Pointer, step: int) -> None:
-                for i, value in enumerate(input_transform(b, x, self.pairs)):
-                    b.store(to, i * step, value)
+            def read(source: Pointer, channel, mask, j: int, i: int) -> ir.Value:
+                """The input on row i and column j of the tile."""
+                if inside:
+                    return b.load(source + (i * pitch + channel), j * step, lanes, mask)
+                pixel = b.ir.load(self._address(source.value, i * side + j), typ=PTR)
+                return b.load(Pointer(b, pixel, DTYPE, "pixels"), channel, lanes, mask)
 
             def vector(channel, mask, slot):
                 if plan.axes == 1:
-                    transform(inputs(range(side), channel, mask), out + channel, plan.input_matrix)
+                    self._store_row(out + channel, [read(source, channel, mask, j, 0) for j in range(side)])
                     return
-                with b.loop(0, side) as j:
-                    column = inputs([j + i * side for i in range(side)], channel, mask)
-                    transform(column, stage + j * lanes, side * lanes)
-                with b.loop(0, side) as i:
-                    row = [b.load(stage + i * (side * lanes), j * lanes, lanes) for j in range(side)]
-                    transform(row, out + (i * (side * plan.input_matrix) + channel), plan.input_matrix)
+                for part in input_parts(self.pairs):
+                    anew = b.hidden(source)  # registers do not hold all inputs of a tile
+                    column = functools.partial(functools.partial, read, anew, channel, mask)
+                    columns = [input_part(b, column(j), self.pairs, part) for j in range(side)]
+                    for row, values in zip(part, zip(*columns, strict=True), strict=True):
+                        self._store_row(out + (row * (side * plan.input_matrix) + channel), values)
 
             b.vector_loop(0, plan.channels, lanes, vector)
         return function
+
+    def _store_row(self, to: Pointer, values: Sequence[ir.Value]) -> None:
+        """The transform along a row of a tile, to a matrix for each point."""
+        for point, value in enumerate(input_transform(self.b, values, self.pairs)):
+            self.b.store(to, point * self.plan.input_matrix, value)

@@ -10,20 +10,22 @@ the other.
 
 from __future__ import annotations
 
+import functools
 from fractions import Fraction
 from typing import cast
 
 from llvmlite import ir
 
-from kgraph.codegen.cpu.builder import PTR, Int, KernelBuilder, Pointer
-from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, subfunction
+from kgraph.codegen.cpu.builder import I64, PTR, Int, KernelBuilder, Pointer
+from kgraph.codegen.cpu.epilogue import Epilogue, Finisher, entry_value, subfunction, vector_masks
 from kgraph.codegen.cpu.microkernel import Panels, Tile, TileCode, TileSet
 from kgraph.codegen.cpu.products import plain
 from kgraph.codegen.cpu.strided import resolve_all
 from kgraph.codegen.cpu.winograd_chunk import FilterTransform
 from kgraph.codegen.cpu.winograd_inputs import InputTransform, TileGrid, both_axes
 from kgraph.codegen.cpu.winograd_plan import DTYPE, WinogradPlan
-from kgraph.codegen.cpu.winograd_transform import output_transform
+from kgraph.codegen.cpu.winograd_requests import Requests
+from kgraph.codegen.cpu.winograd_transform import output_part
 
 # Register tiles that share the requests for the next panel. One asks for more than memory delivers meanwhile; what the
 # last of four asks for comes too late.
@@ -67,7 +69,8 @@ class _Winograd:
             # What is never written together has a name of its own, so that LLVM may reorder accesses.
             return Pointer(b, b.scratch(DTYPE, offsets[name]).value, DTYPE, name)
 
-        self.sums, self.outputs, self.stage = scratch("sums"), scratch("outputs"), scratch("stage")
+        self.requests = Requests(b, plan, self.grid, self.out_sizes, offsets["requests"])
+        self.sums, self.outputs = scratch("sums"), scratch("outputs")
         self.inputs = b.operand(0, DTYPE) if plan.shared else scratch("inputs")
         self.filters = b.operand(1, DTYPE)
         self.taps = FilterTransform(b, plan, self.filters, scratch("filters")) if plan.chunk else None
@@ -93,6 +96,7 @@ class _Winograd:
             if self.taps is not None:
                 self._panels(begin, end, lambda *panel: self._chunks(inputs, tiles, *panel))
             else:
+                self.requests.begin(first, tiles, begin * plan.width, group, groups, transform)
                 with b.loop(0, plan.points) as point:
                     at = inputs + point * plan.input_matrix
                     self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
@@ -121,6 +125,8 @@ class _Winograd:
         following = b.ir.select(last, b.i64(begin - panel), b.i64(1))
         skipped = b.ir.select(last, b.i64(packed), b.i64(0))
         requested = filters + (Int(b, following) * (plan.channels * plan.width) + Int(b, skipped))
+        with b.if_then(b.int(place).equals(0)):
+            self.requests.ask(point, 0, tiles)
         self._tiles(inputs, filters, self._sums(place) + point * plan.sums_matrix, tiles, vectors, requested)
 
     def _chunks(self, inputs, tiles, panel, place, vectors: int, masked: bool) -> None:
@@ -158,9 +164,7 @@ class _Winograd:
     def _outputs(self, tile, image, row, col, panel, place, vectors: int, masked: bool) -> None:
         b, plan = self.b, self.plan
         high, wide = self.out_sizes
-        width = vectors * plan.lanes
-        sums = self._sums(place) + tile * width
-        b.ir.call(self._output_function(vectors), [sums.value, self.stage.value, self.outputs.value])
+        sums = self._sums(place) + tile * (vectors * plan.lanes)
         down, right = self.grid.dilations
         rows = self._inside(high - row, down) if plan.axes == 2 else 1
         extents = (rows, self._inside(wide - col, right))
@@ -168,37 +172,81 @@ class _Winograd:
         column = panel * plan.width
         buffers, sizes = b.function.args[:2]
         remaining = plan.filters - column
-        self.finisher.call(buffers, sizes, self.outputs, pixel, column, remaining, extents, vectors, masked)
+
+        def by_finisher() -> None:
+            b.ir.call(self._output_function(vectors), [sums.value, self.outputs.value])
+            self.finisher.call(buffers, sizes, self.outputs, pixel, column, remaining, extents, vectors, masked)
+
+        if not self.finisher.epilogue.in_registers:
+            by_finisher()
+            return
+        whole = b.int(extents[1]).equals(plan.outputs)
+        if plan.axes == 2:
+            whole = b.ir.and_(whole, b.int(rows).equals(plan.outputs))
+        with b.if_else(whole) as (then, otherwise):
+            with then:
+                integers = [b.i64(x) for x in (pixel, column, remaining)]
+                b.ir.call(self._finished_function(vectors, masked), [buffers, sizes, sums.value, *integers])
+            with otherwise:
+                by_finisher()
 
     def _inside(self, left, dilation: int):
         """How many outputs of a tile lie in the image, where `left` pixels do from its first one on."""
         b = self.b
         return b.min(self.plan.outputs, b.ceil_div(b.max(left, 0), dilation))
 
-    def _output_function(self, vectors: int) -> ir.Function:
-        """transform(a tile's sums in the first matrix, room for one vector of filters, where its outputs go)."""
+    def _output_rows(self, sums: Pointer):
+        """(row, its outputs) of a tile, one vector of filters; sums: those in the first matrix."""
         b, plan, side, lanes = self.b, self.plan, self.plan.side, self.plan.lanes
+        everything = range(plan.outputs)
+
+        def read(sums: Pointer, j: int, pitch: int, i: int) -> ir.Value:
+            return b.load(sums, (i * pitch + j) * plan.sums_matrix, lanes)
+
+        if plan.axes == 1:
+            yield 0, output_part(b, functools.partial(read, sums, 0, 1), self.pairs, everything)
+            return
+        for numbers in (everything[::2], everything[1::2]):
+            anew = b.hidden(sums)  # registers do not hold all sums of a tile
+            column = functools.partial(functools.partial, read, anew)
+            columns = [output_part(b, column(j, side), self.pairs, numbers) for j in range(side)]
+            for row, values in zip(numbers, zip(*columns, strict=True), strict=True):
+                yield row, output_part(b, values.__getitem__, self.pairs, everything)
+
+    def _finished_function(self, vectors: int, masked: bool) -> ir.Function:
+        """finish(buffers, sizes, a tile's sums in the first matrix, its first pixel, column, columns from there on).
+
+        Of tiles that lie in the image as a whole, with an epilogue that registers hold.
+        """
+        b, plan, lanes = self.b, self.plan, self.plan.lanes
+        name = f"finish_whole_{vectors}{'_masked' if masked else ''}"
+        if name in b.module.globals:
+            return b.module.globals[name]
+        with subfunction(b, name, [PTR] * 3 + [I64] * 3) as function:
+            buffers, sizes, at = function.args[:3]
+            sums = Pointer(b, at, DTYPE, "sums")
+            pixel, column, remaining = (b.int(x) for x in function.args[3:])
+            down, right = (entry_value(b, sizes, p) for p in plan.out_pitches)
+            with b.loop(0, vectors * lanes, lanes) as lane:
+                masks = vector_masks(b, 1, masked, remaining - lane, lanes)
+                entry = functools.partial(entry_value, b, sizes)
+                bound = self.finisher.epilogue.bind(b, buffers, entry, column + lane, masks, lanes)
+                for row, values in self._output_rows(sums + lane):
+                    first = pixel + row * down
+                    bound.apply(*((first + col * right, [value]) for col, value in enumerate(values)))
+        return function
+
+    def _output_function(self, vectors: int) -> ir.Function:
+        """transform(a tile's sums in the first matrix, where its outputs go)."""
+        b, plan, lanes = self.b, self.plan, self.plan.lanes
         name = f"transform_outputs_{vectors}"
         if name in b.module.globals:
             return b.module.globals[name]
         width = vectors * lanes
-        with subfunction(b, name, [PTR] * 3) as function:
-            scopes = ("sums", "stage", "outputs")
-            sums, stage, out = (Pointer(b, p, DTYPE, s) for p, s in zip(function.args, scopes, strict=True))
-
-            def transform(source: Pointer, distance: int, to: Pointer, step: int) -> None:
-                values = [b.load(source, i * distance, lanes) for i in range(side)]
-                for i, value in enumerate(output_transform(b, values, self.pairs)):
-                    b.store(to, i * step, value)
-
+        with subfunction(b, name, [PTR] * 2) as function:
+            sums, out = (Pointer(b, p, DTYPE, s) for p, s in zip(function.args, ("sums", "outputs"), strict=True))
             with b.loop(0, width, lanes) as lane:
-                if plan.axes == 1:
-                    transform(sums + lane, plan.sums_matrix, out + lane, width)
-                else:
-                    with b.loop(0, side) as j:
-                        at = sums + (j * plan.sums_matrix + lane)
-                        transform(at, side * plan.sums_matrix, stage + j * lanes, side * lanes)
-                    with b.loop(0, plan.outputs) as i:
-                        to = out + (i * (plan.outputs * width) + lane)
-                        transform(stage + i * (side * lanes), lanes, to, width)
+                for row, values in self._output_rows(sums + lane):
+                    for col, value in enumerate(values):
+                        b.store(out, (row * plan.outputs + col) * width + lane, value)
         return function

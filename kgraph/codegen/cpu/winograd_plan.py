@@ -111,8 +111,8 @@ class WinogradPlan(NamedTuple):
         sections = {
             "sums": points * self.sums_matrix * self.group * size,
             "outputs": self.outputs**self.axes * self.width * size,
-            "stage": points * self.lanes * size,
             "filters": points * self.filters_matrix * size if self.chunk else 0,
+            "requests": 2 * self.block * 8,
         }
         if not self.shared:
             sections = {"inputs": self.inputs_block * size, **sections, **self._input_sections()}
@@ -120,7 +120,7 @@ class WinogradPlan(NamedTuple):
 
     def input_scratch(self) -> dict[str, int]:
         """The same for the kernel that transforms inputs only."""
-        return offsets_of({"stage": self.points * self.lanes * itemsize(DTYPE), **self._input_sections()})
+        return offsets_of(self._input_sections())
 
     def _input_sections(self) -> dict[str, int]:
         return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.points * 8}

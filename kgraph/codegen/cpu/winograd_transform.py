@@ -12,35 +12,48 @@ from kgraph.codegen.cpu.products import multiply_add
 from kgraph.ops.winograd import TAPS, Pairs, even_polynomial, filter_matrix
 
 Vectors = Sequence[ir.Value]
+Read = Callable[[int], ir.Value]  # gives a vector by its number: loads it, perhaps
 
 
-def input_transform(b: KernelBuilder, x: Vectors, pairs: Pairs) -> list[ir.Value]:
-    """B^T x for m + 2 vectors: the values at the points, in the order of `winograd.points`, then infinity.
+def input_parts(pairs: Pairs) -> list[tuple[int, ...]]:
+    """Numbers of the points, cut into parts that can be computed apart with no work done twice."""
+    return [(0,), *((2 * i + 1, 2 * i + 2) for i in range(len(pairs))), (2 * len(pairs) + 1,)]
+
+
+def input_part(b: KernelBuilder, read: Read, pairs: Pairs, part: tuple[int, ...]) -> list[ir.Value]:
+    """Some of B^T x, for m + 2 vectors x: the values at the points of a part, of `winograd.points` and infinity.
 
     The value at a point is that of all inputs as coefficients, weighted by the product over all other points.
     """
     whole = even_polynomial(pairs)
-    out = [_sum(b, zip(whole, x[::2]))]
-    for pair in pairs:
-        others = even_polynomial(tuple(p for p in pairs if p != pair))
-        even, odd = _sum(b, zip(others, x[2::2])), _sum(b, zip(others, x[1::2]))
-        out += [_sum(b, [(Fraction(1), even), (sign * pair, odd)]) for sign in (1, -1)]
-    return [*out, _sum(b, zip(whole, x[1::2]))]
+    if len(part) == 1:
+        first = 0 if part == (0,) else 1
+        return [_sum(b, [(f, read(2 * i + first)) for i, f in enumerate(whole)])]
+    pair = pairs[part[0] // 2]
+    others = even_polynomial(tuple(p for p in pairs if p != pair))
+    even, odd = (_sum(b, [(f, read(2 * i + first)) for i, f in enumerate(others)]) for first in (2, 1))
+    return [_sum(b, [(Fraction(1), even), (sign * pair, odd)]) for sign in (1, -1)]
 
 
-def output_transform(b: KernelBuilder, values: Vectors, pairs: Pairs) -> list[ir.Value]:
-    """A^T values for m + 2 vectors: the m outputs."""
-    outputs = len(values) - 2
-    plus, minus = values[1:-1:2], values[2:-1:2]
-    sums = [b.add(p, q) for p, q in zip(plus, minus, strict=True)]
-    differences = [b.sub(p, q) for p, q in zip(plus, minus, strict=True)]
+def input_transform(b: KernelBuilder, x: Vectors, pairs: Pairs) -> list[ir.Value]:
+    """B^T x for m + 2 vectors: the values at all points."""
+    return [value for part in input_parts(pairs) for value in input_part(b, x.__getitem__, pairs, part)]
+
+
+def output_part(b: KernelBuilder, read: Read, pairs: Pairs, powers: Sequence[int]) -> list[ir.Value]:
+    """Some of A^T values, for m + 2 vectors: the outputs of these numbers. Even ones share work, and odd ones do."""
+    outputs = 2 * len(pairs)
+    combined = {}
+    for odd in sorted({power % 2 for power in powers}):
+        combine = b.sub if odd else b.add
+        combined[odd] = [combine(read(2 * i + 1), read(2 * i + 2)) for i in range(outputs // 2)]
     out = []
-    for power in range(outputs):
-        terms = [(p**power, v) for p, v in zip(pairs, differences if power % 2 else sums, strict=True)]
+    for power in powers:
+        terms = [(p**power, v) for p, v in zip(pairs, combined[power % 2], strict=True)]
         if power == 0:
-            terms.append((Fraction(1), values[0]))
+            terms.append((Fraction(1), read(0)))
         if power == outputs - 1:
-            terms.append((Fraction(1), values[-1]))
+            terms.append((Fraction(1), read(outputs + 1)))
         out.append(_sum(b, terms))
     return out
 
