@@ -16,10 +16,12 @@ from kgraph.codegen.cpu.microkernel import register_tile
 from kgraph.codegen.cpu.pack import accumulate_dtype
 from kgraph.codegen.cpu.strided import SizeTable
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Temporary
-from kgraph.ir import Dim, Node, TensorType
+from kgraph.ir import Dim, Node, TensorType, Value
 from kgraph.ir.dims import ceil_div, product
 
-POSITIONS = 128  # of a block, about: operands of a tile stay in the first-level cache
+POSITIONS, PIXELS = 128, 96  # of a block, about: operands of a tile stay in the first-level cache
+SHORT_TILE = 8  # rows, below which many tiles read the cotangents of a panel
+CROWDED_BYTES = 2048  # pixels a multiple of this apart fall into the same few sets of the first-level cache
 CHUNK_POSITIONS = 1024  # of a chunk, at least
 CHANNELS = (48, 96)  # of a unit, least and most, where there are more and they divide
 MANY_BLOCKS = 16
@@ -86,6 +88,8 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
     if algorithm == "pixels":
         images, sizes = 1, (1, 1, product(x.shape[:-1]))
         out_sizes = sizes
+    most = PIXELS if algorithm == "pixels" else POSITIONS
+    short = register_tile(target)[0] < SHORT_TILE
     table = SizeTable()
     lanes = target.vector_bytes // itemsize(accumulate)
     vectors = min(register_tile(target)[1], -(-filters // lanes))
@@ -103,8 +107,8 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
         groups=attrs["feature_groups"],
         channels=channels,
         filters=filters,
-        piece=_piece(out_sizes[2]),
-        whole=not isinstance(out_sizes[2], Dim) and out_sizes[2] <= POSITIONS,
+        piece=_piece(out_sizes[2], most),
+        whole=not isinstance(out_sizes[2], Dim) and out_sizes[2] <= most,
         lines=1,
         chunk=1,
         joined=1,
@@ -112,8 +116,8 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
         channel_block=_channel_block(channels),
         panels=-(-filters // (vectors * lanes)),
         tile=(1, 1),
-        copied=algorithm != "pixels" or x.dtype != accumulate,
-        packed=True,
+        copied=algorithm != "pixels" or x.dtype != accumulate or _is_crowded(x),
+        packed=algorithm != "pixels" or _is_crowded(cotangent) or (short and filters > vectors * lanes),
         lanes=lanes,
         vectors=vectors,
     )
@@ -140,11 +144,16 @@ def _lower(node: Node, algorithm: str, target) -> list[KernelCall]:
     return [sums] if single else [sums, total_call(partial, node.output, chunks, target)]
 
 
-def _piece(width) -> int:
+def _is_crowded(pixels: Value) -> bool:
+    """Whether pixels lie so far apart that what a tile reads of them does not stay in the first-level cache."""
+    return pixels.shape[-1] * pixels.type.itemsize % CROWDED_BYTES == 0
+
+
+def _piece(width, most: int) -> int:
     """Positions of a line."""
     if isinstance(width, Dim) or width <= 0:
-        return POSITIONS
-    return -(-width // -(-width // POSITIONS))
+        return most
+    return -(-width // -(-width // most))
 
 
 def _channel_block(channels: int) -> int:
@@ -169,7 +178,7 @@ def _blocking(plan: FilterPlan, target) -> FilterPlan:
     across = max(min(most // plan.segment, plan.segments), 1)
     plan = plan._replace(
         tile=(_even(plan.segments, across), _even(plan.segment, most)),
-        packed=plan.dtype != plan.accumulate or (plan.copied and rows > FEW_ROWS),
+        packed=plan.dtype != plan.accumulate or (rows > FEW_ROWS and plan.packed),
     )
     few = tap_rows * plan.window[2] * plan.channels * plan.filters <= UNIT_RESULTS
     return _unit(plan._replace(copies=tap_rows // plan.joined if few else 1))
