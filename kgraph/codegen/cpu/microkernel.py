@@ -13,6 +13,8 @@ each with a stride in A and in B) around one run of `run` consecutive steps.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from typing import NamedTuple
 
@@ -131,6 +133,7 @@ class TileSet:
             pixel, column, remaining, run = (Int(b, x) for x in integers)
             a, bp = Pointer(b, a, code.product.a, "a"), Pointer(b, bp, code.product.b, "b")
             sums, requested = Pointer(b, sums, code.dtype, "sums"), Pointer(b, requested, code.product.b, "b")
+            self._request_extras(tile, function, pixel, column, last)
             acc = self._first_sums(bp, tile.vectors) * (tile.rows * tile.cols)
             if code.partial:
                 acc = self._sums_so_far(sums, first, acc)
@@ -145,6 +148,24 @@ class TileSet:
             else:
                 self._finish(tile, function, acc, sums, pixel, column, remaining)
         return function
+
+    def _request_extras(self, tile: Tile, function, pixel, column, last) -> None:
+        """Asks for what the epilogue reads of operands of the result's shape: they may come from memory meanwhile."""
+        b, code, epilogue = self.b, self.code, self.epilogue
+        if epilogue is None or all(kind != "full" for kind, *_ in epilogue.inputs):
+            return
+        buffers, sizes = function.args[:2]
+        with b.if_then(last) if code.partial else contextlib.nullcontext():
+            columns = entry_value(b, sizes, epilogue.columns)
+            row_pitch = entry_value(b, sizes, code.pixel_row_pitch)
+            col_pitch = entry_value(b, sizes, code.pixel_col_pitch)
+            for number, dtype in ((number, dtype) for kind, number, dtype in epilogue.inputs if kind == "full"):
+                at = b.ir.gep(buffers, [b.i64(number)], inbounds=True, source_etype=PTR)
+                extra = Pointer(b, b.ir.load(at, typ=PTR), dtype, f"operand{number}")
+                for i, j in itertools.product(range(tile.rows), range(tile.cols)):
+                    first = (pixel + (i * row_pitch + j * col_pitch)) * columns + column
+                    for line in range(0, tile.vectors * code.lanes, 64 // itemsize(dtype)):
+                        b.prefetch(extra, first + line)
 
     def _panels(self, vectors: int) -> list[tuple[int, int]]:
         """(distance in elements from the first one, vectors) of each panel of B that a tile spans."""
