@@ -296,7 +296,7 @@ def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> f
     pixels = (
         min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
     )  # bytes, one of a tile
-    held, asked = points * pixels, outputs**problem.axes * pixels
+    held, asked = points * pixels, outputs**2 * pixels if problem.axes == 2 else 0
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
     if filters + held + asked < target.l2_bytes // 2:
         again = 8 * CACHE_BYTES

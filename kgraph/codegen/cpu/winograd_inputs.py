@@ -116,11 +116,13 @@ class InputTransform:
                 b.ir.store(at, self._address(self.addresses, i * side + j))
 
     def newest_pixel(self, tile):
-        """Number of the first pixel that a tile meets and the tiles above and before it do not."""
+        """Number of the first pixel that a tile of rows and columns meets, and the ones above and before it do not."""
         image, top, left = self.grid.place(tile)
-        down, right = self.grid.dilations
-        row = top + self.origins[0] + ((TAPS - 1) * down if self.plan.axes == 2 else 0)
-        return (image * self.sizes[0] + row) * self.sizes[1] + (left + self.origins[1] + (TAPS - 1) * right)
+        row, col = (
+            first + origin + (TAPS - 1) * dilation
+            for first, origin, dilation in zip((top, left), self.origins, self.grid.dilations, strict=True)
+        )
+        return (image * self.sizes[0] + row) * self.sizes[1] + col
 
     def _address(self, addresses: ir.Value, number) -> ir.Value:
         return self.b.ir.gep(addresses, [self.b.i64(number)], inbounds=True, source_etype=PTR)

@@ -58,6 +58,11 @@ class WinogradPlan(NamedTuple):
         return self.side**self.axes
 
     @property
+    def asks(self) -> bool:
+        """Whether the kernel requests inputs and outputs while it makes products; see `winograd_requests`."""
+        return self.axes == 2 and not self.chunk
+
+    @property
     def width(self) -> int:
         return self.vectors * self.lanes
 
@@ -94,7 +99,7 @@ class WinogradPlan(NamedTuple):
             "sums": points * self.sums_matrix * self.group * size,
             "outputs": self.outputs**self.axes * self.width * size,
             "filters": points * self.filters_matrix * size if self.chunk else 0,
-            "requests": 2 * self.block * 8,
+            "requests": 2 * self.block * 8 if self.asks else 0,
         }
         if not self.shared:
             sections = {"inputs": self.inputs_block * size, **sections, **self._input_sections()}
