@@ -73,6 +73,11 @@ class WinogradPlan(NamedTuple):
         return pitch + LINE if pitch * itemsize(DTYPE) % 2048 == 0 else pitch
 
     @property
+    def border_pitch(self) -> int:
+        """Distance of pixels in the copy of a tile's inputs that is made where some are beyond the image."""
+        return -(-self.channels // LINE) * LINE
+
+    @property
     def input_matrix(self) -> int:
         """Distance of matrices of transformed inputs: an odd number of lines, as all are written at once."""
         return (-(-self.block * self.input_pitch // LINE) | 1) * LINE
@@ -110,7 +115,8 @@ class WinogradPlan(NamedTuple):
         return _offsets(self._input_sections())
 
     def _input_sections(self) -> dict[str, int]:
-        return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.points * 8}
+        size = itemsize(DTYPE)
+        return {"zeros": self.border_pitch * size, "border": self.points * self.border_pitch * size}
 
 
 def _offsets(sections: dict[str, int]) -> dict[str, int]:
