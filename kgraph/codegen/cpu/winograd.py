@@ -55,13 +55,15 @@ FILTER_TRANSFORM = {(1, 2): 10, (1, 4): 15, (2, 2): 40, (2, 4): 80}
 CHUNK_TRANSFORM = {(1, 2): 20, (1, 4): 40, (2, 2): 80, (2, 4): 360}
 SUM = 2  # of a vector of sums: it is written
 CHUNKED_SUM = 3  # of a vector of sums that is read and written once more
-SPREAD = 5  # of a vector of a matrix that is beyond the first-level cache and half out of the second, too
-SPREAD_SHARE = 0.35  # of the second-level cache, from which on that is so; linear up to there
-SHORT_TILE = 2.4  # pixels of a register tile; its fourth power over that of a tile's is the share of latency not hidden
+# Of a vector of a transform's matrix, by axes, where a unit's matrices and images take SPREAD_SHARE of the second-level
+# cache or more; in proportion where they take less.
+SPREAD = {1: 1, 2: 6}
+SPREAD_SHARE = 0.7
+SHORT_TILE = 2.4  # pixels; its fourth power by that of a register tile's pixels is the latency that the tile shows
 DIRECT_OVERHEAD = 0.08  # of the products of a direct convolution
 # Bytes per lane that arrive from memory, which cores share, and from the third-level cache; that are written to it or
 # come back, in many streams at once.
-MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.5, 0.3
+MEMORY_BYTES, CACHE_BYTES, SPILLED_BYTES = 0.3, 1.0, 0.3
 OVERLAP = 0.7  # of the shorter of products and arrival that the longer one hides
 
 
@@ -295,17 +297,19 @@ def _cost(problem: _Problem, how: Schedule, tiles: int, group: int, target) -> f
     # Threads share units: one in the last block counts for half of a whole one even where it has little to do.
     shared = (rounded + blocks * min(block // tile, rounded)) / 2
     products = points * shared * tile * ((1 + (SHORT_TILE / tile) ** 4) * problem.channels + SUM) * vectors
-    held = points * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
+    pixels = (
+        min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
+    )  # bytes, one of a tile
+    held, asked = points * pixels, outputs**2 * pixels if problem.axes == 2 else 0
     again = CACHE_BYTES if filters < target.l3_bytes // 4 else MEMORY_BYTES
-    if filters + held < target.l2_bytes:
-        again = 4 * CACHE_BYTES
+    if filters + held + asked < target.l2_bytes // 2:
+        again = 8 * CACHE_BYTES
     arrival = (filters / _first_arrival(problem, target) + filters * (blocks - 1) / again) / lanes
     # What the second-level cache does not hold is written to the third and read again.
     spilled = max(held - 0.75 * target.l2_bytes, 0) * blocks * 2 / (SPILLED_BYTES * lanes)
     cost = _both(products, arrival) + spilled
     way = problem.axes, outputs
-    asked = outputs**problem.axes * min(block, rounded * tile) * (problem.channels + min(group, problem.filters)) * size
-    spread = points * SPREAD * min((held + asked) / (SPREAD_SHARE * target.l2_bytes), 1)
+    spread = points * SPREAD[problem.axes] * min((held + asked) / (SPREAD_SHARE * target.l2_bytes), 1)
     cost += (rounded * tile * channel_vectors + tiles * vectors) * (TRANSFORM[way] + spread)
     if how.chunk:
         sums = points * tiles * (problem.channels // how.chunk) * vectors * CHUNKED_SUM

@@ -67,13 +67,13 @@ class InputTransform:
         self.origins = both_axes(resolve_all(b, plan.origins), 0)
         self.sizes = both_axes(resolve_all(b, plan.sizes), 1)
         self.rows = plan.side if plan.axes == 2 else 1  # of inputs that a tile meets
-        # Zeros stand in for inputs beyond the image: they are read through the same addresses.
+        # Zeros stand in for inputs beyond the image; tiles that meet some are copied. All is read by the same code.
         self.x = Pointer(b, b.operand(0, DTYPE).value, DTYPE, "pixels")
         self.zeros = Pointer(b, b.scratch(DTYPE, offsets["zeros"]).value, DTYPE, "pixels")
-        self.addresses = b.scratch(DTYPE, offsets["addresses"]).value
+        self.border = Pointer(b, b.scratch(DTYPE, offsets["border"]).value, DTYPE, "pixels")
         zero = b.constant(0, DTYPE, plan.lanes)
         b.vector_loop(0, plan.channels, plan.lanes, lambda i, mask, slot: b.store(self.zeros, i, zero, mask))
-        self.inside, self.border = self._function(True), self._function(False)
+        self.function = self._function()
 
     def transform(self, first, tiles, to: Pointer, row=0) -> None:
         """Transforms what the tiles from `first` on meet, to rows from `row` on of the matrices at `to`.
@@ -94,55 +94,52 @@ class InputTransform:
             out = to + (tile + row) * plan.input_pitch
             with b.if_else(inside) as (then, otherwise):
                 with then:
-                    b.ir.call(self.inside, [line.value, out.value, pitch.value])
+                    self._call(line, pitch, right * plan.channels, out)
                 with otherwise:
-                    self._note_addresses(first + tile, image, first_row, first_col)
-                    b.ir.call(self.border, [self.addresses, out.value, pitch.value])
+                    self._copy(first + tile, image, first_row, first_col)
+                    self._call(self.border, plan.side * plan.border_pitch, plan.border_pitch, out)
 
-    def _note_addresses(self, tile, image, first_row, first_col) -> None:
-        """Where the inputs of a tile lie, or zeros."""
-        b, plan, side = self.b, self.plan, self.plan.side
+    def _call(self, source: Pointer, row_pitch, col_pitch, out: Pointer) -> None:
+        b = self.b
+        b.ir.call(self.function, [source.value, b.i64(row_pitch), b.i64(col_pitch), out.value])
+
+    def _copy(self, tile, image, first_row, first_col) -> None:
+        """Copies the inputs of a tile, with zeros beyond the image."""
+        b, plan = self.b, self.plan
         high, wide = self.sizes
         down, right = self.grid.dilations
-        columns = [first_col + j * right for j in range(side)]
-        columns_inside = [b.ir.and_(c >= 0, c < wide) for c in columns]
-        with b.loop(0, self.rows) as i:
-            r = first_row + i * down
-            inside = b.ir.and_(b.ir.and_(r >= 0, r < high), b.int(tile) < self.grid.count)
-            line = self.x + ((image * high + r) * wide) * plan.channels
-            for j, c in enumerate(columns):
-                at = (line + c * plan.channels).value
-                at = b.ir.select(b.ir.and_(inside, columns_inside[j]), at, self.zeros.value)
-                b.ir.store(at, self._address(self.addresses, i * side + j))
+        with b.loop(0, self.rows) as i, b.loop(0, plan.side) as j:
+            r, c = first_row + i * down, first_col + j * right
+            limits = r >= 0, r < high, c >= 0, c < wide
+            inside = functools.reduce(b.ir.and_, limits, b.int(tile) < self.grid.count)
+            pixel = self.x + ((image * high + r) * wide + c) * plan.channels
+            at = Pointer(b, b.ir.select(inside, pixel.value, self.zeros.value), DTYPE, "pixels")
+            to = self.border + (i * plan.side + j) * plan.border_pitch
+
+            def copy(channel, mask, slot, at=at, to=to) -> None:
+                b.store(to, channel, b.load(at, channel, plan.lanes, mask))
+
+            b.vector_loop(0, plan.channels, plan.lanes, copy)
 
     def newest_pixel(self, tile):
-        """Number of the first pixel that a tile meets and the tiles above and before it do not."""
+        """Number of the first pixel that a tile of rows and columns meets, and the ones above and before it do not."""
         image, top, left = self.grid.place(tile)
-        down, right = self.grid.dilations
-        row = top + self.origins[0] + ((TAPS - 1) * down if self.plan.axes == 2 else 0)
-        return (image * self.sizes[0] + row) * self.sizes[1] + (left + self.origins[1] + (TAPS - 1) * right)
+        row, col = (
+            first + origin + (TAPS - 1) * dilation
+            for first, origin, dilation in zip((top, left), self.origins, self.grid.dilations, strict=True)
+        )
+        return (image * self.sizes[0] + row) * self.sizes[1] + col
 
-    def _address(self, addresses: ir.Value, number) -> ir.Value:
-        return self.b.ir.gep(addresses, [self.b.i64(number)], inbounds=True, source_etype=PTR)
-
-    def _function(self, inside: bool) -> ir.Function:
-        """transform(addresses of a tile's inputs, its row of the first matrix, elements between rows of the image).
-
-        inside: the tile lies in the image, so that all follow from the first input, whose address is given instead.
-        """
+    def _function(self) -> ir.Function:
+        """transform(a tile's first input, elements between its rows, and its columns, its row of the first matrix)."""
         b, plan, side, lanes = self.b, self.plan, self.plan.side, self.plan.lanes
-        arguments = [PTR, PTR, I64]
-        with subfunction(b, "transform_inside" if inside else "transform_input", arguments) as function:
-            source = Pointer(b, function.args[0], DTYPE, "pixels")
-            out, pitch = Pointer(b, function.args[1], DTYPE, "inputs"), b.int(function.args[2])
-            step = self.grid.dilations[1] * plan.channels
+        with subfunction(b, "transform_input", [PTR, I64, I64, PTR]) as function:
+            source, out = (Pointer(b, function.args[i], DTYPE, s) for i, s in ((0, "pixels"), (3, "inputs")))
+            row_pitch, col_pitch = b.int(function.args[1]), b.int(function.args[2])
 
             def read(source: Pointer, channel, mask, j: int, i: int) -> ir.Value:
                 """The input on row i and column j of the tile."""
-                if inside:
-                    return b.load(source + (i * pitch + channel), j * step, lanes, mask)
-                pixel = b.ir.load(self._address(source.value, i * side + j), typ=PTR)
-                return b.load(Pointer(b, pixel, DTYPE, "pixels"), channel, lanes, mask)
+                return b.load(source + (i * row_pitch + channel), j * col_pitch, lanes, mask)
 
             def vector(channel, mask, slot):
                 if plan.axes == 1:

@@ -69,7 +69,7 @@ class _Winograd:
             # What is never written together has a name of its own, so that LLVM may reorder accesses.
             return Pointer(b, b.scratch(DTYPE, offsets[name]).value, DTYPE, name)
 
-        self.requests = Requests(b, plan, self.grid, self.out_sizes, offsets["requests"])
+        self.requests = Requests(b, plan, self.grid, self.out_sizes, offsets["requests"]) if plan.asks else None
         self.sums, self.outputs = scratch("sums"), scratch("outputs")
         self.inputs = b.operand(0, DTYPE) if plan.shared else scratch("inputs")
         self.filters = b.operand(1, DTYPE)
@@ -96,7 +96,8 @@ class _Winograd:
             if self.taps is not None:
                 self._panels(begin, end, lambda *panel: self._chunks(inputs, tiles, *panel))
             else:
-                self.requests.begin(first, tiles, begin * plan.width, group, groups, transform)
+                if self.requests is not None:
+                    self.requests.begin(first, tiles, begin * plan.width, group, groups, transform)
                 with b.loop(0, plan.points) as point:
                     at = inputs + point * plan.input_matrix
                     self._panels(begin, end, lambda *panel: self._products(at, point, tiles, begin, end, *panel))
@@ -125,8 +126,9 @@ class _Winograd:
         following = b.ir.select(last, b.i64(begin - panel), b.i64(1))
         skipped = b.ir.select(last, b.i64(packed), b.i64(0))
         requested = filters + (Int(b, following) * (plan.channels * plan.width) + Int(b, skipped))
-        with b.if_then(b.int(place).equals(0)):
-            self.requests.ask(point, 0, tiles)
+        if self.requests is not None:
+            with b.if_then(b.int(place).equals(0)):
+                self.requests.ask(point, tiles)
         self._tiles(inputs, filters, self._sums(place) + point * plan.sums_matrix, tiles, vectors, requested)
 
     def _chunks(self, inputs, tiles, panel, place, vectors: int, masked: bool) -> None:

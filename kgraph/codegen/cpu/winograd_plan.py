@@ -76,6 +76,11 @@ class WinogradPlan(NamedTuple):
         return self.side**self.axes
 
     @property
+    def asks(self) -> bool:
+        """Whether the kernel requests inputs and outputs while it makes products; see `winograd_requests`."""
+        return self.axes == 2 and not self.chunk
+
+    @property
     def width(self) -> int:
         return self.vectors * self.lanes
 
@@ -84,6 +89,11 @@ class WinogradPlan(NamedTuple):
         """Distance of tiles in a matrix of transformed inputs; few sets of the cache would hold multiples of 2 KiB."""
         pitch = -(-self.channels // self.lanes) * self.lanes
         return pitch + LINE if pitch * itemsize(DTYPE) % 2048 == 0 else pitch
+
+    @property
+    def border_pitch(self) -> int:
+        """Distance of pixels in the copy of a tile's inputs that is made where some are beyond the image."""
+        return -(-self.channels // LINE) * LINE
 
     @property
     def input_matrix(self) -> int:
@@ -112,7 +122,7 @@ class WinogradPlan(NamedTuple):
             "sums": points * self.sums_matrix * self.group * size,
             "outputs": self.outputs**self.axes * self.width * size,
             "filters": points * self.filters_matrix * size if self.chunk else 0,
-            "requests": 2 * self.block * 8,
+            "requests": 2 * self.block * 8 if self.asks else 0,
         }
         if not self.shared:
             sections = {"inputs": self.inputs_block * size, **sections, **self._input_sections()}
@@ -123,7 +133,8 @@ class WinogradPlan(NamedTuple):
         return offsets_of(self._input_sections())
 
     def _input_sections(self) -> dict[str, int]:
-        return {"zeros": -(-self.channels // LINE) * LINE * itemsize(DTYPE), "addresses": self.points * 8}
+        size = itemsize(DTYPE)
+        return {"zeros": self.border_pitch * size, "border": self.points * self.border_pitch * size}
 
 
 def odd_lines(elements: int) -> int:

@@ -1,8 +1,8 @@
 """What transforms will meet in memory, asked for while products are made: memory has nothing else to do then.
 
-Transforms read and write short pieces of many rows, which prefetchers do not foresee and one tile's arithmetic does not
-hide. So with each point of the products, some lines of each tile are requested: of the inputs that the next unit of
-work transforms, and of where the outputs of this one go.
+The tiles of an image read and write short pieces of many rows, which prefetchers do not foresee and a transform's
+arithmetic does not hide. So with each point of the products, some lines of each tile are requested: of the inputs that
+the next unit of work transforms, and of where the outputs of this one go. Along one axis, prefetchers do as well.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Source(NamedTuple):
 
 
 class Requests:
-    """The code that asks. offset: of its table in scratch; out_sizes: rows and columns of the outputs."""
+    """The code that asks. out_sizes: rows and columns of the outputs. offset: of the table in scratch."""
 
     def __init__(self, b: KernelBuilder, plan: WinogradPlan, grid: TileGrid, out_sizes: tuple, offset: int):
         self.b, self.plan, self.grid, self.out_sizes = b, plan, grid, out_sizes
@@ -72,11 +72,11 @@ class Requests:
             turn = group, groups
             self.sources.append(_Source(inputs.x, plan.channels, 0, plan.channels, self.following, pitches, *turn))
 
-    def ask(self, point, begin, end) -> None:
-        """The share of a point for the tiles [begin, end) of the unit."""
+    def ask(self, point, tiles) -> None:
+        """The share of a point, for all tiles of the unit."""
         b = self.b
         shares = [self._share(source, point) for source in self.sources]
-        with b.loop(begin, end) as tile:
+        with b.loop(0, tiles) as tile:
             for source, elements in zip(self.sources, shares, strict=True):
                 at = source.at + b.int(b.load(source.pixels, tile)) * source.pitch
                 for element in elements:
@@ -87,7 +87,7 @@ class Requests:
         b, plan = self.b, self.plan
         line = LINE_BYTES // itemsize(source.at.dtype)
         lines = -(-source.asked // line)
-        total = plan.outputs**plan.axes * lines
+        total = plan.outputs**2 * lines
         share = -(-total // (plan.points * source.turns))
         elements = []
         for i in range(share):
