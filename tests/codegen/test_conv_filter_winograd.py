@@ -19,13 +19,13 @@ FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 @pytest.fixture
 def always(monkeypatch):
-    """Winograd's algorithm wherever it is possible; gives a function of m, and of the share of the cache for sums."""
+    """Winograd's algorithm wherever it is possible; gives a function of m, and of the bytes of a thread's sums."""
     monkeypatch.setattr(conv_filter_winograd, "LEAST_PRODUCTS", 0)
     monkeypatch.setattr(conv_filter_winograd, "LEAST_GAIN", 0.0)
 
-    def choose(outputs: int, sums: float = 0.6) -> None:
+    def choose(outputs: int, sums: int = 600 << 10) -> None:
         monkeypatch.setattr(conv_filter_winograd, "PAIRS", {outputs: PAIRS[outputs]})
-        monkeypatch.setattr(conv_filter_winograd, "SUMS_SHARE", sums)
+        monkeypatch.setattr(conv_filter_winograd, "SUMS_SHARE", sums / host_target().l2_bytes)
         conv_filter_winograd._schedule.cache_clear()
 
     yield choose
@@ -71,7 +71,7 @@ def test_cases(always, name, symbols, outputs):
     both(shape, weight, geometry(len(shape) - 2, **options), symbols=symbols[: len(shape) - 1])
 
 
-@pytest.mark.parametrize("sums", [0.02, 0.1])
+@pytest.mark.parametrize("sums", [20 << 10, 100 << 10])
 @pytest.mark.parametrize(("channels", "filters"), [(48, 64), (37, 75), (16, 129)])
 def test_blocks(always, sums, channels, filters):
     """Blocks of channels and filters that divide them, and that do not."""
