@@ -158,7 +158,7 @@ def test_same_bits_for_any_split(always, outputs, x, w):
 @pytest.mark.parametrize("dynamic", [(), (0,)])
 def test_inputs_that_units_share(always, monkeypatch, dynamic):
     """Transformed by a kernel ahead or by every unit: the same bits, from other calls."""
-    x, w, options = (1, 14, 13, 100), (3, 3, 100, 200), {"packed": True, "parts": 3, "dynamic": dynamic}
+    x, w, options = (1, 14, 13, 100), (3, 3, 100, 250), {"packed": True, "parts": 3, "dynamic": dynamic}
     ahead = convolution(x, w, 1, **options)[0]
     shape = (Dim.symbol("D0"), *x[1:]) if dynamic else x
     values = [Value(TensorType(s, "float32")) for s in (shape, w)]

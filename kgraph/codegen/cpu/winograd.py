@@ -46,6 +46,7 @@ LEAST_CHUNK = 16  # channels
 CHUNKED_WORTH = 1.13  # of the estimate of filters that are not there twice, in memory and as what was made of them
 LEAST_TILE = 4  # of a register tile, whose sums hide the latency of multiply-add
 LARGEST_BLOCK = 64  # tiles
+SHARERS = 2  # threads that the units of an image should occupy evenly: more have less to gain
 FEWEST_UNITS = 8  # of one image: filters are cut into groups until threads have something to share
 
 # Estimates, in the time of one multiply-add of vectors. Bytes of filters arrive while products are made.
@@ -243,11 +244,19 @@ def _schedule(outputs: int, problems: tuple[_Problem, ...], target, chunked: boo
                 blocks = -(-counts[0] // block)
                 group = max(panels * min(blocks, FEWEST_UNITS) // FEWEST_UNITS, 1)
                 how = Schedule(outputs, tile, block, group, way, 0.0)
-                costs = [_cost(p, how, n, group * width, target) for p, n in zip(problems, counts)]
+                costs = [
+                    _cost(p, how, n, group * width, target) * _unevenness(-(-n // block) * -(-panels // group))
+                    for p, n in zip(problems, counts)
+                ]
                 cost = sum(c / d for c, d in zip(costs, direct)) / len(problems)
                 if way not in best or cost < best[way].cost:
                     best[way] = how._replace(cost=cost)
     return min(best.values(), key=lambda how: how.cost / (CHUNKED_WORTH if how.chunk else 1))
+
+
+def _unevenness(units: int) -> float:
+    """How much longer the thread with most units takes than with an even share."""
+    return -(-units // SHARERS) * SHARERS / units if units else 1.0
 
 
 def _is_shared(problem: _Problem, how: Schedule) -> bool:
