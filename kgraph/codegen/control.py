@@ -39,9 +39,12 @@ class LoweredBody:
     repeat: str = ""
     donations: tuple[tuple[int, int], ...] = ()
 
-    def link(self, build: Callable[..., Program]) -> Body:
+    def link(self, build: Callable[..., Program], on_device: bool) -> Body:
         """The body with its program, made by `build(name, lowered, **fields)`."""
-        program = build(self.name, self.lowered, input_names=self.input_names, donations=self.donations)
+        fields: dict[str, Any] = {"input_names": self.input_names, "donations": self.donations}
+        if on_device:
+            fields["keeps_places"] = False
+        program = build(self.name, self.lowered, **fields)
         return Body(program, self.results, self.types, self.constants, self.symbols, self.repeat)
 
 
@@ -94,7 +97,7 @@ class ControlStep:
     def link(self, build: Callable[..., Program]) -> Any:
         """The step's function."""
         attrs = self.attrs
-        bodies = [body.link(build) for body in self.bodies]
+        bodies = [body.link(build, self.on_device) for body in self.bodies]
         if self.primitive == "cond":
             return Branches(tuple(bodies))
         if self.primitive == "while_loop":
@@ -129,24 +132,25 @@ def lower_control(
         if isinstance(body, str):
             return body
         step.bodies.append(body)
-    if node.name != "cond" and isinstance(target, Target):
+    if node.name != "cond":
         body = step.bodies[-1]
-        body.repeat = spec_key(REPEAT, target)
-        body.lowered.specs[body.repeat] = REPEAT
-        body.donations = _donations(body, node.attrs.get("num_carry", len(node.outputs)))
+        body.donations = _donations(body, node.attrs.get("num_carry", len(node.outputs)), step.on_device)
+        if isinstance(target, Target):
+            body.repeat = spec_key(REPEAT, target)
+            body.lowered.specs[body.repeat] = REPEAT
     step.wanted = tuple(range(len(node.outputs)))
     if node.name == "while_loop":
         step.wanted = tuple(i for i in changing(step.bodies[-1].results) if is_read(node.outputs[i]))
     return step
 
 
-def _donations(body: LoweredBody, num_carry: int) -> tuple[tuple[int, int], ...]:
+def _donations(body: LoweredBody, num_carry: int, on_device: bool) -> tuple[tuple[int, int], ...]:
     """Carries whose place what an iteration makes of them may take, as nothing else is made of either.
 
-    Python hands the carries of a body with host steps from call to call, as arrays of their own.
+    On the CPU, Python hands the carries of a body with host steps from call to call, as arrays of their own.
     """
     lowered, results = body.lowered, body.results
-    if any(isinstance(step, HostStep) for step in lowered.steps):
+    if not on_device and any(isinstance(step, HostStep) for step in lowered.steps):
         return ()
     typed = lambda b: (lowered.buffers[b].shape, lowered.buffers[b].dtype)
     return tuple(

@@ -110,6 +110,20 @@ def render_overlay(params: tuple, target) -> str:
             firsts.append(k.let(k.mul(clamped_start(k, operands[operand], limit), scale), "first"))
         else:
             firsts.append(k.size())
+    if not is_array:
+        _lay_over(k, axes, foreground, f"{back.name}[{k.i(0)}]", out, sizes, owns, firsts)
+        return k.text()
+    # Where the result lies where the background lay, that is there already.
+    with k.suite(f"if same_place({back.name}, {out.name}):"), k.grid_stride(k.let(k.product(owns), "total")) as i:
+        places = [k.add(first, at) for at, first in zip(k.coordinates(i, owns), firsts, strict=True)]
+        k.line(f"{out.name}[{k.offset(places, sizes, [True] * len(sizes))}] = {foreground.name}[{i}]")
+    with k.suite("else:"):
+        _lay_over(k, axes, foreground, f"{back.name}[{{i}}]", out, sizes, owns, firsts)
+    return k.text()
+
+
+def _lay_over(k: KernelSource, axes, foreground: Operand, background: str, out: Operand, sizes, owns, firsts) -> None:
+    """Write all elements of the result. background: the source of element `{i}` of it."""
     with k.grid_stride(k.let(k.product(sizes), "total")) as i:
         places, tests = [], []
         for at, own, first, (covered, _, interior) in zip(k.coordinates(i, sizes), owns, firsts, axes, strict=True):
@@ -125,12 +139,10 @@ def render_overlay(params: tuple, target) -> str:
             tests.append(f"{place} < int64({own})")
             places.append(k.i(place))
         value = k.fresh("value")
-        background = f"{back.name}[{i if is_array else k.i(0)}]"
-        k.line(f"{value} = {background}")
+        k.line(f"{value} = {background.format(i=i)}")
         with k.suite(f"if {' and '.join(tests) or 'True'}:"):
             k.line(f"{value} = {foreground.name}[{k.offset(places, owns, [True] * len(owns))}]")
         k.line(f"{out.name}[{i}] = {value}")
-    return k.text()
 
 
 def _signed(k: KernelSource, text: str) -> str:

@@ -75,6 +75,26 @@ def _libdevice_functions() -> dict:
     return {name: getattr(libdevice, name) for name in names}
 
 
+def _simulated_same_place(a, b) -> bool:
+    return a.address == b.address
+
+
+def _compiled_same_place():
+    """A function that says whether two buffers begin at one address: pointers of kernels do not compare."""
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def same_place(typing, a, b):
+        def generate(context, builder, signature, given):
+            return builder.icmp_unsigned("==", *[builder.ptrtoint(p, ir.IntType(64)) for p in given])
+
+        return types.boolean(a, b), generate
+
+    return same_place
+
+
 _FUNCTIONS = _simulated_functions() if SIMULATED else _libdevice_functions()
 globals().update(_FUNCTIONS)
 # Tensor cores: in the simulator lanes multiply in turns, by one function for all instructions.
@@ -82,6 +102,7 @@ _MMA = mma.simulated_functions() if SIMULATED else mma.compiled_functions()
 put_half, to_tfloat32, multiply_lanes = (_MMA.get(n) for n in ("put_half", "to_tfloat32", "multiply_lanes"))
 mma_float16, mma_bfloat16 = _MMA.get("mma_float16"), _MMA.get("mma_bfloat16")
 mma_float16_short, mma_tfloat32 = _MMA.get("mma_float16_short"), _MMA.get("mma_tfloat32")
+same_place = _simulated_same_place if SIMULATED else _compiled_same_place()
 # Those that the functions below call.
 float_as_int, int_as_float = _FUNCTIONS["float_as_int"], _FUNCTIONS["int_as_float"]
 half2float, float2half_rn = _FUNCTIONS["half2float"], _FUNCTIONS["float2half_rn"]

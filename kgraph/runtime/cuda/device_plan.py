@@ -108,6 +108,7 @@ class DevicePlan:
     """A program at concrete sizes: where its buffers lie, and its work.
 
     scattered: whether outputs may lie at any address. offsets: in the plan's own memory of `nbytes`, by space.
+    donors: numbers of the inputs in whose place outputs are at the end, by output.
     refusals: why the device's library does not take a step, by the number of the step; long_loops: launches of loops
     that are too many for graphs, likewise.
     """
@@ -133,7 +134,8 @@ class DevicePlan:
         from kgraph.runtime.cuda.program import Resident
 
         self._dims = Resident(self.device)
-        self.donors = {output: number for number, output in program.donations}
+        in_place = lambda output: program.keeps_places or self.storage.donors[output] >= 0
+        self.donors = {output: number for number, output in program.donations if in_place(output)}
         self.refusals: dict[int, str] = {}
         self.long_loops: dict[int, int] = {}
         self._preparations: list[_Preparation] = []
@@ -367,6 +369,8 @@ class DevicePlan:
         given, wanted = ([address_of(p, bases) for p in places] for places in (part.operands, part.results))
         last = part.stop + (part.stop == loop.count)
         for step in itertools.islice(loop.steps(bases["loop", part.number], given, wanted), part.start, last):
+            for copy in step.before:
+                self.device.copy(*copy)
             if step.bases is not None:
                 for work in itertools.chain(*(segment.work for segment in body.segments)):
                     body.run(work, step.bases)

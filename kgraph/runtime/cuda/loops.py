@@ -1,8 +1,8 @@
 """Scans as launches on a device: what each iteration reads and writes is known before the first one begins.
 
 Slices of sequences are read where they lie, results are written into the stacked arrays, and a carried value is read
-where the iteration before wrote it: nothing is copied that has a place to be written to, and Python takes no part once
-the launches are captured.
+where the iteration before wrote it, or is changed where it lies: nothing is copied that has a place to be written to,
+and Python takes no part once the launches are captured.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ Type = tuple[tuple[int, ...], np.dtype]
 
 
 class Iteration(NamedTuple):
-    """bases: of the body's spaces; None after the last iteration. copies: (to, from, bytes), behind the iteration."""
+    """bases: of the body's spaces; None after the last iteration. copies: (to, from, bytes), behind the iteration;
+    before: likewise, ahead of it."""
 
     bases: Bases | None
     copies: list[tuple[int, int, int]]
+    before: Sequence[tuple[int, int, int]] = ()
 
 
 class Loop:
@@ -67,7 +69,8 @@ class Loop:
         """Decide where the outputs of the body's program are written.
 
         An output goes where one of the stacks has it: as a result of its iteration, or as a carry with which the next
-        one begins. Others go to buffers in turn, of which there is one more than carries that may still name one.
+        one begins. One that may overwrite the carry before does so, where the scan's result will be. Others go to
+        buffers in turn, of which there is one more than carries that may still name one.
         """
         carries, ys = self._carried, self._scan.body.results[self._scan.num_carry :]
         self._stack: dict[int, int] = {}  # by output: the stack that it is written to
@@ -79,6 +82,7 @@ class Loop:
             of, output = carries[source] if kind == "input" and source < len(carries) else ("", -1)
             if of == "output" and output not in self._stack:
                 self._ahead.setdefault(output, number)
+        self._donors = self.body.donors  # by output: the carry that it overwrites, which no stack has
         placed = {*self._stack.values(), *self._ahead.values()}
         self._copied = [number for number in range(len(ys)) if number not in placed]
         self._final: dict[int, int] = {}  # by output: the carry whose last value it is
@@ -90,7 +94,7 @@ class Loop:
         origins = [self._origin(number) for number in range(len(carries))]
         for output, b in enumerate(self.body.program.outputs):
             pool = self._pools[output] = []
-            if output in self._stack or output in self._ahead:
+            if output in self._stack or output in self._ahead or output in self._donors:
                 continue
             for _ in range(origins.count(output) + 1):
                 pool.append(self.nbytes)
@@ -143,6 +147,11 @@ class Loop:
         # Where a stack has what iterations begin with, and is written one ahead.
         ahead = self._ahead.values() if self.count else ()
         copies = [(row(number, order[0]), carries[ys[number][1]], y_bytes[number]) for number in ahead]
+        before = []
+        for carry in self._donors.values() if self.count else ():
+            if carries[carry] != finals[carry]:
+                before.append((finals[carry], carries[carry], self._result_bytes[carry]))
+                carries[carry] = finals[carry]
         for t, following in itertools.zip_longest(order, order[1:]):
             xs = [x + t * nbytes for x, nbytes in zip(operands[num_carry:held], x_bytes)]
             bases = {**self._fixed, **own}
@@ -150,7 +159,9 @@ class Loop:
             for output, pool in self._pools.items():
                 if output in self._stack:
                     address = row(self._stack[output], t)
-                elif following is None:
+                elif output in self._donors:
+                    address = finals[self._donors[output]]
+                elif following is None and finals[self._final[output]] not in carries:
                     address = finals[self._final[output]]
                 elif output in self._ahead:
                     address = row(self._ahead[output], following)
@@ -158,8 +169,8 @@ class Loop:
                     address = next(room + offset for offset in pool if room + offset not in carries)
                 bases["output", output] = address
             copies += [(row(number, t), bases[ys[number]], y_bytes[number]) for number in self._copied]
-            yield Iteration(bases, copies)
-            carries, copies = [bases[place] for place in self._carried], []
+            yield Iteration(bases, copies, before)
+            carries, copies, before = [bases[place] for place in self._carried], [], []
         ends = zip(finals, carries, self._result_bytes)
         yield Iteration(None, copies + [(to, source, nbytes) for to, source, nbytes in ends if to != source])
 

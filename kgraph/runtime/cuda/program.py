@@ -23,10 +23,13 @@ class CudaProgram(Program):
     It is called on NumPy arrays like any other, and gives NumPy arrays. If one of the arrays is a DeviceArray, all
     results are DeviceArrays, and the call returns before they are computed; outputs with a donated input are that
     input then, overwritten.
+
+    keeps_places: whether that holds for all of them, at the price of a copy where the input is read until the end, or
+        for those alone that can be written in its place.
     """
 
-    def __init__(self, *args, device: Device, **fields):
-        self.device = device
+    def __init__(self, *args, device: Device, keeps_places: bool = True, **fields):
+        self.device, self.keeps_places = device, keeps_places
         self.resident_params, self.resident_constants, self.prepared = (Resident(device) for _ in range(3))
         super().__init__(*args, **fields)
 

@@ -167,6 +167,10 @@ class _Pointer:
     def __init__(self, memory: np.ndarray, dtype: str):
         self._elements = memory.view(dtype)
 
+    @property
+    def address(self) -> int:
+        return self._elements.ctypes.data
+
     def _checked(self, index) -> int:
         number = int(index)
         if not 0 <= number < len(self._elements):
