@@ -35,6 +35,7 @@ class Device(ABC):
     machine: "cuda" or "cuda-simulator". name: of the product. ordinal: number of the GPU. stream_number: the stream as
     other libraries know it. capability: (major, minor). num_sms: multiprocessors. most_blocks: of a grid.
     lock: held while the launches of a call are handed over, so that those of several threads do not mix.
+    copies: what programs have on the device of host arrays (`resident.py`), by the array's id and how it is made of it.
     Every method raises DeviceError for a fault of the device, and all of them from then on if the device is lost.
     """
 
@@ -49,6 +50,7 @@ class Device(ABC):
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self._holders: weakref.WeakSet = weakref.WeakSet()
+        self.copies: weakref.WeakValueDictionary[tuple, Any] = weakref.WeakValueDictionary()
 
     @property
     def is_lost(self) -> bool:

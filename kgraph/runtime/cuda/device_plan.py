@@ -21,6 +21,7 @@ from kgraph.runtime.cuda.device import Argument
 from kgraph.runtime.cuda.device_array import Allocation
 from kgraph.runtime.cuda.libraries import LibraryPlan
 from kgraph.runtime.cuda.loops import Loop
+from kgraph.runtime.cuda.resident import Resident
 from kgraph.runtime.cuda.staging import ALIGNMENT, aligned
 from kgraph.runtime.steps import HostStep, LaunchStep
 from kgraph.runtime.storage import Place, place_buffers
@@ -98,7 +99,8 @@ class Segment:
 
 
 class _Preparation(NamedTuple):
-    """A launch that makes what the library reads of a parameter or constant. key: equal ones make the same."""
+    """A launch that makes what the library reads of a parameter or constant. key: equal ones make the same: the kernel,
+    the space and number of what it reads, offset and sizes."""
 
     launch: Launch
     key: tuple
@@ -131,8 +133,6 @@ class DevicePlan:
         for b, buffer in enumerate(program.buffers):
             if buffer.kind == "dim":
                 self.constants[b] = np.array(value(buffer.value), dtype=program.dtypes[b])
-        from kgraph.runtime.cuda.program import Resident
-
         self._dims = Resident(self.device)
         in_place = lambda output: program.keeps_places or self.storage.donors[output] >= 0
         self.donors = {output: number for number, output in program.donations if in_place(output)}
@@ -348,7 +348,8 @@ class DevicePlan:
             buffers = [Argument(room.address + source.offset, given, given_dtype), Argument(address, nbytes, dtype)]
             self.device.launch(work.function, work.grid, work.block, work.shared_bytes, buffers, work.sizes)
 
-        return self.program.prepared.made(preparation.key, array, nbytes, fill)
+        kernel, _, _, *numbers = preparation.key
+        return self.program.prepared.made(preparation.key, (kernel, *numbers), array, nbytes, fill)
 
     # -- running ------------------------------------------------------------------------------------------------------
     def run(self, work: Work, bases: Bases) -> None:

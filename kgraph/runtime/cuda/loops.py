@@ -17,6 +17,7 @@ import numpy as np
 from kgraph.dims import evaluate
 from kgraph.errors import KGraphError
 from kgraph.runtime.control import Scan, check_carried
+from kgraph.runtime.cuda.resident import Resident
 from kgraph.runtime.cuda.staging import aligned
 
 if TYPE_CHECKING:
@@ -128,8 +129,6 @@ class Loop:
         """Bring to the device what the body reads besides the scan's operands; nothing of it ever changes."""
         if self._fixed:
             return
-        from kgraph.runtime.cuda.program import Resident
-
         self._resident = Resident(self.body.device)
         first = len(self._input_bytes) - len(self._extra)
         extra = {("input", n): self._resident.address(n, a) for n, a in enumerate(self._extra, first)}

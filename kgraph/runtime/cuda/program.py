@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import numpy as np
 from kgraph.decisions import Decision
 from kgraph.runtime.cuda.binding import CudaBinding
 from kgraph.runtime.cuda.device import Device
-from kgraph.runtime.cuda.device_array import Allocation
 from kgraph.runtime.cuda.device_plan import LOOP_LAUNCHES, DevicePlan
 from kgraph.runtime.cuda.libraries import NAMES
+from kgraph.runtime.cuda.resident import Resident
 from kgraph.runtime.plan import Program
 from kgraph.runtime.steps import LaunchStep
 
@@ -86,35 +86,3 @@ class CudaProgram(Program):
             "kernels": len(self.kernels),
             "code_bytes": sum(map(len, self.kernels.values())),
         }
-
-
-class Resident:
-    """Host arrays with a copy on the device each, or what is made of one there; the memory is filled again when another
-    array takes an array's place."""
-
-    def __init__(self, device: Device):
-        self._device = device
-        self._arrays: dict[Hashable, np.ndarray] = {}
-        self._memory: dict[Hashable, tuple[int, Allocation]] = {}
-
-    def address(self, key: Hashable, array: np.ndarray) -> int:
-        """Where the content of `array` lies, which is known by `key`. It stays there as long as sizes do not change."""
-        return self.made(key, array, array.nbytes, lambda address: self._device.copy_in(address, array))
-
-    def made(self, key: Hashable, array: np.ndarray, nbytes: int, fill: Callable[[int], None]) -> int:
-        """Where the `nbytes` lie that `fill(address)` makes of `array`, which are known by `key`."""
-        if self._arrays.get(key) is not array:
-            if key not in self._memory or self._memory[key][0] != nbytes:
-                self._memory[key] = nbytes, Allocation(self._device, nbytes)
-            fill(self._memory[key][1].address)
-            self._arrays[key] = array
-        return self._memory[key][1].address
-
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(nbytes for nbytes, _ in self._memory.values())
-
-    def keep_only(self, arrays: Sequence[np.ndarray | None]) -> None:
-        """Let go of host arrays that are not among these; their memory on the device is kept for what replaces them."""
-        wanted = set(map(id, arrays))
-        self._arrays = {key: array for key, array in self._arrays.items() if id(array) in wanted}
