@@ -79,7 +79,7 @@ def views(node: Node) -> tuple[Value, ...]:
 
 
 def _as_view(leaf: Leaf, shape: Sequence) -> Leaf:
-    """The leaf of a result of `shape` as columns of what it was cut from, if it is and its rows are worth a loop each."""
+    """The leaf of a result of `shape` as columns of what it was cut from, if its rows are worth a loop each."""
     x = leaf.value
     node = x.node if isinstance(x, Value) else None
     if node is None or node.name != "slice" or leaf.stream >= 0 or not _same(node.output.shape, shape):
