@@ -80,7 +80,7 @@ def test_in_place_operators_within_a_layer_make_new_arrays(inner):
 
 
 def test_a_layer_that_fails_leaves_nothing_behind():
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="ndim"):
         layers.Dense(2)(np.ones(3, "float32"))
     assert type(ops.add([1.0], 2)) is np.ndarray
 
