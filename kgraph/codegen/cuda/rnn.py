@@ -6,7 +6,8 @@ units and computes all their gates, reading the recurrent weights (from the cach
 columns) once for all sequences of the block.
 
 Several layers over equal shapes, such as both directions of a bidirectional one, run as one launch (a fused node of
-kind "rnn" that holds nothing but them): the layer is the outer part of the extent.
+kind "rnn" that holds them, and perhaps the concatenation of their sequences): the layer is the outer part of the
+extent, so that each has blocks of its own.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ def accepts(node: Node) -> str | None:
     reason = unsupported(node)
     if reason is not None:
         return reason
-    if is_joined(node):
-        return "sequences of several layers are separate results"
     shape = shape_of(layers_of(node)[0][0])
     return too_wide(shape, shared_values(shape))
 
@@ -75,15 +74,14 @@ def lower(node: Node, target) -> list[KernelCall]:
     """The products of a recurrent layer, or of several, and the launch of all steps."""
     layers = layers_of(node)
     shape = shape_of(layers[0][0])
-    shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
+    shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers), joined=is_joined(node))
     calls: list[KernelCall] = []
     operands: list[Value] = []
-    outputs: list[Value] = []
-    for _, inputs, results in layers:
+    for _, inputs, _ in layers:
         projected, products = projection(shape, inputs, target)
         calls += products
         operands += [projected, *inputs[2:]]
-        outputs += results
+    outputs = list(dict.fromkeys(v for _, _, results in layers for v in results))
     return [*calls, step_call(shape, operands, outputs, False, target)]
 
 
@@ -167,6 +165,9 @@ class StepKernel:
             return list(groups[0])
         out = []
         for group in zip(*groups, strict=True):
+            if group.count(group[0]) == len(group):
+                out.append(group[0])
+                continue
             text = group[-1].name
             for number in reversed(range(len(group) - 1)):
                 text = f"({group[number].name} if {layer} == {self.k.i(number)} else {text})"
@@ -201,7 +202,10 @@ class ForwardKernel(StepKernel):
         inputs = [shape.dtype] * (4 + shape.states) + ["bool"] * shape.has_mask
         self.layers = self.operands(inputs, count)
         # The output (or, where the steps are kept, what is kept and the states before each step), the final states.
-        self.results = self.operands([shape.dtype] * (1 + self.keeps + shape.states), count)
+        first = [k.operand(shape.dtype)] if shape.joined else []
+        rest = self.operands([shape.dtype] * (1 + self.keeps + shape.states - len(first)), count)
+        self.results = [[*first, *of_layer] for of_layer in rest]
+        self.width = shape.units * (count if shape.joined else 1)  # elements of a step in the output
         self.begin()
         self.inner, self.outer = (ACTIVATIONS[n] for n in (shape.recurrent_activation, shape.activation))
         size = rows * shape.units
@@ -214,6 +218,7 @@ class ForwardKernel(StepKernel):
         count = len(shape.reverse)
         with k.block_stride(k.let(k.mul(self.blocks, count), "total")) as number:
             layer = k.let(k.div(number, self.blocks), "layer") if count > 1 else ""
+            self.column = k.let(k.mul(layer, shape.units), "column") if shape.joined else ""
             operands, results = self.chosen(layer, self.layers), self.chosen(layer, self.results)
             self.projected, self.weights, self.bias, self.recurrent_bias = operands[:4]
             self.initial, self.mask = operands[4 : 4 + shape.states], operands[-1]
@@ -375,7 +380,8 @@ class ForwardKernel(StepKernel):
             wide = 2 * shape.units if shape.resets_before else shape.units
             k.store(self.kept[1], k.add(k.mul(entry, wide), unit), old)
         else:
-            k.store(self.kept[0], k.add(k.mul(entry, shape.units), unit), out)
+            column = k.add(self.column, unit) if shape.joined else unit
+            k.store(self.kept[0], k.add(k.mul(entry, self.width), column), out)
         for final, value in zip(self.finals[1:], states[1:], strict=True):
             k.store(final, place, value)
         return states[0]
