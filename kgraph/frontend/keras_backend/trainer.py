@@ -81,6 +81,7 @@ class NumpyTrainer(base_trainer.Trainer):
 
     def __init__(self):
         super().__init__()
+        self._jit_compile: bool | None = None
         self.train_function = None
         self.test_function = None
         self.predict_function = None
@@ -179,9 +180,10 @@ class NumpyTrainer(base_trainer.Trainer):
     @property
     def jit_compile(self) -> bool:
         """Whether steps are compiled; by default where no layer is unfit for it."""
-        if self._jit_compile is None:
-            self._jit_compile = self._resolve_auto_jit_compile()
-        return self._jit_compile
+        chosen = self._jit_compile
+        if chosen is None:
+            chosen = self._jit_compile = self._resolve_auto_jit_compile()
+        return chosen
 
     @jit_compile.setter
     def jit_compile(self, value: bool | None) -> None:
