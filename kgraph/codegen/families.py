@@ -53,6 +53,7 @@ BY_KIND = {
     "norm": "norm",
     "moments": "moments",
     "rnn": "rnn",
+    "rnn_gradient": "rnn_gradient",
 }
 
 

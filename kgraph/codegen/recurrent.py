@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kgraph.codegen.kernel import KernelCall
@@ -50,12 +50,13 @@ class Shape(NamedTuple):
         return self.cell == "gru" and not self.reset_after
 
 
-def layers_of(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ...]]]:
+def layers_of(node: Node, primitive: str = "rnn") -> list[tuple[Node, tuple[Value, ...], tuple[Value, ...]]]:
     """(rnn node, its operands, its results) for each layer of a plain or fused node; empty where it is neither.
 
-    Layers whose sequences are concatenated have the whole as their first result (`is_joined`).
+    primitive: "rnn" or "rnn_gradient". Layers whose sequences are concatenated have the whole as their first result
+    (`is_joined`).
     """
-    if node.name == "rnn":
+    if node.name == primitive:
         return [(node, node.inputs, node.outputs)]
     if node.name != "fusion":
         return []
@@ -72,7 +73,7 @@ def layers_of(node: Node) -> list[tuple[Node, tuple[Value, ...], tuple[Value, ..
     layers = []
     for member in members:
         whole = all(v in outer for v in member.inputs) and all(v in results for v in member.outputs)
-        if member.name != "rnn" or not whole:
+        if member.name != primitive or not whole:
             return []
         operands = tuple(outer[v] for v in member.inputs)
         layers.append((member, operands, tuple(results[v] for v in member.outputs)))
@@ -99,11 +100,11 @@ def shape_of(node: Node) -> Shape:
     )
 
 
-def unsupported(node: Node) -> str | None:
-    """Why no kernel takes a plain or fused recurrent node, or None."""
-    layers = layers_of(node)
+def unsupported(node: Node, primitive: str = "rnn") -> str | None:
+    """Why no kernel takes a plain or fused recurrent node, or gradient of one, or None."""
+    layers = layers_of(node, primitive)
     if not layers:
-        return f"{node.name} is no recurrent layer, nor a group of independent ones"
+        return f"{node.name} is no {primitive}, nor a group of independent ones"
     shapes = [shape_of(n) for n, _, _ in layers]
     shape = shapes[0]
     if shape.dtype not in ("float32", "float64"):
@@ -130,9 +131,9 @@ class GradientValues(NamedTuple):
     before: Value
 
 
-def gradient_values(node: Node, shape: Shape) -> GradientValues:
-    """New values for an rnn_gradient node."""
-    batch, steps, _ = node.inputs[0].shape
+def gradient_values(x: Value, shape: Shape) -> GradientValues:
+    """New values for the gradient of a layer over x."""
+    batch, steps, _ = x.shape
     width = shape.gates * shape.units
     gates = Value(TensorType((batch, steps, width), shape.dtype))
     # The reset gate of a GRU scales the candidate's cotangent on its way to the recurrent weights, or the state that
@@ -144,14 +145,18 @@ def gradient_values(node: Node, shape: Shape) -> GradientValues:
 
 
 def gradient_products(
-    node: Node,
+    inputs: Sequence[Value],
+    results: Sequence[Value],
     values: GradientValues,
     lower: Callable[[Node], list[KernelCall]],
     copy: Callable[[Value, Value], list[KernelCall]],
 ) -> list[KernelCall]:
-    """Calls for the cotangents of x, of the weights and of the biases. lower, copy: of the target."""
-    x, kernel = node.inputs[:2]
-    to_x, to_kernel, to_recurrent, to_bias, to_recurrent_bias = node.outputs[:5]
+    """Calls for the cotangents of x, of the weights and of the biases.
+
+    inputs, results: those of an rnn_gradient node. lower, copy: of the target.
+    """
+    x, kernel = inputs[:2]
+    to_x, to_kernel, to_recurrent, to_bias, to_recurrent_bias = results[:5]
     gates, recurrent_gates, before = values
     axes = tuple(range(before.type.rank - 1))
     calls = product_calls(to_x, gates, kernel, (2,), (1,), lower)

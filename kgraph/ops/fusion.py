@@ -13,7 +13,20 @@ from kgraph.ops.regions import result_types, run
 
 __all__ = ["fusion"]
 
-KINDS = ("loop", "reduce", "rescale", "dot", "conv", "depthwise", "pool", "softmax", "norm", "attention", "rnn")
+KINDS = (
+    "loop",
+    "reduce",
+    "rescale",
+    "dot",
+    "conv",
+    "depthwise",
+    "pool",
+    "softmax",
+    "norm",
+    "attention",
+    "rnn",
+    "rnn_gradient",
+)
 
 
 def _infer(*types, kind, body, packed=()):

@@ -13,16 +13,16 @@ def group_recurrent(graph: Graph, context: PassContext) -> Graph:
     """`rnn(x, ..), rnn(x, ..; reverse)  ->  fusion{rnn, rnn}(x, ..)`: one kernel whose parts run on several threads.
 
     The layers must not depend on one another and agree in all attributes but the direction. Where all that reads their
-    sequences is a concatenation of these, it joins them.
+    sequences is a concatenation of these, it joins them. Gradients join likewise where the target takes that.
     """
     contraction = Contraction(graph)
     groups: dict[tuple, list[Node]] = {}
     for node in graph.nodes:
-        if node.name == "rnn":
+        if node.name in ("rnn", "rnn_gradient"):
             attrs = tuple(sorted((k, v) for k, v in node.attrs.items() if k != "reverse"))
-            groups.setdefault((node.inputs[0], attrs), []).append(node)
+            groups.setdefault((node.name, node.inputs[0], attrs), []).append(node)
     fused: dict[Region, tuple[Node, list[Value]]] = {}
-    for nodes in groups.values():
+    for (kind, *_), nodes in groups.items():
         layers = nodes[:1]
         for node in nodes[1:]:
             if contraction.can_absorb(node, layers) and not _depends(node, layers):
@@ -30,9 +30,9 @@ def group_recurrent(graph: Graph, context: PassContext) -> Graph:
         if len(layers) < 2:
             continue
         for members, results in _forms(contraction, layers):
-            node, _ = fused_node(contraction, "rnn", members, results)
+            node, _ = fused_node(contraction, kind, members, results)
             if context.accepts(node) is None:
-                region = Region("rnn", members)
+                region = Region(kind, members)
                 contraction.claim(region)
                 fused[region] = (node, results)
                 break
@@ -40,7 +40,7 @@ def group_recurrent(graph: Graph, context: PassContext) -> Graph:
 
 
 def _forms(contraction: Contraction, layers: list[Node]) -> Iterator[tuple[list[Node], list[Value]]]:
-    """(nodes, results) of a kernel for the layers: with the concatenation of their sequences, and without."""
+    """(nodes, results) of a kernel for the layers or gradients: with the concatenation of sequences, and without."""
     sequences = [node.outputs[0] for node in layers]
     readers = contraction.users.get(sequences[0], [])
     last = readers[0] if readers else None

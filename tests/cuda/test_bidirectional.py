@@ -11,7 +11,7 @@ from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import simulator_target
 from kgraph.ir import PRIMITIVES, Graph, Node, Value, type_of
 from kgraph.ir.interpreter import evaluate
-from kgraph.ops.recurrent import RNN
+from kgraph.ops.recurrent import RNN, RNN_GRADIENT
 from tests.codegen.samples import compare
 from tests.cuda.driver import DEVICE, run_node
 
@@ -23,6 +23,7 @@ LAYERS = {
     "simple": lambda **options: keras.layers.SimpleRNN(UNITS, **options),
 }
 SAMPLES = {s.name: s for s in RNN.samples()}
+GRADIENTS = {s.name: s for s in RNN_GRADIENT.samples()}
 
 
 def joined(sample, reverse: list[bool]) -> tuple[Node, list[np.ndarray]]:
@@ -48,20 +49,20 @@ def joined(sample, reverse: list[bool]) -> tuple[Node, list[np.ndarray]]:
     return (node, arrays), [whole, *(s for r in results for s in r[1:])]
 
 
+NAMES = [
+    "odd sizes",
+    "lstm, backward in time, masked",
+    "gru",
+    "gru, reset before",
+    "gru, reset before, masked with zeros",
+    "simple, softplus, masked with zeros",
+    "one step, one unit",
+    "no steps",
+]
+
+
 @pytest.mark.parametrize("reverse", [[False, True], [True, False, True]], ids=str)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "odd sizes",
-        "lstm, backward in time, masked",
-        "gru",
-        "gru, reset before",
-        "gru, reset before, masked with zeros",
-        "simple, softplus, masked with zeros",
-        "one step, one unit",
-        "no steps",
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers_write_one_sequence(name, reverse):
     (node, arrays), wanted = joined(SAMPLES[name], reverse)
     *_, call = families.lower(node, simulator_target())
@@ -69,6 +70,30 @@ def test_layers_write_one_sequence(name, reverse):
     for result, expected in zip(run_node(node, arrays), wanted, strict=True):
         assert result.shape == expected.shape
         compare(result, expected, RNN.tolerance)
+
+
+@pytest.mark.parametrize("reverse", [[False, True], [True, False, True]], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_several_layers_are_two_launches(name, reverse):
+    sample, random = GRADIENTS[name], np.random.default_rng(0)
+    graph = Graph([Value(type_of(sample.args[0]))])
+    arrays, results, wanted = [sample.args[0]], [], []
+    for backward in reverse:
+        own = [a if a.dtype == bool else random.uniform(-1, 1, a.shape).astype(a.dtype) for a in sample.args[1:]]
+        graph.inputs = [*graph.inputs, *(Value(type_of(a)) for a in own)]
+        attrs = sample.attrs | {"reverse": backward}
+        results += graph.add(RNN_GRADIENT, [graph.inputs[0], *graph.inputs[len(arrays) :]], **attrs)
+        wanted += RNN_GRADIENT.reference(sample.args[0], *own, **attrs)
+        arrays += own
+    graph.outputs = results
+    inputs, types = [Value(v.type) for v in graph.inputs], [v.type for v in results]
+    node = Node(PRIMITIVES["fusion"], inputs, {"kind": "rnn_gradient", "body": graph}, types)
+    kernels = [call.spec.name for call in families.lower(node, simulator_target())]
+    cell = sample.attrs["cell"]
+    assert [k for k in kernels if k.startswith(cell)] == [f"{cell}_bidirectional_{k}" for k in ("kept", "back")]
+    for result, expected in zip(run_node(node, arrays), wanted, strict=True):
+        assert result.shape == expected.shape
+        compare(result, expected, RNN_GRADIENT.tolerance)
 
 
 def model_of(layer: str, merge_mode: str = "concat", mask: bool = False, **options) -> keras.Model:
@@ -117,3 +142,27 @@ def test_models_agree_with_the_interpreter(case):
     # Final states are joined by a kernel of their own.
     apart = not case["return_sequences"] and case.get("merge_mode", "concat") == "concat"
     assert kernels.count("concatenate") == apart
+
+
+def one_step(case: dict, device: str) -> tuple[list[np.ndarray], list[str]]:
+    """(weights, labels of kernels) after a training step."""
+    kgraph.set_device(device)
+    try:
+        model, x = model_of(**case), inputs_of()
+        model.compile("sgd", "mse")
+        y = np.ones(model(x).shape, np.float32)
+        model.train_on_batch(x, y)
+        steps = kgraph.compile_step(model, (x, y))._program().compiled.program.steps
+        return model.get_weights(), [step.label for step in steps]
+    finally:
+        kgraph.set_device("cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_training_steps_are_those_of_the_cpu(case):
+    wanted, _ = one_step(case, "cpu")
+    weights, kernels = one_step(case, DEVICE)
+    for a, b in zip(weights, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    cell = case["layer"].partition(",")[0]
+    assert [k for k in kernels if k.startswith(cell)] == [f"{cell}_bidirectional{k}" for k in ("", "_kept", "_back")]

@@ -422,6 +422,23 @@ def test_directions_of_a_bidirectional_layer_join(order, axis, also_read, accept
     check_same(graph, after)
 
 
+@pytest.mark.parametrize(("refused", "expected"), [(None, ["rnn_gradient"]), ("one at a time", ["rnn_gradient"] * 2)])
+def test_gradients_of_layers_over_one_sequence_join_where_the_target_takes_them(refused, expected):
+    def function(x, s, to_sequence, *weights):
+        attrs = {"cell": "lstm", "activation": "tanh", "recurrent_activation": "sigmoid", "reset_after": True}
+        attrs |= {"has_mask": False, "zero_output_for_mask": False}
+        cotangents = [to_sequence, s, s]
+        first = ops.rnn_gradient(x, *weights[:3], weights[2], s, s, *cotangents, reverse=False, **attrs)
+        second = ops.rnn_gradient(x, *weights[3:], weights[5], s, s, *cotangents, reverse=True, **attrs)
+        return ops.add(first[0], second[0]), first[1], second[2]
+
+    weights = [f32(3, 16), f32(4, 16), f32(16)]
+    graph = traced(function, [f32(N, 5, 3), f32(N, 4), f32(N, 5, 4)], weights * 2)
+    after = group_recurrent(graph, PassContext(accepts=lambda node: refused))
+    assert [kind for kind in kinds(after) if kind != "add"] == expected
+    check_same(graph, after)
+
+
 def test_stacked_recurrent_layers_stay_apart():
     def function(x, s, k, r, b):
         first = rnn(x, k, r, b, s, False)[0]

@@ -85,7 +85,7 @@ KEPT = {"lstm": 6, "gru": 5, "simple": 1}
 def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
     if node.name != "rnn_gradient":
-        return f"{node.name} is not the gradient of a recurrent layer"
+        return f"{node.name} is not the gradient of one recurrent layer"
     attrs, x, recurrent_kernel = node.attrs, node.inputs[0], node.inputs[2]
     if x.dtype not in ("float32", "float64"):
         return f"no recurrent kernel for {x.dtype}"
@@ -103,7 +103,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     batch, steps, features = node.inputs[0].shape
     to_states = node.outputs[5:]
     width = shape.gates * shape.units
-    values = gradient_values(node, shape)
+    values = gradient_values(node.inputs[0], shape)
     table = SizeTable()
     layout = rnn.layout_of(shape, target)
     outputs = [*dict.fromkeys(values), *to_states]
@@ -126,7 +126,8 @@ def lower(node: Node, target) -> list[KernelCall]:
     ]
     families = {"dot_general": gemm, "reduce_sum": reduce}
     calls += gradient_products(
-        node,
+        node.inputs,
+        node.outputs,
         values,
         lambda n: families[n.name].lower(n, target),
         lambda x, out: data_movement.lower_view("copy", x, out, 0, [(width, 1)], target),

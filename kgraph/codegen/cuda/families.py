@@ -47,6 +47,7 @@ BY_KIND = {
     "norm": "norm",
     "moments": "moments",
     "rnn": "rnn",
+    "rnn_gradient": "rnn_gradient",
 }
 
 

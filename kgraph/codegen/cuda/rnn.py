@@ -98,7 +98,7 @@ def step_call(shape: Shape, operands: Sequence, outputs: Sequence, keeps: bool, 
     layers = len(shape.reverse)
     rows = rows_of(shape, batch, layers, shape.gates, shared_values(shape), target)
     block = block_of(shape, target)
-    name = "_".join([shape.cell, *(["bidirectional"] if len(set(shape.reverse)) > 1 else []), *["kept"] * keeps])
+    name = "_".join([name_of(shape), *["kept"] * keeps])
     index = index_type([v.type.size for v in (*operands, *outputs)])
     return KernelCall(
         KernelSpec(name, TEMPLATE, (name, tuple(shape), rows, block, keeps, index)),
@@ -110,6 +110,10 @@ def step_call(shape: Shape, operands: Sequence, outputs: Sequence, keeps: bool, 
         bytes=sum((v.type.nbytes for v in (*operands, *outputs)), 0),
         launch=Launch(block),
     )
+
+
+def name_of(shape: Shape) -> str:
+    return "_".join([shape.cell, *(["bidirectional"] if len(set(shape.reverse)) > 1 else [])])
 
 
 # -- the kernel -------------------------------------------------------------------------------------------------------
@@ -174,6 +178,23 @@ class StepKernel:
             out.append(Operand(self.k.let(text, "chosen"), group[0].dtype))
         return out
 
+    def enter_layer(self, number: str, groups: Sequence[Sequence[Sequence[Operand]]]) -> list[list[Operand]]:
+        """Begins block `number` of all layers: its layer, first sequence, and for each of the groups its operands."""
+        k = self.k
+        self.layer = k.let(k.div(number, self.blocks), "layer") if len(self.shape.reverse) > 1 else ""
+        self.first = k.let(k.mul(k.mod(number, self.blocks), self.rows), "first")
+        return [self.chosen(self.layer, group) for group in groups]
+
+    def time_of(self, step: str, reverse: Sequence[bool]) -> str:
+        """The place of a step in time, for layers that go back or not."""
+        k = self.k
+        back = k.sub(k.sub(self.steps, 1), step)
+        times = [back if backward else step for backward in reverse]
+        time = times[-1]
+        for number in reversed(range(len(times) - 1)):
+            time = f"({times[number]} if {self.layer} == {k.i(number)} else {time})"
+        return k.let(time, "time")
+
     def each_unit(self):
         return self.k.range(self.thread, self.k.i(self.shape.units), self.k.block)
 
@@ -215,23 +236,15 @@ class ForwardKernel(StepKernel):
 
     def render(self) -> str:
         k, shape = self.k, self.shape
-        count = len(shape.reverse)
-        with k.block_stride(k.let(k.mul(self.blocks, count), "total")) as number:
-            layer = k.let(k.div(number, self.blocks), "layer") if count > 1 else ""
-            self.column = k.let(k.mul(layer, shape.units), "column") if shape.joined else ""
-            operands, results = self.chosen(layer, self.layers), self.chosen(layer, self.results)
+        with k.block_stride(k.let(k.mul(self.blocks, len(shape.reverse)), "total")) as number:
+            operands, results = self.enter_layer(number, [self.layers, self.results])
+            self.column = k.let(k.mul(self.layer, shape.units), "column") if shape.joined else ""
             self.projected, self.weights, self.bias, self.recurrent_bias = operands[:4]
             self.initial, self.mask = operands[4 : 4 + shape.states], operands[-1]
             self.kept, self.finals = results[: len(results) - shape.states], results[len(results) - shape.states :]
-            self.first = k.let(k.mul(k.mod(number, self.blocks), self.rows), "first")
             self.load_states()
             with k.range(k.i(0), self.steps, 1) as step:
-                back = k.sub(k.sub(self.steps, 1), step)
-                times = [back if reverse else step for reverse in shape.reverse]
-                time = times[-1]
-                for n in reversed(range(count - 1)):
-                    time = f"({times[n]} if {layer} == {k.i(n)} else {time})"
-                self.time = k.let(time, "time")
+                self.time = self.time_of(step, shape.reverse)
                 if shape.resets_before:
                     self.step_with_reset_before()
                 else:

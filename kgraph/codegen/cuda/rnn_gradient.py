@@ -3,7 +3,8 @@
 The steps run again, keeping their gates; a second kernel goes back through them, likewise one block for some sequences
 and all steps. It leaves the cotangents of the gates; the cotangents of x, of the weights and of the biases are ordinary
 products and sums of those over all sequences and steps. The recurrent weights are transposed first, so that
-neighbouring threads read neighbouring elements on the way back, too.
+neighbouring threads read neighbouring elements on the way back, too. The gradients of several layers over one sequence
+(a fused node of kind "rnn_gradient") share both launches, in which each has blocks of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from kgraph.codegen.cuda.rnn import (
     StepKernel,
     block_of,
     fused,
+    name_of,
     projection,
     rows_of,
     step_call,
@@ -25,8 +27,8 @@ from kgraph.codegen.cuda.rnn import (
 from kgraph.codegen.cuda.rnn_activations import ACTIVATIONS, DERIVATIVES
 from kgraph.codegen.cuda.source import index_type
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
-from kgraph.codegen.recurrent import Shape, gradient_products, gradient_values, shape_of
-from kgraph.ir import Dim, Node, TensorType, Value
+from kgraph.codegen.recurrent import Shape, gradient_products, gradient_values, layers_of, shape_of, unsupported
+from kgraph.ir import Node, TensorType, Value
 from kgraph.ir.dims import ceil_div
 
 TEMPLATE = "kgraph.codegen.cuda.rnn_gradient:render"
@@ -35,36 +37,51 @@ SUMS = 4  # as if a thread held so many sums for each sequence, so that the code
 
 def accepts(node: Node) -> str | None:
     """None where `lower` takes the node, else why not."""
-    if node.name != "rnn_gradient":
-        return f"{node.name} is not the gradient of a recurrent layer"
-    shape = shape_of(node)
-    if shape.dtype not in ("float32", "float64"):
-        return f"no recurrent kernel for {shape.dtype}"
-    if isinstance(shape.features, Dim) or isinstance(shape.units, Dim):
-        return "symbolic features or units"
+    reason = unsupported(node, "rnn_gradient")
+    if reason is not None:
+        return reason
+    shape = shape_of(layers_of(node, "rnn_gradient")[0][0])
     return too_wide(shape, max(shape.gates, 3))
 
 
 def lower(node: Node, target) -> list[KernelCall]:
     """The steps again, the steps back, then products and sums over all sequences and steps."""
-    shape = shape_of(node)
-    inputs, units = node.inputs[: shape.inputs], shape.units
-    cotangents, to_states = node.inputs[shape.inputs :], node.outputs[5:]
-    batch, steps, _ = inputs[0].shape
-    values = gradient_values(node, shape)
-    kept = Value(TensorType((batch, steps, KEPT[shape.cell], units), shape.dtype))
-    finals = [Value(TensorType((batch, units), shape.dtype)) for _ in to_states]
-    transposed = Value(TensorType((shape.gates * units, units), shape.dtype))
-    projected, calls = projection(shape, inputs, target)
-    calls.append(step_call(shape, [projected, *inputs[2:]], [kept, values.before, *finals], True, target))
-    view = [(shape.gates * units, 1), (units, shape.gates * units)]
-    calls += data_movement.lower_view("transpose", inputs[2], transposed, 0, view, target)
-    mask = inputs[5 + shape.states :]
-    operands = [kept, values.before, transposed, *mask, *cotangents]
-    outputs = [*dict.fromkeys(values[:2]), *to_states]
-    rows = rows_of(shape, batch, 1, SUMS, max(shape.gates, 3), target)
+    layers = layers_of(node, "rnn_gradient")
+    shape = shape_of(layers[0][0])
+    shape = shape._replace(reverse=tuple(bool(n.attrs["reverse"]) for n, _, _ in layers))
+    units, width = shape.units, shape.gates * shape.units
+    batch, steps, _ = layers[0][1][0].shape
+    calls: list[KernelCall] = []
+    # Operands and results of the launch forward and of the one back.
+    given: list[Value] = []
+    left: list[Value] = []
+    operands: list[Value] = []
+    outputs: list[Value] = []
+    behind: list[KernelCall] = []
+    for _, inputs, results in layers:
+        own, cotangents, to_states = inputs[: shape.inputs], inputs[shape.inputs :], results[5:]
+        values = gradient_values(own[0], shape)
+        kept = Value(TensorType((batch, steps, KEPT[shape.cell], units), shape.dtype))
+        finals = [Value(TensorType((batch, units), shape.dtype)) for _ in to_states]
+        transposed = Value(TensorType((width, units), shape.dtype))
+        projected, products = projection(shape, own, target)
+        calls += products
+        calls += data_movement.lower_view("transpose", own[2], transposed, 0, [(width, 1), (units, width)], target)
+        given += [projected, *own[2:]]
+        left += [kept, values.before, *finals]
+        operands += [kept, values.before, transposed, *own[5 + shape.states :], *cotangents]
+        outputs += [*dict.fromkeys(values[:2]), *to_states]
+        behind += gradient_products(
+            own,
+            results,
+            values,
+            lambda n: families.lower(n, target),
+            lambda x, out: data_movement.lower_view("copy", x, out, 0, [(width, 1)], target),
+        )
+    calls.append(step_call(shape, given, left, True, target))
+    rows = rows_of(shape, batch, len(layers), SUMS, max(shape.gates, 3), target)
     block = block_of(shape, target)
-    name = f"{shape.cell}_back"
+    name = f"{name_of(shape)}_back"
     index = index_type([v.type.size for v in (*operands, *outputs)])
     calls.append(
         KernelCall(
@@ -72,18 +89,13 @@ def lower(node: Node, target) -> list[KernelCall]:
             [*operands, *outputs],
             outputs=len(outputs),
             sizes=[batch, steps],
-            extent=ceil_div(batch, rows),
-            flops=batch * steps * (2 * shape.gates * units * units),
+            extent=ceil_div(batch, rows) * len(layers),
+            flops=batch * steps * (2 * width * units * len(layers)),
             bytes=sum((v.type.nbytes for v in (*operands, *outputs)), 0),
             launch=Launch(block),
         )
     )
-    return calls + gradient_products(
-        node,
-        values,
-        lambda n: families.lower(n, target),
-        lambda x, out: data_movement.lower_view("copy", x, out, 0, [(shape.gates * units, 1)], target),
-    )
+    return calls + behind
 
 
 class BackwardKernel(StepKernel):
@@ -94,29 +106,28 @@ class BackwardKernel(StepKernel):
         super().__init__(name, Shape(*shape), rows, block, index, target)
         k, shape = self.k, self.shape
         dtypes = [shape.dtype] * 3 + ["bool"] * shape.has_mask + [shape.dtype] * (1 + shape.states)
-        (operands,) = self.operands(dtypes)
-        self.kept, self.before, self.weights = operands[:3]
-        self.mask = operands[3]
-        self.to_sequence, *self.to_finals = operands[3 + shape.has_mask :]
-        (results,) = self.operands([shape.dtype] * (1 + (shape.cell == "gru") + shape.states))
-        # Of a GRU alone the latter are other gates than the former.
-        self.gates, self.recurrent_gates = results[0], results[shape.cell == "gru"]
-        self.to_states = results[len(results) - shape.states :]
+        count = len(shape.reverse)
+        self.layers = self.operands(dtypes, count)
+        self.results = self.operands([shape.dtype] * (1 + (shape.cell == "gru") + shape.states), count)
         self.begin()
         self.inner, self.outer = shape.recurrent_activation, shape.activation
         self.passed = k.shared(shape.dtype, rows * shape.gates * shape.units)
 
     def render(self) -> str:
         k, shape = self.k, self.shape
-        with k.block_stride(self.blocks) as number:
-            self.first = k.let(k.mul(number, self.rows), "first")
+        with k.block_stride(k.let(k.mul(self.blocks, len(shape.reverse)), "total")) as number:
+            operands, results = self.enter_layer(number, [self.layers, self.results])
+            self.kept, self.before, self.weights, self.mask = operands[:4]
+            self.to_sequence, *self.to_finals = operands[3 + shape.has_mask :]
+            # Of a GRU alone the latter are other gates than the former.
+            self.gates, self.recurrent_gates = results[0], results[shape.cell == "gru"]
+            self.to_states = results[len(results) - shape.states :]
             for _, unit, sequence in self.each_row():
                 place = k.let(k.add(k.mul(sequence, shape.units), unit), "place")
                 for source, target in zip(self.to_finals, self.to_states, strict=True):
                     k.store(target, place, k.load(source, place))
             with k.range(k.i(0), self.steps, 1) as step:
-                time = step if shape.reverse[0] else k.sub(k.sub(self.steps, 1), step)
-                self.time = k.let(time, "time")
+                self.time = self.time_of(step, [not reverse for reverse in shape.reverse])
                 rule = self.back_with_reset_before if shape.resets_before else self.back
                 rule()
         return k.text()
