@@ -19,12 +19,15 @@ class Leaf:
     value: the operand that is read, or None for a coordinate. spans: per (collapsed) axis whether the operand extends
     over it; a coordinate spans its one axis. dtype: of the elements.
     stream: number of the stream of random words that `value` is the seed of; -1 for all other leaves.
+    view: (first element, elements from row to row) where the operand is some columns of `value`'s rows; None where it
+    is dense.
     """
 
     value: Value | Temporary | None
     dtype: str
     spans: tuple[bool, ...]
     stream: int = -1
+    view: tuple | None = None
 
     @property
     def is_coordinate(self) -> bool:
@@ -131,6 +134,7 @@ def inplace_pairs(leaves: Sequence[Leaf], outputs: Sequence, first_output: int) 
         for i, leaf in enumerate(operands)
         if leaf.value is not None
         and leaf.stream < 0
+        and leaf.view is None
         and leaf.value.type.itemsize == out.type.itemsize
         and leaf.value.type.size == out.type.size
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from kgraph.frontend.indexing import get_item
 from kgraph.frontend.traced_array import UFUNC_OPERATORS, TracedArray, functions
 from kgraph.ir import Dim, np_dtype
 from kgraph.ir.primitive import current_tracer
+
+# Whether the code that runs is that of a layer's `call`.
+inside_layer: ContextVar[bool] = ContextVar("inside_layer", default=False)
 
 NARROW = frozenset(map(np_dtype, ("bfloat16", "float8_e4m3fn", "float8_e5m2")))
 
@@ -22,8 +26,8 @@ class EagerArray(np.ndarray):
     - `x[i]` is recorded where `i` is traced or symbolic.
     - Operators on bfloat16 and float8 follow Keras' promotion; NumPy's would give float32 for `x * 0.5`.
 
-    Layers get their arguments in this form, and results of primitives have it while a trace runs, and wherever they are
-    narrow (`presented`). Views are of this kind; what ufuncs compute is a plain array in all other cases.
+    Layers get their arguments in this form, and results of primitives and ufuncs have it within a layer's call, while a
+    trace runs, and wherever they are narrow (`presented`). Views are of this kind.
     """
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
@@ -65,7 +69,7 @@ for _name in "add sub mul matmul truediv floordiv mod pow lshift rshift and or x
 
 def is_presented(array: np.ndarray) -> bool:
     """Whether an array that Keras' code computes with is to keep to its rules."""
-    return array.dtype in NARROW or current_tracer.get() is not None
+    return array.dtype in NARROW or inside_layer.get() or current_tracer.get() is not None
 
 
 def presented(x):

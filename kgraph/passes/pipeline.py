@@ -19,6 +19,7 @@ from kgraph.passes.manager import Pass
 from kgraph.passes.merge_scans import merge_scans
 from kgraph.passes.optimise_bodies import optimise_bodies
 from kgraph.passes.reshape_motion import reshape_motion
+from kgraph.passes.share_moments import share_moments
 from kgraph.passes.split_scan import split_scan
 from kgraph.passes.transpose_motion import transpose_motion
 from kgraph.passes.window_updates import window_updates
@@ -46,6 +47,7 @@ INFERENCE: list[Pass] = [
     fold_batch_norm,
     dead_code,
     group_recurrent,
+    share_moments,
     duplicate_producers,
     fuse,
     layout,

@@ -54,14 +54,15 @@ def _inputs(given: dict) -> tuple:
 def check(layer_cls, init_kwargs: dict, call_kwargs: dict, *inputs) -> None:
     """Raise AssertionError where a compiled layer differs from the eager one. inputs: nothing, or the argument."""
     import kgraph
+    from kgraph.frontend.keras_backend.trainer import unfit_for_compiling
     from kgraph.frontend.signatures import Arguments
 
     if not inputs:
         return
     args, kwargs = ((), {**inputs[0], **call_kwargs}) if isinstance(inputs[0], dict) else (inputs, call_kwargs)
     layer = layer_cls(**init_kwargs)
-    if not layer.supports_jit:
-        return  # Keras declares it unfit for compiling
+    if unfit_for_compiling(layer):
+        return
     if layer._call_has_training_arg:
         kwargs = {"training": False, **kwargs}  # some layers take True for the default
     layer(*args, **kwargs)

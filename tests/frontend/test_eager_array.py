@@ -51,6 +51,48 @@ def test_in_place_operators_on_bfloat16_make_new_arrays():
     assert y.tolist() == [1.5] * 3
 
 
+class Aliases(layers.Layer):
+    """Adds to values that it has under a second name, itself and in a method of another layer."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = inner
+
+    def increased(self, x):
+        x += 1.0
+        return x
+
+    def call(self, x):
+        y = ops.relu(x)
+        z = y * 2.0
+        bigger = (self.inner or self).increased(y), (self.inner or self).increased(z)
+        return x, y, z, *bigger
+
+
+@pytest.mark.parametrize("inner", [None, Aliases()])
+def test_in_place_operators_within_a_layer_make_new_arrays(inner):
+    layer, x = Aliases(inner), np.array([-1.0, 3.0], "float32")
+    eager = layer(x)
+    assert [type(y) for y in eager] == [np.ndarray] * 5
+    assert [y.tolist() for y in eager] == [[-1, 3], [0, 3], [0, 6], [1, 4], [1, 7]]
+    for y, wanted in zip(kgraph.compile(layer, example=x)(x), eager, strict=True):
+        np.testing.assert_array_equal(y, wanted)
+
+
+def test_a_layer_that_fails_leaves_nothing_behind():
+    with pytest.raises(ValueError, match="ndim"):
+        layers.Dense(2)(np.ones(3, "float32"))
+    assert type(ops.add([1.0], 2)) is np.ndarray
+
+
+def test_augmentations_that_select_among_their_results():
+    images = np.random.default_rng(0).uniform(0, 255, (2, 12, 12, 3)).astype("float32")
+    eager, compiled = (layers.RandAugment(seed=4) for _ in range(2))
+    augment = kgraph.jit(lambda x: compiled(x, training=True))
+    for _ in range(3):
+        np.testing.assert_allclose(augment(images), eager(images, training=True), atol=1e-3)
+
+
 def test_the_plain_array_underlies_its_view():
     plain = np.arange(4.0).reshape(2, 2).astype(BFLOAT16)
     for x in (plain, plain.T, plain[:1]):

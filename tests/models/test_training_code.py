@@ -233,6 +233,33 @@ def test_layers_that_assign_state_agree_with_eager_steps(layer):
     assert_equal_weights(*models, rtol=1e-4, atol=1e-5)
 
 
+def test_augmentations_that_keras_does_not_compile_are_compiled():
+    images, labels = np.random.default_rng(0).uniform(0, 255, (7, 12, 12, 3)), np.arange(7) % 3
+    histories = []
+    for eager in (False, True):
+        keras.utils.set_random_seed(5)
+        model = keras.Sequential(
+            [
+                keras.Input((12, 12, 3)),
+                layers.RandomRotation(0.1, seed=1),
+                layers.RandomZoom(0.2, fill_mode="constant", seed=2),
+                layers.RandomTranslation(0.1, 0.2, fill_mode="wrap", seed=3),
+                layers.RandomShear(0.1, 0.2, interpolation="nearest", seed=4),
+                layers.RandomPerspective(0.5, 0.3, seed=5),
+                layers.Rescaling(1 / 255),
+                layers.Flatten(),
+                layers.Dense(3),
+            ]
+        )
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, run_eagerly=eager)
+        history = model.fit(images, labels, batch_size=3, epochs=2, shuffle=False, verbose=0)
+        histories.append((history.history["loss"], model.evaluate(images, labels, verbose=0), model.predict(images)))
+        assert (model._compiled_train_step is None) == eager
+    for compiled, eager in zip(*histories, strict=True):
+        np.testing.assert_allclose(compiled, eager, rtol=1e-3)
+
+
 def test_layers_that_keras_does_not_compile_train_eagerly_with_a_warning():
     layer = layers.Dense(1, name="unfit")
     layer.supports_jit = False

@@ -4,7 +4,8 @@ Axes over which all operands behave alike are merged, so nearly every kernel is 
 - "flat": one axis, each operand spans it or is a scalar; a unit of the extent is a chunk of elements.
 - "periodic": two axes of which the inner is short and of known size (channels): the flat loop runs over whole periods
   of lcm(channels, lanes) elements, and operands that live on the channels stay in registers.
-- "rows": any number of axes; a unit is (a block of) a row along the innermost axis.
+- "rows": any number of axes; a unit is (a block of) a row along the innermost axis. Operands that are slices of rows
+  are read where they were cut from (`views`).
 
 Results that may be too large for the caches get kernels in two versions ("streaming"). Where operands and results are
 larger than the last cache, the results are written past the caches: memory is not read first only to be overwritten.
@@ -23,7 +24,7 @@ from kgraph.codegen.cpu import expressions, random, regions
 from kgraph.codegen.cpu.builder import I32, I64, Int, KernelBuilder, Pointer, itemsize
 from kgraph.codegen.cpu.regions import Leaf
 from kgraph.codegen.kernel import KernelCall, KernelSpec
-from kgraph.ir import Dim, Node
+from kgraph.ir import Dim, Node, Value
 from kgraph.ir.dims import ceil_div, evaluate, product, symbols
 
 CHUNK = 512  # elements of a unit of a flat loop
@@ -31,6 +32,7 @@ BLOCK = 4096  # elements of a row that make a unit
 PERIODIC_REGISTERS = 16  # vector registers given to operands that live on the channels
 PERIODIC_CODE = 100  # operations written out for a period
 STREAMED_FLOPS = 16  # operations per element beyond which memory is not what a loop waits for
+LEAST_COLUMNS = 64  # of an operand that is read out of larger rows
 MOST_SAMPLES = 256  # value of symbolic sizes that is reckoned with
 TEMPLATE = "kgraph.codegen.cpu.loop:render_{}"
 
@@ -66,26 +68,62 @@ def _encode(node: Node):
     return expression if isinstance(expression, str) else (expression, leaves)
 
 
+def views(node: Node) -> tuple[Value, ...]:
+    """Operands, columns of larger matrices, that the kernel reads out of those."""
+    if not any(x.node is not None and x.node.name == "slice" for x in node.inputs):
+        return ()
+    encoded = _encode(node)
+    leaves = [] if isinstance(encoded, str) else encoded[1]
+    shape = node.outputs[0].shape
+    return tuple(leaf.value for leaf in leaves if isinstance(leaf.value, Value) and _as_view(leaf, shape) is not leaf)
+
+
+def _as_view(leaf: Leaf, shape: Sequence) -> Leaf:
+    """The leaf of a result of `shape` as columns of what it was cut from, if its rows are worth a loop each."""
+    x = leaf.value
+    node = x.node if isinstance(x, Value) else None
+    if node is None or node.name != "slice" or leaf.stream >= 0 or not _same(node.output.shape, shape):
+        return leaf
+    source, columns = node.inputs[0], shape[-1]
+    start, step = node.attrs["start"], node.attrs["stride"] or (1,)
+    unlike = not _same(source.shape[:-1], shape[:-1]) or any(n != 1 for n in step)
+    if unlike or isinstance(columns, Dim) or columns < LEAST_COLUMNS or isinstance(start[-1], Dim):
+        return leaf
+    return replace(leaf, value=source, view=(start[-1], source.shape[-1]))
+
+
+def _same(shape: Sequence, other: Sequence) -> bool:
+    """Whether two shapes are known to be equal."""
+    key = lambda n: n.terms if isinstance(n, Dim) else n
+    return list(map(key, shape)) == list(map(key, other))
+
+
 def lower(node: Node, target) -> list[KernelCall]:
     """One kernel call for the node. Sizes are run-time values; see the module's docstring for the units."""
     encoded = _encode(node)
     if isinstance(encoded, str):
         raise ValueError(f"{node.name}: {encoded}")
     expression, leaves = encoded
-    return lower_expression(expression, leaves, node.outputs[0].shape, node.outputs, target)
+    shape = node.outputs[0].shape
+    leaves = [_as_view(leaf, shape) for leaf in leaves]
+    return lower_expression(expression, leaves, shape, node.outputs, target)
 
 
 def lower_expression(
     expression: tuple, leaves: Sequence[Leaf], shape: Sequence, outputs: Sequence, target
 ) -> list[KernelCall]:
     """The kernel call that stores an expression of `leaves` over `shape` to `outputs` (Values or Temporaries)."""
-    sizes, spans = regions.collapse(shape, [leaf.spans for leaf in leaves])
+    seen = [leaf.view for leaf in leaves if leaf.view is not None]
+    marks = [axis == len(shape) - 1 for axis in range(len(shape))] if seen else ()
+    sizes, spans = regions.collapse(shape, [leaf.spans for leaf in leaves], marks)
     leaves = [replace(leaf, spans=s) for leaf, s in zip(leaves, spans, strict=True)]
     operands = [leaf.value for leaf in leaves if leaf.value is not None] + list(outputs)
     if not sizes:
         sizes, leaves = [1], [replace(leaf, spans=(False,)) for leaf in leaves]
     kind, extra, extent = _schedule(sizes, leaves, expression, target)
     kind += "_streaming" if _may_stream(kind, sizes, leaves, expression, extra[0], outputs, target) else ""
+    if seen:
+        extra = (*extra, tuple(leaf.view is not None for leaf in leaves if leaf.stream < 0))
     described = tuple((leaf.dtype, leaf.spans, leaf.is_coordinate, leaf.stream) for leaf in leaves)
     num_streams = sum(leaf.stream >= 0 for leaf in leaves)
     name = regions.kernel_name("random" if num_streams else "", expression) or "copy"
@@ -96,14 +134,21 @@ def lower_expression(
             spec=KernelSpec(name, TEMPLATE.format(kind), (name, expression, described, dtypes, extra)),
             operands=operands,
             outputs=len(outputs),
-            sizes=list(sizes),
+            sizes=[*sizes, *(n for view in seen for n in view)],
             extent=extent,
             flops=total * max(1, expressions.flops(expression) + random.FLOPS * num_streams),
-            bytes=regions.total_bytes(operands),
+            bytes=_total_bytes(leaves, outputs, total),
             scratch_bytes=random.scratch_bytes(num_streams),
             notes={"inplace": regions.inplace_pairs(leaves, outputs, len(operands) - len(outputs))},
         )
     ]
+
+
+def _total_bytes(leaves: Sequence[Leaf], outputs: Sequence, elements) -> int | Dim:
+    """Of the distinct operands and results; of one that is a view, what is read."""
+    dense = [leaf.value for leaf in leaves if leaf.value is not None and leaf.view is None]
+    viewed = [itemsize(leaf.dtype) for leaf in leaves if leaf.view is not None]
+    return regions.total_bytes([*dense, *outputs]) + sum(viewed) * elements
 
 
 def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[str, tuple, int | Dim]:
@@ -111,12 +156,13 @@ def _schedule(sizes: list, leaves: Sequence[Leaf], expression, target) -> tuple[
     lanes = expressions.lanes(expression, target)
     if all(leaf.stream < 0 for leaf in leaves):
         lanes *= expressions.side_by_side(expression, target)
-    if len(sizes) == 1:
+    viewed = any(leaf.view is not None for leaf in leaves)
+    if len(sizes) == 1 and not viewed:
         size = sizes[0]
         return "flat", (_fitting(lanes, size),), ceil_div(size, CHUNK)
     inner = sizes[-1]
     periodic = _period(sizes, leaves, lanes)
-    if periodic * max(4, expressions.flops(expression)) > PERIODIC_CODE:
+    if viewed or periodic * max(4, expressions.flops(expression)) > PERIODIC_CODE:
         periodic = 0
     if periodic:
         unit = lanes * periodic * max(1, CHUNK // (lanes * periodic))
@@ -337,10 +383,16 @@ def _load_lanes(b: KernelBuilder, pointer: Pointer, indices: list[int]) -> ir.Va
 
 
 def _rows(k: _Kernel) -> None:
-    b, (lanes, block) = k.b, k.extra
+    b, (lanes, block, *viewed) = k.b, k.extra
     rank = k.rank
     sizes = [b.size(a) for a in range(rank)]
     strides = [regions.row_strides(b, sizes, spans) for _, spans, _ in k.leaves]
+    pointers, slot = list(k.pointers), rank
+    for number, is_view in enumerate(viewed[0] if viewed else ()):
+        if is_view:
+            pointers[number] = pointers[number] + b.size(slot)
+            strides[number] = [*regions.row_strides(b, [*sizes[:-1], b.size(slot + 1)], [True] * rank)[:-1], 1]
+            slot += 2
     inner = sizes[-1]
     blocks = b.ceil_div(inner, block) if block else 1
     row = b.begin // blocks
@@ -351,7 +403,7 @@ def _rows(k: _Kernel) -> None:
     with b.loop(b.begin, b.end):
         first: int | Int = b.int(position.get()) * block if position is not None else 0
         last = b.min(first + block, inner) if block else inner
-        _row(k, odometer.indices(), strides, b.int(base.get()), first, last, lanes)
+        _row(k, pointers, odometer.indices(), strides, b.int(base.get()), first, last, lanes)
         if position is not None:
             following = b.int(position.get()) + 1
             position.set(following.value)
@@ -364,11 +416,11 @@ def _rows(k: _Kernel) -> None:
             base.set((b.int(base.get()) + inner).value)
 
 
-def _row(k: _Kernel, indices: list, strides: list, base, first, last, lanes: int) -> None:
+def _row(k: _Kernel, pointers: list, indices: list, strides: list, base, first, last, lanes: int) -> None:
     """Elements [first, last) of the row at outer `indices`, which starts at element `base` of the outputs."""
     b = k.b
     sources = []
-    for pointer, (dtype, spans, is_coordinate), stride in zip(k.pointers, k.leaves, strides):
+    for pointer, (dtype, spans, is_coordinate), stride in zip(pointers, k.leaves, strides):
         if is_coordinate:
             axis = spans.index(True) if True in spans else None
             fixed = None

@@ -215,8 +215,10 @@ def adopt_values(variables, arrays) -> None:
     global weights_version
     with _fetch_lock:
         for variable, array in zip(variables, arrays, strict=True):
-            array.setflags(write=False)
-            variable._hold(array)
+            # Most arrays were updated in place: their variables hold them already.
+            if variable._host is not array or variable.resident is not None or variable._is_behind:
+                array.setflags(write=False)
+                variable._hold(array)
     with _version_lock:
         for variable in variables:
             variable.version += 1

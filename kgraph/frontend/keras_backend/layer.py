@@ -8,7 +8,7 @@ import numpy as np
 from keras.src import tree
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
-from kgraph.frontend.eager_array import EagerArray, is_presented
+from kgraph.frontend.eager_array import EagerArray, inside_layer, is_presented
 
 
 def _as(kind: type, x: np.ndarray) -> np.ndarray:
@@ -40,7 +40,11 @@ class NumpyLayer:
             # Functional and Sequential models only hand the arrays on to their layers.
             return super().__call__(*args, **kwargs)
         kwargs = {name: _guarded(x) for name, x in kwargs.items()}
-        outputs = super().__call__(*_guarded(args), **kwargs)
+        outside = inside_layer.set(True)
+        try:
+            outputs = super().__call__(*_guarded(args), **kwargs)
+        finally:
+            inside_layer.reset(outside)
         return outputs if type(outputs) is np.ndarray else tree.map_structure(_released, outputs)
 
 

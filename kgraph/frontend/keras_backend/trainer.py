@@ -37,6 +37,22 @@ def _has_fixed_batch(model) -> bool:
     return any(x is not None and x.shape and x.shape[0] is not None for x in declared)
 
 
+# Keras' layers that XLA for TensorFlow lacks something for; here there is nothing that they lack.
+_COMPILED_ANYWAY = frozenset("RandomPerspective RandomRotation RandomShear RandomTranslation RandomZoom".split())
+
+
+def unfit_for_compiling(layer) -> bool:
+    """Whether a layer says of itself that it cannot be compiled, and is right."""
+    kind = type(layer)
+    is_compiled_anyway = kind.__name__ in _COMPILED_ANYWAY and kind.__module__.startswith("keras.src.layers.")
+    return not layer.supports_jit and not is_compiled_anyway
+
+
+def _unfit_layers(model) -> list[str]:
+    """The names of a model's layers that cannot be compiled."""
+    return [layer.name for layer in model._flatten_layers() if unfit_for_compiling(layer)]
+
+
 def _takes_one_argument(function) -> bool:
     """Whether a step can be called with the data alone."""
     try:
@@ -65,6 +81,7 @@ class NumpyTrainer(base_trainer.Trainer):
 
     def __init__(self):
         super().__init__()
+        self._jit_compile: bool | None = None
         self.train_function = None
         self.test_function = None
         self.predict_function = None
@@ -160,6 +177,25 @@ class NumpyTrainer(base_trainer.Trainer):
             return None
 
     # -- functions of several steps -------------------------------------------------------------------------------
+    @property
+    def jit_compile(self) -> bool:
+        """Whether steps are compiled; by default where no layer is unfit for it."""
+        chosen = self._jit_compile
+        if chosen is None:
+            chosen = self._jit_compile = self._resolve_auto_jit_compile()
+        return chosen
+
+    @jit_compile.setter
+    def jit_compile(self, value: bool | None) -> None:
+        unfit = _unfit_layers(self) if value else []
+        if unfit:
+            message = f"jit_compile=True has no effect on {self.name}: Keras declares the layers {unfit} unfit for it"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        self._jit_compile = False if unfit else value
+
+    def _resolve_auto_jit_compile(self) -> bool:
+        return not _unfit_layers(self)
+
     def _runs_eagerly(self) -> bool:
         return self.run_eagerly or not self.jit_compile
 
@@ -170,7 +206,7 @@ class NumpyTrainer(base_trainer.Trainer):
     def _compiled_step(self, name: str):
         """A step as one native call; None where it runs eagerly."""
         if self._runs_eagerly():
-            unfit = [layer.name for layer in self._flatten_layers() if not layer.supports_jit]
+            unfit = _unfit_layers(self)
             if unfit and not self.run_eagerly:
                 warnings.warn(
                     f"{name} of {self.name} runs eagerly and slowly: Keras declares the layers {unfit} unfit for "
