@@ -182,7 +182,7 @@ def read_until_the_end(a, x):
 
 
 def one_reads_the_other(a, b, x):
-    """`a` is overwritten only after `b` has been made of it."""
+    """The new `a` is there before `b` has been made of the old one, and so has a place of its own."""
     return [ops.add(a, x), ops.mul(b, a)]
 
 
@@ -202,7 +202,7 @@ def old_one_stacked(a, x):
 FORMS = {
     "elementwise": (elementwise, 1, 1),
     "read until the end": (read_until_the_end, 1, 0),
-    "one reads the other": (one_reads_the_other, 2, 2),
+    "one reads the other": (one_reads_the_other, 2, 1),
     "exchanged": (exchanged, 2, 1),
     "stacked as well": (stacked_as_well, 1, 0),
     "old one stacked": (old_one_stacked, 1, 0),
