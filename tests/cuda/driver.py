@@ -1,4 +1,5 @@
-"""Runs the kernel calls of CUDA families on NumPy arrays, in the simulator or on a GPU."""
+"""Runs the kernel calls of CUDA families on NumPy arrays: in the simulator, on a GPU, or on one that is emulated
+(`emulator`)."""
 
 from __future__ import annotations
 
@@ -16,8 +17,16 @@ from kgraph.ir.dims import evaluate
 from kgraph.runtime.cuda.device import Argument, device_for
 from kgraph.targets import resolve
 
-DEVICE = os.environ.get("KGRAPH_TEST_DEVICE", "cuda-simulator")
+NAME = os.environ.get("KGRAPH_TEST_DEVICE", "cuda-simulator")
+IS_EMULATED = NAME == "cuda-emulator"
+DEVICE = "cuda" if IS_EMULATED else NAME
 ON_GPU = DEVICE != "cuda-simulator"
+IS_SLOW = NAME != "cuda"  # where every instruction is interpreted
+if IS_EMULATED:
+    from kgraph.runtime.cuda import device as devices
+    from tests.cuda.emulator.driver import emulated_gpu
+
+    devices._devices["cuda:0"] = emulated_gpu()
 
 
 @functools.cache
@@ -69,8 +78,8 @@ def run_node(node, arrays, sizes: dict | None = None, target: CudaTarget | None 
 
 
 def few_rows(arrays, count: int):
-    """The first `count` rows of all arrays, which the simulator has the time for; all rows on a GPU."""
-    return arrays if ON_GPU else keras.tree.map_structure(lambda a: a[:count], arrays)
+    """The first `count` rows of all arrays, which can be interpreted; all rows on a GPU."""
+    return arrays if not IS_SLOW else keras.tree.map_structure(lambda a: a[:count], arrays)
 
 
 def make(primitive, sample):

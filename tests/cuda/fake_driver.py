@@ -24,7 +24,7 @@ class Launched:
     arguments: list[int] = field(default_factory=list)
 
 
-def _number(x) -> int:
+def number_of(x) -> int:
     return x if isinstance(x, int) else (x.value or 0)
 
 
@@ -123,11 +123,11 @@ class FakeDriver:
         out._obj.value = memory.ctypes.data
 
     def _cuMemFreeHost(self, address):
-        del self.pinned[_number(address)]
+        del self.pinned[number_of(address)]
 
     def _copy(self, name, target, source, nbytes):
         self.calls.append((name, nbytes))
-        run = lambda: ctypes.memmove(_number(target), _number(source), nbytes)
+        run = lambda: ctypes.memmove(number_of(target), number_of(source), nbytes)
         if self._capturing is not None:
             assert name == "cuMemcpyDtoDAsync_v2", "a graph holds no copies to or from the host"
             self._capturing.append(run)
@@ -151,15 +151,15 @@ class FakeDriver:
     def _cuLinkAddData_v2(self, state, kind, text, size, name, count, options, values):
         assert (kind, count) == (1, 0)
         assert text.raw[size - 1] == 0
-        self._linked[_number(state)] = ctypes.create_string_buffer(CUBIN + text.value)
+        self._linked[number_of(state)] = ctypes.create_string_buffer(CUBIN + text.value)
 
     def _cuLinkComplete(self, state, out, size):
-        code = self._linked[_number(state)]
+        code = self._linked[number_of(state)]
         out._obj.value, size._obj.value = ctypes.addressof(code), len(code)
 
     def _cuLinkDestroy(self, state):
         self.calls.append(("cuLinkDestroy",))
-        code = self._linked.pop(_number(state), None)
+        code = self._linked.pop(number_of(state), None)
         if code is not None:
             ctypes.memset(code, 0xA5, len(code))  # it is the state's
 
@@ -171,7 +171,7 @@ class FakeDriver:
     def _cuModuleGetFunction(self, out, module, name):
         assert name == b"kernel"
         out._obj.value = self._handle()
-        self._functions[out._obj.value] = self._functions[_number(module)]
+        self._functions[out._obj.value] = self._functions[number_of(module)]
 
     def _cuStreamCreate(self, out, flags):
         out._obj.value = self._handle()
@@ -184,9 +184,9 @@ class FakeDriver:
 
     def _cuLaunchKernel(self, function, gx, gy, gz, bx, by, bz, shared, stream, parameters, extra):
         assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, None)
-        count = self._functions[_number(function)]
+        count = self._functions[number_of(function)]
         words = [ctypes.c_uint64.from_address(parameters[i]).value for i in range(count)]
-        launched = Launched(_number(function), gx, bx, shared, words)
+        launched = Launched(number_of(function), gx, bx, shared, words)
         self.calls.append(("cuLaunchKernel", launched))
         if self._capturing is not None:
             self._capturing.append(lambda: self.run(launched))
@@ -206,9 +206,9 @@ class FakeDriver:
     def _cuGraphInstantiateWithFlags(self, out, graph, flags):
         self.calls.append(("cuGraphInstantiateWithFlags",))
         out._obj.value = self._handle()
-        self._graphs[out._obj.value] = self._graphs[_number(graph)]
+        self._graphs[out._obj.value] = self._graphs[number_of(graph)]
 
     def _cuGraphLaunch(self, graph, stream):
         self.calls.append(("cuGraphLaunch",))
-        for run in self._graphs[_number(graph)]:
+        for run in self._graphs[number_of(graph)]:
             run()

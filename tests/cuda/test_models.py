@@ -1,4 +1,5 @@
-"""Whole models in the simulator or on a GPU against the interpreter, and the host steps that are left in them."""
+"""Whole models in the simulator, on a GPU or an emulated one, against the interpreter, and the host steps
+that are left in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps of whole models in the simulator or on a GPU against those of the CPU."""
+"""Training steps of whole models, in the simulator, on a GPU or an emulated one, against those of the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kgraph
-from tests.cuda.driver import DEVICE, few_rows
+from tests.cuda.driver import DEVICE, IS_EMULATED, few_rows
 from tests.oracle import comparison
 
 sys.path.insert(0, str(comparison.ROOT / "benchmarks"))
@@ -17,6 +17,8 @@ sys.path.insert(0, str(comparison.ROOT / "tests" / "oracle"))
 import models as benchmark_models
 import training_models
 
+# Those that have most kernels between them; compiling for an emulated GPU takes ten seconds a model.
+EMULATED = ("transformer", "residual", "lstm", "mixed_precision", "decoder")
 ROWS = {"contrastive": 4}  # of a batch, of which three are looked for; others have two
 
 
@@ -35,7 +37,13 @@ def one_step(name: str, device: str):
         kgraph.set_device("cpu")
 
 
-@pytest.mark.parametrize("name", training_models.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if IS_EMULATED and name not in EMULATED else [])
+        for name in training_models.MODELS
+    ],
+)
 def test_a_training_step_is_that_of_the_cpu(name):
     results, weights = one_step(name, "cpu")
     there, weights_there = one_step(name, DEVICE)
