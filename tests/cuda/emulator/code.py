@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from tests.cuda.emulator import alu, warps
 from tests.cuda.emulator.alu import DTYPES
+from tests.cuda.emulator.counts import Counts
 from tests.cuda.emulator.memory import EmulatedFault, GlobalMemory, Memory, Threads
 from tests.cuda.emulator.parse import ENDS, Address, Block, Function, Instruction, Variable, width_of
 
@@ -45,10 +47,25 @@ class Frame:
 
 
 class Launch:
-    """What all threads of some blocks share."""
+    """What all threads of some blocks share. counts: None where nothing is counted."""
 
-    def __init__(self, memory: GlobalMemory, shared: Memory, shared_bytes: int, special: dict[str, np.ndarray]):
+    def __init__(
+        self,
+        memory: GlobalMemory,
+        shared: Memory,
+        shared_bytes: int,
+        special: dict[str, np.ndarray],
+        counts: Counts | None = None,
+    ):
         self.memory, self.shared, self.shared_bytes, self.special = memory, shared, shared_bytes, special
+        self.counts = counts
+
+    def count(self, what: str, space: str, at: np.ndarray, width: int, threads: Threads) -> None:
+        """Note an access. what: "ld" or "st"."""
+        if self.counts is not None and space == "global":
+            self.counts.access_global(what, at, width, threads.warp)
+        elif self.counts is not None and space == "shared":
+            self.counts.access_shared(at, threads.warp)
 
 
 class Code:
@@ -66,6 +83,7 @@ class Code:
         self.ends: list[Instruction | None] = []
         self.conditions: list[Callable | None] = []
         self.steps: list[list[Step]] = []
+        self.mix = [Counter(_class_of(i.opcode) for i in block.instructions) for block in self.blocks]
         self.together: list[Together | None] = []
         for block in self.blocks:
             body = list(block.instructions)
@@ -273,6 +291,7 @@ class Code:
             memory, at = place(frame, index)
             _check_vector(at, count, width, line)
             threads = frame.threads(index)
+            frame.launch.count("ld", space, at, width * count, threads)
             for number, put in enumerate(puts):
                 put(frame, index, memory.load(at + np.uint64(number * width), dtype, threads, line))
 
@@ -299,6 +318,7 @@ class Code:
             memory, at = place(frame, index)
             _check_vector(at, count, width, line)
             threads = frame.threads(index)
+            frame.launch.count("st", space, at, width * count, threads)
             for number, get in enumerate(gets):
                 memory.store(at + np.uint64(number * width), np.ascontiguousarray(get(frame, index)), threads, line)
 
@@ -363,7 +383,8 @@ class Code:
             of.update((v.name, np.zeros((count, v.nbytes), np.uint8)) for v in code.function.results)
             identity = {key: _taken(values, index).copy() for key, values in frame.identity.items()}
             special = {key: _taken(values, index) for key, values in frame.launch.special.items()}
-            launch = Launch(frame.launch.memory, frame.launch.shared, frame.launch.shared_bytes, special)
+            outer = frame.launch
+            launch = Launch(outer.memory, outer.shared, outer.shared_bytes, special, outer.counts)
             inner = Frame(code, of, identity, launch)
             self.kernel.run(code, inner)
             for v, target in zip(code.function.results, results, strict=True):
@@ -380,6 +401,12 @@ def _taken(values: np.ndarray, index: Index) -> np.ndarray:
 def _check_vector(at: np.ndarray, count: int, width: int, line: str) -> None:
     if count > 1 and (at & np.uint64(count * width - 1)).any():
         raise EmulatedFault(f"memory is not aligned to {count * width} bytes: {line}")
+
+
+def _class_of(opcode: str) -> str:
+    """The first and the last part of an opcode: `fma.f32`."""
+    parts = opcode.split(".")
+    return parts[0] if len(parts) == 1 else f"{parts[0]}.{parts[-1]}"
 
 
 class Together(NamedTuple):

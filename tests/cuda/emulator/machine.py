@@ -16,6 +16,7 @@ import numpy as np
 
 from tests.cuda.emulator import warps
 from tests.cuda.emulator.code import Code, Frame, Index, Launch, laid_out
+from tests.cuda.emulator.counts import Counts
 from tests.cuda.emulator.memory import EmulatedFault, GlobalMemory, Memory
 from tests.cuda.emulator.parse import parse
 
@@ -64,6 +65,11 @@ class Run:
 
     def _run_block(self, number: int, index: np.ndarray) -> None:
         code, frame, chosen = self._code, self._frame, self._chosen(index)
+        counts = frame.launch.counts
+        if counts is not None:
+            warps_here = len(np.unique(frame.identity["warp"][index]))
+            for name, count in code.mix[number].items():
+                counts.instructions[name] += count * warps_here
         for step in code.steps[number]:
             step(frame, chosen)
         end, condition = code.ends[number], code.conditions[number]
@@ -148,6 +154,7 @@ class Kernel:
 
     def __init__(self, text: str, memory: GlobalMemory):
         self.module, self._memory = parse(text), memory
+        self.counts: Counts | None = None  # of the next launch
         shared = [v for v in self.module.variables.values() if v.space == "shared"]
         fixed = [v for v in shared if v.nbytes]
         self.symbols, self.shared_bytes = laid_out(fixed, 0)
@@ -183,6 +190,9 @@ class Kernel:
         memory.suspicion = ""
         before = memory.in_use.copy()
         self._run(grid, block, dynamic, words, _in_step)
+        if self.counts is not None:
+            self.counts.finish()
+            self.counts = None
         if not memory.suspicion:
             return
         results = memory.in_use.copy()
@@ -228,7 +238,7 @@ class Kernel:
             }
             shared = Memory("shared", len(blocks) // block * nbytes)
             shared.watches = memory.watches
-            frame = Frame(code, parameters, identity, Launch(memory, shared, nbytes, special))
+            frame = Frame(code, parameters, identity, Launch(memory, shared, nbytes, special, self.counts))
             with np.errstate(all="ignore"):
                 Run(code, frame, rank(number)).to_the_end()
             memory.suspicion = memory.suspicion or shared.suspicion
