@@ -14,7 +14,7 @@ from kgraph.codegen.cuda import scalar_ops, tiles
 from kgraph.codegen.cuda.mma import INSTRUCTIONS, LANES, ROWS
 from kgraph.codegen.cuda.source import KernelSource, Operand
 from kgraph.codegen.cuda.tensor_cores import GAP, TensorProduct, WeightedRows
-from kgraph.codegen.cuda.tiles import Panel
+from kgraph.codegen.cuda.tiles import BY_DEPTH, Panel
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.ir import Dim
 
@@ -189,7 +189,7 @@ class TensorTiles:
         self.across, self.width = (n * tile.rows // (tile.block * self.height) for n in (tile.rows, tile.width))
         shape = lambda columns, width: tiles.Tile(tile.rows, columns, tile.chunk, self.height, width)
         self.scores = k.shared(self.dtype, tile.rows * tile.pitch)
-        self._scores = TensorProduct(k, shape(tile.rows, self.across), name, False, True)
+        self._scores = TensorProduct(k, shape(tile.rows, self.across), name, BY_DEPTH, BY_DEPTH)
         self._sums = WeightedRows(k, shape(tile.width, self.width), name, self.scores, tile.pitch)
         self._unused = [self._sums.sums]
         self._kept = k.local(self.dtype, self.height * self.across)

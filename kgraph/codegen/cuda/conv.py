@@ -18,7 +18,7 @@ from kgraph.codegen.cuda.library import offer
 from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import index_type
-from kgraph.codegen.cuda.tiles import choose_tile
+from kgraph.codegen.cuda.tiles import choose_tile, group_of
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.codegen.regions import Leaf, spans_of
@@ -113,6 +113,7 @@ def _implicit_product(parts: Parts, target) -> list[KernelCall]:
         tensor=tensor,
         indices=index_type([x.type.size, w.type.size, parts.result.size]),
         finish=Finish.params(parts, accumulate) if pieces == 1 else (accumulate, accumulate, (), (accumulate,), None),
+        groups=(1 if flat else group_of(x.dtype, channels), group_of(w.dtype, filters)),
     )
     sizes = [x.shape[0], channels, filters, groups, *parts.result.shape[1:-1], *axis_sizes(node, window)]
     if pieces > 1:

@@ -18,7 +18,7 @@ from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, index_type
 from kgraph.codegen.cuda.tensor_cores import tile_product
-from kgraph.codegen.cuda.tiles import SMALL_TILE, Tile, choose_tile
+from kgraph.codegen.cuda.tiles import SMALL_TILE, Side, Tile, choose_tile, group_of
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.ir import Dim, Node, TensorType
@@ -80,8 +80,8 @@ def _pieces(positions, tiles: int, least: int, target) -> int:
 
 
 class FilterPlan(NamedTuple):
-    """Params of `render_filter`. rank: spatial axes. tensor: instruction of tensor cores, or "". output: dtype of what
-    is stored.
+    """Params of `render_filter`. rank: spatial axes. tensor: instruction of tensor cores, or "". groups: how many
+    channels of the image and of the cotangent are fetched together. output: dtype of what is stored.
 
     Sizes of the kernel: images, channels and filters of a group, groups, the cotangent's spatial sizes, `axis_sizes`,
     the number of pieces, the positions of a piece.
@@ -94,6 +94,7 @@ class FilterPlan(NamedTuple):
     tile: Tile
     tensor: str
     indices: str
+    groups: tuple[int, int]
     output: str = ""
 
     @property
@@ -111,7 +112,8 @@ class FilterPlan(NamedTuple):
         if rows <= SMALL_TILE.rows and not target.simulator:
             tile = SMALL_TILE
         index = index_type([x.type.size, cotangent.type.size, node.output.type.size])
-        plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, tensor, index)
+        together = group_of(x.dtype, node.output.shape[-2]), group_of(cotangent.dtype, columns)
+        plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, tensor, index, together)
         return plan, groups * -(-rows // tile.rows) * -(-columns // tile.columns), tile.depth, tile.block
 
 
@@ -128,7 +130,10 @@ def render_filter(params: tuple, target) -> str:
     all_channels, all_filters = k.let(k.mul(channels, groups)), k.let(k.mul(filters, groups))
     positions = k.let(k.product([images, *outs]), "positions")
     rows = k.let(k.mul(k.product(windows), channels), "rows")
-    sums = tile_product(k, tile, plan.accumulate, plan.tensor, left_along_rows=True)
+    left_group, right_group = plan.groups
+    sums = tile_product(k, tile, plan.accumulate, plan.tensor, Side(True, left_group), Side(True, right_group))
+    sums.left_panel.read(x)
+    sums.right_panel.read(cotangent)
     # Of the next positions, one for each thread: the element of tap 0, and its places along the axes.
     offset, *kept = [k.shared(plan.indices, tile.block) for _ in range(len(axes) + 1)]
     row_tiles, column_tiles = k.let(k.ceil_div(rows, tile.rows)), k.let(k.ceil_div(filters, tile.columns))

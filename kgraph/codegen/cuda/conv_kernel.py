@@ -15,12 +15,13 @@ from kgraph.codegen.cuda.conv_geometry import Walk, inside, read_axes, walk
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource
 from kgraph.codegen.cuda.tensor_cores import tile_product
-from kgraph.codegen.cuda.tiles import Tile
+from kgraph.codegen.cuda.tiles import Side, Tile
 
 
 class ConvPlan(NamedTuple):
     """Params of `render_conv`. rank: spatial axes. flat: see the module's docstring; not with `dilated` images.
 
+    groups: how many channels of the image and filters of the weights are fetched together.
     split: whether the depth is cut in pieces, of which each leaves sums of its own; not with dilated images. tensor:
     instruction of tensor cores, or "".
     Sizes of the kernel: images, channels and filters of a group, groups, the result's spatial sizes, `axis_sizes`, and
@@ -38,6 +39,7 @@ class ConvPlan(NamedTuple):
     tensor: str
     indices: str
     finish: tuple
+    groups: tuple[int, int]
 
 
 def render_conv(params: tuple, target) -> str:
@@ -58,7 +60,10 @@ class _Conv:
         self.pieces, self.piece = (k.size(), k.size()) if plan.split else ("", "")
         self.all_channels = k.let(k.mul(self.channels, self.groups), "channels")
         self.all_filters = k.let(k.mul(self.filters, self.groups), "filters")
-        self.product = tile_product(k, tile, plan.accumulate, plan.tensor)
+        left, right = plan.groups
+        self.product = tile_product(k, tile, plan.accumulate, plan.tensor, Side(False, left), Side(True, right))
+        self.product.left_panel.read(self.x)
+        self.product.right_panel.read(self.w)
         self.pixel = k.shared(k.index, tile.rows)
         self.offset = k.shared(k.index, tile.rows)
         self.places = [k.shared(k.index, tile.rows) for _ in self.axes]

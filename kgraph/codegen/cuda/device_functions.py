@@ -95,6 +95,53 @@ def _compiled_same_place():
     return same_place
 
 
+def _simulated_group(count: int):
+    return lambda source, index: tuple(source[index + type(index)(n)] for n in range(count))
+
+
+def _compiled_group(count: int):
+    """A function that reads `count` neighbours of a buffer or a shared array as one word, to which they are aligned."""
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def load_group(typing, source, index):
+        def generate(context, builder, signature, given):
+            pointer, number = given
+            if isinstance(source, types.Array):
+                pointer = context.make_array(source)(context, builder, pointer).data
+            element = context.get_data_type(source.dtype)
+            width = context.get_abi_sizeof(element) * count
+            number = number if number.type.width == 64 else builder.zext(number, ir.IntType(64))
+            pointer = builder.bitcast(builder.gep(pointer, [number]), ir.VectorType(element, count).as_pointer())
+            vector = builder.load(pointer, align=width)
+            parts = [builder.extract_element(vector, ir.Constant(ir.IntType(32), n)) for n in range(count)]
+            return context.make_tuple(builder, signature.return_type, parts)
+
+        return types.UniTuple(source.dtype, count)(source, index), generate
+
+    return load_group
+
+
+def _compiled_is_aligned():
+    """A function that says whether a buffer begins at a multiple of 16 bytes."""
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def is_aligned(typing, buffer):
+        def generate(context, builder, signature, given):
+            word = ir.IntType(64)
+            rest = builder.and_(builder.ptrtoint(given[0], word), ir.Constant(word, 15))
+            return builder.icmp_unsigned("==", rest, ir.Constant(word, 0))
+
+        return types.boolean(buffer), generate
+
+    return is_aligned
+
+
 _FUNCTIONS = _simulated_functions() if SIMULATED else _libdevice_functions()
 globals().update(_FUNCTIONS)
 # Tensor cores: in the simulator lanes multiply in turns, by one function for all instructions.
@@ -103,6 +150,8 @@ put_half, to_tfloat32, multiply_lanes = (_MMA.get(n) for n in ("put_half", "to_t
 mma_float16, mma_bfloat16 = _MMA.get("mma_float16"), _MMA.get("mma_bfloat16")
 mma_float16_short, mma_tfloat32 = _MMA.get("mma_float16_short"), _MMA.get("mma_tfloat32")
 same_place = _simulated_same_place if SIMULATED else _compiled_same_place()
+is_aligned = (lambda buffer: buffer.address % 16 == 0) if SIMULATED else _compiled_is_aligned()
+load2, load4 = map(_simulated_group if SIMULATED else _compiled_group, (2, 4))
 # Those that the functions below call.
 float_as_int, int_as_float = _FUNCTIONS["float_as_int"], _FUNCTIONS["int_as_float"]
 half2float, float2half_rn = _FUNCTIONS["half2float"], _FUNCTIONS["float2half_rn"]
@@ -148,6 +197,23 @@ def float_to_bfloat16(x):
     rounded = uint32(bits + uint32(uint32(0x7FFF) + uint32(uint32(bits >> uint32(16)) & uint32(1))))
     quiet = uint32(bits | uint32(0x400000))
     return uint16(uint32(quiet if x != x else rounded) >> uint32(16))
+
+
+# -- groups of elements -----------------------------------------------------------------------------------------------
+@device()
+def load2_if(aligned, source, index):
+    """Two neighbours of a buffer, as one word where it is aligned to its groups."""
+    if aligned:
+        return load2(source, index)
+    return source[index], source[index + 1]
+
+
+@device()
+def load4_if(aligned, source, index):
+    """Four neighbours of a buffer, as one word where it is aligned to its groups."""
+    if aligned:
+        return load4(source, index)
+    return source[index], source[index + 1], source[index + 2], source[index + 3]
 
 
 # -- functions without a counterpart in libdevice ---------------------------------------------------------------------

@@ -22,7 +22,7 @@ from kgraph.codegen.cuda.mma import instruction_for
 from kgraph.codegen.cuda.pieces import sum_of_pieces
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
 from kgraph.codegen.cuda.tensor_cores import tile_product
-from kgraph.codegen.cuda.tiles import SIMULATED_TENSOR_TILE, Panel, Tile
+from kgraph.codegen.cuda.tiles import SIMULATED_TENSOR_TILE, Panel, Side, Tile, group_of
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, LibraryCall, Temporary
 from kgraph.codegen.reductions import Parts as Reduction
@@ -248,6 +248,7 @@ def _call(
         b=(axes(p.b.rows), axes(p.b.columns)),
         indices=index_type([o.type.size for o in operands]),
         num_sizes=len(table.values),
+        sides=_sides(p),
     )
     return KernelCall(
         spec=KernelSpec(name, TEMPLATE, tuple(plan)),
@@ -262,13 +263,32 @@ def _call(
     )
 
 
+def _sides(p: Product) -> tuple[Side, Side]:
+    """How the operands are fetched: along the axis on which their elements are neighbours."""
+    unit = lambda axes: bool(axes) and axes[-1][1] == 1
+    by_rows = unit(p.a.rows)
+    by_columns = unit(p.b.columns) or not unit(p.b.rows)
+    near = (p.a.rows if by_rows else p.a.columns, p.b.columns if by_columns else p.b.rows)
+    groups = []
+    for n, (sides, along) in enumerate(((p.a, near[0]), (p.b, near[1]))):
+        if not unit(along):
+            groups.append(1)
+            continue
+        steps = [
+            stride for axes in (sides.rows, sides.columns) for _, stride in axes if axes is not along or stride != 1
+        ]
+        steps += [strides[n] for _, strides in p.batch]
+        groups.append(group_of(sides.value.dtype, along[-1][0], *steps))
+    return Side(by_rows, groups[0]), Side(by_columns, groups[1])
+
+
 # -- the kernel -------------------------------------------------------------------------------------------------------
 class Plan(NamedTuple):
     """Params of `render`. Sizes are ("size", slot), strides that or 1.
 
     tensor: instruction of tensor cores, or "". dtypes: of A and B. finish: params of `Finish`. sizes: of the batch, M,
     N, K, the number of pieces, the length of a piece. batch: (size, strides in A and B). a: axes (size, stride) of M
-    and of K; b: of K and of N. indices: their type. num_sizes: how many there are.
+    and of K; b: of K and of N. indices: their type. num_sizes: how many there are. sides: how A and B are fetched.
     """
 
     name: str
@@ -282,6 +302,7 @@ class Plan(NamedTuple):
     b: tuple
     indices: str
     num_sizes: int
+    sides: tuple
 
 
 def render(params: tuple, target) -> str:
@@ -313,9 +334,9 @@ class _Gemm:
     def text(self) -> str:
         k, plan, tile = self.k, self.plan, self.plan.tile
         (a_rows, a_depth), (b_depth, b_columns) = plan.a, plan.b
-        unit = lambda axes: bool(axes) and axes[-1][1] == 1
-        orders = unit(a_rows), unit(b_depth) and not unit(b_columns)
-        product = tile_product(k, tile, self.finish.accumulate, plan.tensor, *orders)
+        product = tile_product(k, tile, self.finish.accumulate, plan.tensor, *(Side(*side) for side in plan.sides))
+        product.left_panel.read(self.a)
+        product.right_panel.read(self.b)
         row_tiles = k.let(k.ceil_div(self.rows, tile.rows), "row_tiles")
         column_tiles = k.let(k.ceil_div(self.columns, tile.columns), "column_tiles")
         total = k.let(k.product([self.pieces, self.entries, row_tiles, column_tiles]), "total")

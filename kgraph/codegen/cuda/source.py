@@ -201,16 +201,31 @@ class KernelSource:
         """An element in compute form, in a variable."""
         return self.let(scalar_ops.from_memory(f"{operand.name}[{index}]", operand.dtype), "x")
 
+    def load_group(self, operand: Operand, index: str, count: int, aligned: str = "") -> list[str]:
+        """`count` neighbours in compute form (1, 2 or 4), in variables, read as one word; of a buffer if `aligned`, a
+        variable of `aligned()`, says so, of a shared array always: its index is a multiple of `count`."""
+        if count == 1:
+            return [self.load(operand, index)]
+        names = [self.fresh("x") for _ in range(count)]
+        given = f"_if({aligned}, " if aligned else "("
+        self.line(f"{', '.join(names)} = load{count}{given}{operand.name}, {index})")
+        return [self.let(scalar_ops.from_memory(name, operand.dtype)) for name in names]
+
+    def aligned(self, operand: Operand) -> str:
+        """A variable that says whether a buffer is aligned to whatever word a group of its elements may be."""
+        return self.let(f"is_aligned({operand.name})", "aligned")
+
     def store(self, operand: Operand, index: str, value: str) -> None:
         """Write a value in compute form; floats are rounded to nearest even."""
         self.line(f"{operand.name}[{index}] = {scalar_ops.to_memory(value, operand.dtype)}")
 
-    def shared(self, dtype: str, count: int) -> Operand:
-        """An array of the block's own, for values in compute form; bool is kept as uint8."""
+    def shared(self, dtype: str, count: int, grouped: bool = False) -> Operand:
+        """An array of the block's own, for values in compute form; bool is kept as uint8. grouped: for `load_group`."""
         kept = compute_dtype(dtype)
         name = self.fresh("shared")
+        alignment = ", 16" if grouped and not self.target.simulator else ""
         # Numba's simulator tells arrays apart by the line that makes them: each has its own.
-        self._head.append(f"{name} = cuda.shared.array({count}, {MEMORY_DTYPES.get(kept, kept)})")
+        self._head.append(f"{name} = cuda.shared.array({count}, {MEMORY_DTYPES.get(kept, kept)}{alignment})")
         return Operand(name, kept)
 
     def local(self, dtype: str, count: int) -> Operand:
@@ -224,6 +239,10 @@ class KernelSource:
     def synchronise(self) -> None:
         """All threads of the block meet; every one of them has to come here."""
         self.line("cuda.syncthreads()")
+
+    def synchronise_warp(self) -> None:
+        """All threads of a warp meet, in the simulator those of the block."""
+        self.line("cuda.syncthreads()" if self.target.simulator else "cuda.syncwarp()")
 
     # -- data values --------------------------------------------------------------------------------------------------
     def literal(self, value, dtype: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kgraph.codegen.cuda.mma import COLUMNS, INSTRUCTIONS, LANES, ROWS
 from kgraph.codegen.cuda.source import KernelSource, Operand
-from kgraph.codegen.cuda.tiles import Panel, Tile, TileProduct
+from kgraph.codegen.cuda.tiles import BY_DEPTH, BY_LINE, Panel, Side, Tile, TileProduct
 
 GAP = 4  # words between rows of a panel: eight lanes side by side then read from all 32 banks
 
@@ -16,14 +16,14 @@ GAP = 4  # words between rows of a panel: eight lanes side by side then read fro
 class TensorProduct(TileProduct):
     """The sums of one tile, in registers of warps. name: of the instruction's function."""
 
-    def __init__(self, k: KernelSource, tile: Tile, name: str, left_along_rows: bool, right_along_depth: bool):
+    def __init__(self, k: KernelSource, tile: Tile, name: str, left: Side, right: Side):
         self.name, self.instruction = name, INSTRUCTIONS[name]
         self.warp_rows, self.warp_columns = tile.height // 2 * ROWS, tile.width // 2 * COLUMNS
         if tile.depth % self.instruction.depth or tile.rows % self.warp_rows or tile.columns % self.warp_columns:
             raise ValueError(f"{tile} is not made of products of {self.instruction.ptx}")
-        super().__init__(k, tile, "float32", left_along_rows, right_along_depth)
+        super().__init__(k, tile, "float32", left, right)
 
-    def _allocate(self, k: KernelSource, right_along_depth: bool) -> None:
+    def _allocate(self, k: KernelSource, right: Side) -> None:
         tile, instruction = self.tile, self.instruction
         self.pitch = tile.depth // instruction.packed + GAP
         self.left, self.left_pitch = self._left_rows()
@@ -34,6 +34,8 @@ class TensorProduct(TileProduct):
         self.row = k.let(k.add(k.mul(k.div(warp, side), self.warp_rows), group), "row")
         first = k.let(k.mul(k.mod(warp, side), self.warp_columns), "first")
         self.column = k.let(k.add(first, k.mul(member, 2)), "column")
+        self.part, self.part_row = (ROWS // 2, self.warp_columns), group
+        self.origin = k.let(k.sub(self.row, group)), first
         self._from_left = k.let(k.add(k.mul(self.row, self.left_pitch), member), "left")
         self._from_right = k.let(k.add(k.mul(k.add(first, group), self.pitch), member), "right")
         self._a = k.local("uint32", tile.height // 2 * len(instruction.a))
@@ -50,12 +52,15 @@ class TensorProduct(TileProduct):
         """Half floats stay what they are."""
         return "uint16" if self.instruction.packed == 2 else "float32"
 
-    def place_row(self, i: str) -> str:
-        return self.k.add(self.row, self.k.mul(i, ROWS // 2))
+    def place_row(self, i: str, row: str = "") -> str:
+        return self.k.add(row or self.row, self.k.mul(i, ROWS // 2))
 
     def place_column(self, j: str) -> str:
         k = self.k
         return k.add(self.column, k.add(k.mul(k.div(j, 2), COLUMNS), k.mod(j, 2)))
+
+    def part_column(self, j: str) -> str:
+        return self.k.sub(self.place_column(j), self.origin[1])
 
     def put(self, words: Operand, place: str, value: str) -> None:
         """Writes an operand to its place in rows of words: the bits of a half float, or a float32 that is rounded."""
@@ -67,11 +72,10 @@ class TensorProduct(TileProduct):
 
     def _put_panel(self, panel: Panel, words: Operand, rows_first: bool) -> None:
         """Writes what the thread has fetched of a panel [rows, depth] or [depth, columns]."""
-        k = self.k
-        with panel.each() as (n, *place):
-            line, depth = place if rows_first else place[::-1]
-            value = k.load(panel.fetched, n)
-            self.put(words, k.add(k.mul(line, self.pitch * self.instruction.packed), depth), value)
+        line = self.pitch * self.instruction.packed
+        with panel.elements(*((line, 1) if rows_first else (1, line))) as elements:
+            for value, place in elements:
+                self.put(words, place, value)
 
     def _put_panels(self) -> None:
         self._put_panel(self.left_panel, self.left, True)
@@ -130,14 +134,14 @@ class WeightedRows(TensorProduct):
 
     def __init__(self, k: KernelSource, tile: Tile, name: str, left: Operand, pitch: int):
         self._given = left, pitch
-        super().__init__(k, tile, name, False, False)
+        super().__init__(k, tile, name, BY_DEPTH, BY_LINE)
 
     def _left_rows(self) -> tuple[Operand, int]:
         return self._given
 
-    def _make_panels(self, left_along_rows: bool, right_along_depth: bool) -> None:
+    def _make_panels(self, left: Side, right: Side) -> None:
         tile = self.tile
-        self.right_panel = Panel(self.k, tile.block, tile.depth, tile.columns, right_along_depth, self._panel_dtype)
+        self.right_panel = Panel(self.k, tile.block, tile.depth, tile.columns, not right.along, self._panel_dtype)
 
     def _put_panels(self) -> None:
         self._put_panel(self.right_panel, self.right, False)
@@ -149,14 +153,11 @@ class WeightedRows(TensorProduct):
 
 
 def tile_product(
-    k: KernelSource,
-    tile: Tile,
-    dtype: str,
-    instruction: str = "",
-    left_along_rows: bool = False,
-    right_along_depth: bool = False,
+    k: KernelSource, tile: Tile, dtype: str, instruction: str = "", left: Side = BY_DEPTH, right: Side = BY_LINE
 ) -> TileProduct:
     """The product of a tile with sums of `dtype`, on tensor cores where an instruction is named."""
     if instruction:
-        return TensorProduct(k, tile, instruction, left_along_rows, right_along_depth)
-    return TileProduct(k, tile, dtype, left_along_rows, right_along_depth)
+        # Neighbours along a line of the tile would go to one bank, as panels have the depth innermost.
+        left, right = (BY_LINE if side.along else side for side in (left, right))
+        return TensorProduct(k, tile, instruction, left, right)
+    return TileProduct(k, tile, dtype, left, right)

@@ -13,7 +13,7 @@ BANKS = 32  # of shared memory, of four bytes each
 
 @dataclass
 class Counts:
-    """Of one launch.
+    """Of one launch of `grid` blocks of `block` threads.
 
     instructions: of warps, by the first part of the opcode and the type (`fma.f32`). sectors: that warps ask for at
     loads and stores of global memory, each counted once per instruction. bytes: that threads ask for there.
@@ -21,6 +21,8 @@ class Counts:
     wants of the same bank; accesses: instructions of warps on shared memory. Dicts are by "ld" and "st".
     """
 
+    grid: int
+    block: int
     instructions: Counter[str] = field(default_factory=Counter)
     sectors: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)

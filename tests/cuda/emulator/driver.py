@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from kgraph.runtime.cuda.gpu import Gpu
+from tests.cuda.emulator.counts import Counts
 from tests.cuda.emulator.machine import Kernel
 from tests.cuda.emulator.memory import GlobalMemory
 from tests.cuda.fake_driver import CUBIN, FakeDriver, Launched, number_of
@@ -17,6 +21,7 @@ class EmulatedDriver(FakeDriver):
         super().__init__(total=total)
         self.device_memory = GlobalMemory(total)
         self._kernels: dict[int, Kernel] = {}
+        self._counted: list[tuple[str, Counts]] | None = None
         self.run = self._emulate
 
     def _used(self) -> int:
@@ -44,10 +49,22 @@ class EmulatedDriver(FakeDriver):
 
     def _emulate(self, launched: Launched) -> None:
         kernel = self._kernels[launched.function]
+        if self._counted is not None:
+            kernel.counts = Counts(launched.grid, launched.block)
+            self._counted.append((kernel.name, kernel.counts))
         kernel.launch(launched.grid, launched.block, launched.shared_bytes, launched.arguments)
         self.calls.clear()
 
+    @contextmanager
+    def counted(self) -> Iterator[list[tuple[str, Counts]]]:
+        """Counts what launches within ask for, with the names of the kernels. Races are not looked for meanwhile."""
+        self._counted, self.device_memory.watches = [], False
+        try:
+            yield self._counted
+        finally:
+            self._counted, self.device_memory.watches = None, True
 
-def emulated_gpu(num_sms: int = 2) -> Gpu:
+
+def emulated_gpu() -> Gpu:
     """A GPU that nobody else uses."""
     return Gpu(library=EmulatedDriver())

@@ -10,6 +10,7 @@ results have to be the same.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -172,6 +173,14 @@ class Kernel:
     @functools.cache  # noqa: B019 - kernels live as long as their device
     def code(self, name: str) -> Code:
         return Code(self.module.functions[name], self)
+
+    @property
+    def name(self) -> str:
+        """What kgraph calls the kernel, as far as Numba leaves it in the text: its name comes twice, behind lengths."""
+        found = re.search(r"NumbaEnv\d+(.*?)_kernel", " ".join(self.module.variables))
+        text = found[1] if found else "kernel"
+        half = re.match(r"(.+?)\d+\1$", text)
+        return half[1] if half else text
 
     def run(self, code: Code, frame: Frame) -> None:
         """Run a function that has no barriers on all threads of a frame."""
