@@ -124,6 +124,41 @@ def _compiled_group(count: int):
     return load_group
 
 
+def _simulated_store_group(target, index, values) -> None:
+    view = target.view(values[0].dtype)
+    for n, value in enumerate(values):
+        view[int(index) + n] = value
+
+
+def _compiled_store_group():
+    """A function that writes a tuple to neighbours in a shared array as one word, to which they are aligned. The array
+    may be one of wider elements: places are those of elements like the values."""
+    from llvmlite import ir
+    from numba.cuda import types
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def store_group(typing, target, index, values):
+        def generate(context, builder, signature, given):
+            pointer, number, parts = given
+            element = context.get_data_type(values.dtype)
+            pointer = context.make_array(target)(context, builder, pointer).data
+            pointer = builder.bitcast(pointer, element.as_pointer())
+            number = number if number.type.width == 64 else builder.zext(number, ir.IntType(64))
+            kind = ir.VectorType(element, values.count)
+            vector = ir.Constant(kind, ir.Undefined)
+            for n in range(values.count):
+                part = builder.extract_value(parts, n)
+                vector = builder.insert_element(vector, part, ir.Constant(ir.IntType(32), n))
+            pointer = builder.bitcast(builder.gep(pointer, [number]), kind.as_pointer())
+            builder.store(vector, pointer, align=context.get_abi_sizeof(element) * values.count)
+            return context.get_dummy_value()
+
+        return types.void(target, index, values), generate
+
+    return store_group
+
+
 def _compiled_is_aligned():
     """A function that says whether a buffer begins at a multiple of 16 bytes."""
     from llvmlite import ir
@@ -151,6 +186,7 @@ mma_float16, mma_bfloat16 = _MMA.get("mma_float16"), _MMA.get("mma_bfloat16")
 mma_float16_short, mma_tfloat32 = _MMA.get("mma_float16_short"), _MMA.get("mma_tfloat32")
 same_place = _simulated_same_place if SIMULATED else _compiled_same_place()
 is_aligned = (lambda buffer: buffer.address % 16 == 0) if SIMULATED else _compiled_is_aligned()
+store_group = _simulated_store_group if SIMULATED else _compiled_store_group()
 load2, load4 = map(_simulated_group if SIMULATED else _compiled_group, (2, 4))
 # Those that the functions below call.
 float_as_int, int_as_float = _FUNCTIONS["float_as_int"], _FUNCTIONS["int_as_float"]

@@ -211,6 +211,13 @@ class KernelSource:
         self.line(f"{', '.join(names)} = load{count}{given}{operand.name}, {index})")
         return [self.let(scalar_ops.from_memory(name, operand.dtype)) for name in names]
 
+    def store_group(self, shared: Operand, index: str, values: Sequence[str]) -> None:
+        """Write neighbours of a shared array as one word: the index is a multiple of their number."""
+        if len(values) == 1:
+            self.store(shared, index, values[0])
+        else:
+            self.line(f"store_group({shared.name}, {index}, ({', '.join(values)}))")
+
     def aligned(self, operand: Operand) -> str:
         """A variable that says whether a buffer is aligned to whatever word a group of its elements may be."""
         return self.let(f"is_aligned({operand.name})", "aligned")

@@ -27,7 +27,7 @@ class TensorProduct(TileProduct):
         tile, instruction = self.tile, self.instruction
         self.pitch = tile.depth // instruction.packed + GAP
         self.left, self.left_pitch = self._left_rows()
-        self.right = k.shared("uint32", tile.columns * self.pitch)
+        self.right = k.shared("uint32", tile.columns * self.pitch, grouped=True)
         lane, warp = k.let(k.mod(self.thread, LANES), "lane"), k.let(k.div(self.thread, LANES), "warp")
         side = tile.columns // self.warp_columns  # warps next to each other
         group, member = k.let(k.div(lane, 4), "group"), k.let(k.mod(lane, 4), "member")
@@ -45,7 +45,7 @@ class TensorProduct(TileProduct):
 
     def _left_rows(self) -> tuple[Operand, int]:
         """Where the rows of the left operand lie in shared memory, and how many words apart."""
-        return self.k.shared("uint32", self.tile.rows * self.pitch), self.pitch
+        return self.k.shared("uint32", self.tile.rows * self.pitch, grouped=True), self.pitch
 
     @property
     def _panel_dtype(self) -> str:
@@ -70,12 +70,21 @@ class TensorProduct(TileProduct):
             word = f"to_tfloat32({value})"
             self.k.store(words, place, f"bits_float({word})" if words.dtype == "float32" else word)
 
+    def _put_group(self, words: Operand, place: str, values: list[str]) -> None:
+        """Writes operands to neighbouring places."""
+        if len(values) == 1:
+            self.put(words, place, values[0])
+            return
+        if self.instruction.packed == 1:
+            values = [self.k.let(f"to_tfloat32({value})") for value in values]
+        self.k.store_group(words, place, values)
+
     def _put_panel(self, panel: Panel, words: Operand, rows_first: bool) -> None:
         """Writes what the thread has fetched of a panel [rows, depth] or [depth, columns]."""
         line = self.pitch * self.instruction.packed
         with panel.elements(*((line, 1) if rows_first else (1, line))) as elements:
-            for value, place in elements:
-                self.put(words, place, value)
+            for values, place in elements:
+                self._put_group(words, place, values)
 
     def _put_panels(self) -> None:
         self._put_panel(self.left_panel, self.left, True)

@@ -120,9 +120,9 @@ class Panel:
             yield (n, *self.place(n))
 
     @contextmanager
-    def elements(self, outer: int, inner: int) -> Iterator[list[tuple[str, str]]]:
-        """Such a loop, whose body gets all elements of a group: (value, its place), if `outer` and `inner` are the
-        distances of neighbours along the axes."""
+    def elements(self, outer: int, inner: int) -> Iterator[list[tuple[list[str], str]]]:
+        """Such a loop, whose body gets all elements of a group: (values of neighbours, the first one's place), if
+        `outer` and `inner` are the distances along the axes."""
         k, width, block = self.k, self.width, self.block
         along, across = (outer, inner) if self.along_outer else (inner, outer)
         # In 64 bits the rest is known once loops are unrolled, and becomes part of the instructions that write.
@@ -134,11 +134,12 @@ class Panel:
                 turns = width // block
                 further = k.add(k.mul(k.mod(n, turns), block * self.group * along), k.mul(k.div(n, turns), across))
             first = k.let(k.mul(n, self.group)) if self.group > 1 else n
-            found = []
-            for g in range(self.group):
-                value = k.load(self.fetched, k.add(first, g) if g else first)
-                found.append((value, f"int64({base} + int64({k.add(further, g * along)}))"))
-            yield found
+            values = [k.load(self.fetched, k.add(first, g) if g else first) for g in range(self.group)]
+            place = lambda g: f"int64({base} + int64({k.add(further, g * along)}))"
+            if along == 1:
+                yield [(values, place(0))]
+            else:
+                yield [([value], place(g)) for g, value in enumerate(values)]
 
     def read(self, operand: Operand) -> None:
         """Say, before all loops, which buffer is fetched from."""
@@ -198,9 +199,9 @@ class TileProduct:
         tile, dtype = self.tile, self.dtype
         most = WORD // (8 if dtype in ("float64", "int64") else 4)
         self.row_group, self.column_group = math.gcd(tile.height, most), math.gcd(tile.width, most)
-        # A group more than there are keeps threads that write along the depth in different banks.
-        self.pitch = tile.rows + self.row_group
-        self.right_pitch = tile.columns if right.along else tile.columns + self.column_group
+        # A word more than there are keeps threads that write along the depth in different banks.
+        self.pitch = tile.rows + most
+        self.right_pitch = tile.columns if right.along else tile.columns + most
         self.left = k.shared(dtype, tile.depth * self.pitch, grouped=True)
         self.right = k.shared(dtype, tile.depth * self.right_pitch, grouped=True)
         self.row = k.let(k.div(self.thread, tile.across), "row")
@@ -228,11 +229,11 @@ class TileProduct:
         """Writes what the thread has fetched to shared memory."""
         k = self.k
         with self.left_panel.elements(1, self.pitch) as elements:
-            for value, place in elements:
-                k.store(self.left, place, value)
+            for values, place in elements:
+                k.store_group(self.left, place, values)
         with self.right_panel.elements(self.right_pitch, 1) as elements:
-            for value, place in elements:
-                k.store(self.right, place, value)
+            for values, place in elements:
+                k.store_group(self.right, place, values)
 
     def clear(self) -> None:
         """Sets all sums to 0."""
