@@ -74,8 +74,8 @@ class Rows(NamedTuple):
 
 
 class ScalarTiles:
-    """Threads in a square of `side` x `side`, with the scores of queries and keys, and the sums, that lie `side` apart:
-    neighbouring threads have neighbouring keys.
+    """Threads in a square of `side` x `side`, each with scores of queries and keys, and sums, in groups of neighbours
+    as in `tiles`: neighbouring threads have neighbouring groups of keys.
 
     dtype: of scores and sums. height: rows of a thread's scores, and of its sums; across, width: columns of its scores,
     of its sums. scores: a tile of them in shared memory.
@@ -87,9 +87,12 @@ class ScalarTiles:
         self.column = k.let(k.mod(k.thread(), tile.side), "column")
         self.height = self.across = tile.rows // tile.side
         self.width = tile.width // tile.side
-        shared = lambda count: k.shared(self.dtype, count)
-        self.scores = shared(tile.rows * tile.pitch)
-        self._left, self._right = (shared(tile.chunk * tile.pitch) for _ in range(2))
+        most = tiles.WORD // (8 if self.dtype == "float64" else 4)
+        self._group, self._sum_group = math.gcd(self.height, most), math.gcd(self.width, most)
+        self._pitch = tile.rows + most
+        self.scores = k.shared(self.dtype, tile.rows * tile.pitch)
+        shared = lambda count: k.shared(self.dtype, count, grouped=True)
+        self._left, self._right = (shared(tile.chunk * self._pitch) for _ in range(2))
         self._rows = shared(tile.chunk * tile.width)
         self._sides = [Panel(k, tile.block, tile.rows, tile.chunk, False, self.dtype) for _ in range(2)]
         self._panel = Panel(k, tile.block, tile.chunk, tile.width, False, self.dtype)
@@ -100,10 +103,14 @@ class ScalarTiles:
 
     def score_place(self, i, j) -> tuple[str, str]:
         """(row, column) of the tile of the thread's score in row i and column j."""
-        k, side = self.k, self.tile.side
-        return k.add(self.row, k.mul(i, side)), k.add(self.column, k.mul(j, side))
+        return self._place(self.row, i, self._group), self._place(self.column, j, self._group)
 
-    sum_place = score_place  # (row, column) of its sum
+    def sum_place(self, i, j) -> tuple[str, str]:
+        """(row, column) of its sum."""
+        return self._place(self.row, i, self._group), self._place(self.column, j, self._sum_group)
+
+    def _place(self, thread: str, n, group: int) -> str:
+        return tiles.grouped(self.k, thread, n, group, self.tile.side)
 
     def new_sums(self) -> Operand:
         """Registers for a thread's sums of `width` columns."""
@@ -125,25 +132,32 @@ class ScalarTiles:
                     rows.fetch(k, panel, n, row, k.add(first, at))
             k.synchronise()
             for panel, shared, _ in sides:
-                with panel.each() as (n, row, at):
-                    k.store(shared, k.add(k.mul(at, tile.pitch), row), k.load(panel.fetched, n))
+                with panel.elements(1, self._pitch) as elements:
+                    for values, place in elements:
+                        k.store_group(shared, place, values)
             k.synchronise()
+            row, column = (k.let(f"int64({place})") for place in self.score_place(0, 0))
             with k.range(0, k.i(tile.chunk), 1) as d:
-                left, right = (k.let(k.add(k.mul(d, tile.pitch), at)) for at in (self.row, self.column))
-                self._multiply(self._products, self.across, (self._left, left, 1), (self._right, right))
+                line = k.let(f"int64(int64({d}) * {self._pitch})")
+                left, right = (k.let(f"int64({line} + {place})") for place in (row, column))
+                self._take(self._left, left, self._group, self._xs, self.height)
+                self._take(self._right, right, self._group, self._ys, self.across)
+                self._multiply(self._products, self.across)
         k.synchronise()
         _leave_scores(self, self._products, into)
 
-    def _multiply(self, sums: Operand, width: int, left: tuple, right: tuple) -> None:
-        """Adds the products of what a thread's rows and columns have at one step of the sum.
+    def _take(self, shared: Operand, base: str, group: int, registers: Operand, count: int) -> None:
+        """Reads a thread's operands of one step of the sum: groups that lie as far apart as those of its results."""
+        k = self.k
+        with k.range(0, k.i(count // group), 1) as n:
+            first = k.let(k.mul(n, group))
+            at = f"int64({base} + int64({k.mul(n, group * self.tile.side)}))"
+            for g, value in enumerate(k.load_group(shared, at, group)):
+                k.store(registers, k.add(first, g) if g else first, value)
 
-        left, right: (shared array, place of the first one), and for rows their distance.
-        """
-        k, side = self.k, self.tile.side
-        with k.range(0, k.i(self.height), 1) as i:
-            k.store(self._xs, i, k.load(left[0], k.add(left[1], k.mul(i, side * left[2]))))
-        with k.range(0, k.i(width), 1) as j:
-            k.store(self._ys, j, k.load(right[0], k.add(right[1], k.mul(j, side))))
+    def _multiply(self, sums: Operand, width: int) -> None:
+        """Adds the products of what a thread's rows and columns have at one step of the sum."""
+        k = self.k
         with k.range(0, k.i(self.height), 1) as i, k.range(0, k.i(width), 1) as j:
             n = k.let(k.add(k.mul(i, width), j))
             k.store(sums, n, f"{k.load(sums, n)} + {k.load(self._xs, i)} * {k.load(self._ys, j)}")
@@ -163,17 +177,21 @@ class ScalarTiles:
             with self._panel.each() as (n, at, column):
                 rows.fetch(k, self._panel, n, k.add(first, at), k.add(first_column, column))
             k.synchronise()
-            with self._panel.each() as (n, at, column):
-                k.store(self._rows, k.add(k.mul(at, tile.width), column), k.load(self._panel.fetched, n))
+            with self._panel.elements(tile.width, 1) as elements:
+                for values, place in elements:
+                    k.store_group(self._rows, place, values)
             k.synchronise()
+            step, down = (1, tile.pitch) if transposed else (tile.pitch, 1)
+            row = k.let(f"int64({k.add(k.mul(self.sum_place(0, 0)[0], step), k.mul(first, down))})")
+            column = k.let(f"int64({self.sum_place(0, 0)[1]})")
             with k.range(0, k.i(tile.chunk), 1) as d:
-                at = k.add(first, d)
-                if transposed:
-                    left, step = k.let(k.add(k.mul(at, tile.pitch), self.row)), 1
-                else:
-                    left, step = k.let(k.add(k.mul(self.row, tile.pitch), at)), tile.pitch
-                right = k.let(k.add(k.mul(d, tile.width), self.column))
-                self._multiply(sums, self.width, (weights, left, step), (self._rows, right))
+                left = k.let(f"int64({row} + int64({d}) * {down})")
+                with k.range(0, k.i(self.height), 1) as i:
+                    away = tiles.grouped(k, k.i(0), i, self._group, self.tile.side)
+                    k.store(self._xs, i, k.load(weights, f"int64({left} + int64({k.mul(away, step)}))"))
+                right = k.let(f"int64({column} + int64({d}) * {tile.width})")
+                self._take(self._rows, right, self._sum_group, self._ys, self.width)
+                self._multiply(sums, self.width)
 
 
 class TensorTiles:

@@ -219,11 +219,11 @@ class TileProduct:
 
     def place_row(self, i: str, row: str = "") -> str:
         """The row of the tile that is row i of the results of the thread, or of those whose `row` this is."""
-        return _grouped(self.k, row or self.row, i, self.row_group, self.tile.down)
+        return grouped(self.k, row or self.row, i, self.row_group, self.tile.down)
 
     def place_column(self, j: str) -> str:
         """The column of the tile that is column j of the thread's results."""
-        return _grouped(self.k, self.column, j, self.column_group, self.tile.across)
+        return grouped(self.k, self.column, j, self.column_group, self.tile.across)
 
     def _put_panels(self) -> None:
         """Writes what the thread has fetched to shared memory."""
@@ -321,8 +321,9 @@ class TileProduct:
         return min(LANES, self.tile.block)
 
 
-def _grouped(k: KernelSource, first: str, n: str, group: int, apart: int) -> str:
+def grouped(k: KernelSource, first: str, n: str, group: int, apart: int) -> str:
     """Place number n of thread `first`, if `apart` threads take groups of places in turn."""
+    n = k.i(n)
     if group == 1:
         return k.add(first, k.mul(n, apart))
     place = k.add(k.mul(k.div(n, group), group * apart), k.mul(first, group))
