@@ -31,6 +31,7 @@ ANCHOR_KINDS = {
 WITH_PROLOGUE = {"softmax", "norm", "reduce", "moments"}
 LARGEST_REGION = 64  # nodes; beyond it registers spill and compile time grows without a gain
 MOST_LOOP_OUTPUTS = 4
+MOST_SMALL_OUTPUTS = 8  # where they stay in the nearest cache, so that a kernel costs more to start than to run
 MOST_PRODUCT_OUTPUTS = 2
 
 FEWEST_ELEMENTS = 4096  # below, a value stays in the nearest cache
@@ -278,7 +279,8 @@ def _grow_backward(contraction: Contraction, nodes: list[Node], anchor: Node) ->
 def _grow_loop(contraction: Contraction, seed: Node) -> tuple[list[Node], list[int]]:
     """Elementwise nodes of one shape around `seed`, and how many of them make a region; several may have readers
     outside."""
-    shape = seed.output.shape
+    shape, out = seed.output.shape, seed.output.type
+    most = MOST_SMALL_OUTPUTS if out.is_static and out.size < FEWEST_ELEMENTS else MOST_LOOP_OUTPUTS
     current = [seed]
     checkpoints: list[int] = []
     frontier: list[Node] = [seed]
@@ -298,7 +300,7 @@ def _grow_loop(contraction: Contraction, seed: Node) -> tuple[list[Node], list[i
             if _belongs_to_readers(contraction, other, current) or not contraction.can_absorb(other, current):
                 continue
             current.append(other)
-            if len(contraction.live_outputs(current)) > MOST_LOOP_OUTPUTS:
+            if len(contraction.live_outputs(current)) > most:
                 current.pop()
                 continue
             frontier.append(other)

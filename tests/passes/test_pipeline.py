@@ -364,6 +364,22 @@ def test_loops_fuse_with_several_results():
     check_same(graph, after)
 
 
+@pytest.mark.parametrize(("size", "kernels"), [(64, 1), (4096, 2)])
+def test_small_loops_have_more_results(size, kernels):
+    """What costs more to start than to run is one kernel."""
+
+    def function(x, y):
+        values = [x]
+        for _ in range(6):
+            values.append(ops.mul(ops.exp(values[-1]), y))
+        return values[1:]
+
+    graph = traced(function, [f32(size), f32(size)])
+    after, _ = fused(graph)
+    assert kinds(after) == ["loop"] * kernels
+    check_same(graph, after)
+
+
 def test_refusals_are_kept_with_their_reason():
     context = PassContext(accepts=lambda node: "no such kernel" if node.name == "fusion" else None)
     graph = traced(lambda x, w: ops.relu(conv(x, w)), [f32(N, 6, 5, 4)], [f32(3, 3, 4, 8)])
