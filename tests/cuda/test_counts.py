@@ -28,16 +28,16 @@ def counted(shape: tuple[int, ...], layer, dtype: str = "float32") -> dict[str, 
 @pytest.mark.parametrize(
     ("shape", "layer", "name", "most"),
     [
-        ((4, 32, 32, 64), layers.Conv2D(64, 3, padding="same"), "conv_add", 1.75),
-        ((4, 32, 32, 64), layers.Conv2D(128, 3, strides=2, padding="same"), "conv_add", 1.5),
+        ((4, 32, 32, 64), layers.Conv2D(64, 3, padding="same"), "conv_add", 1.45),
+        ((4, 32, 32, 64), layers.Conv2D(128, 3, strides=2, padding="same"), "conv_add", 1.45),
         ((512, 512), layers.Dense(512), "gemm_add", 1.4),
     ],
 )
 def test_most_instructions_of_products_multiply(shape, layer, name, most):
     counts = counted(shape, layer)[name]
     assert counts.instructions.total() < most * counts.instructions["fma.f32"]
-    # Words of 16 bytes: twelve operands of 32 products, or sixteen of 64, come in three or four.
-    assert counts.instructions["ld.f32"] < counts.instructions["fma.f32"] / 8
+    # Words of 16 bytes: the sixteen operands of 64 products come in four.
+    assert counts.instructions["ld.f32"] < counts.instructions["fma.f32"] / 13
     assert counts.passes < 2.1 * counts.accesses
     assert counts.sectors["st"] * 32 == counts.bytes["st"]  # whatever thread has summed it
     assert counts.sectors["ld"] * 32 <= counts.bytes["ld"]
@@ -45,7 +45,7 @@ def test_most_instructions_of_products_multiply(shape, layer, name, most):
 
 def test_half_floats_are_fetched_in_groups():
     counts = counted((4, 32, 32, 64), layers.Conv2D(64, 3, padding="same", dtype="float16"), "float16")["conv_add"]
-    assert counts.instructions.total() < 24 * counts.instructions["mma.f32"]
+    assert counts.instructions.total() < 27 * counts.instructions["mma.f32"]
     assert counts.sectors["st"] * 32 == counts.bytes["st"]
 
 

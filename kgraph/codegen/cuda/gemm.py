@@ -34,7 +34,7 @@ from kgraph.runtime.steps import Matrix
 from kgraph.runtime.steps import Product as LibraryProduct
 
 TEMPLATE = "kgraph.codegen.cuda.gemm:render"
-LARGE, MIDDLE = Tile(128, 128, 16, 8, 8), Tile(64, 64, 16, 4, 4)
+LARGE, MIDDLE = Tile(128, 128, 16, 8, 8), Tile(64, 64, 16, 8, 4)
 FLAT, TALL = Tile(16, 128, 16, 2, 4), Tile(128, 16, 16, 4, 2)
 SIMULATED = Tile(4, 4, 2, 2, 2)
 FEW = 32  # rows or columns up to which tiles are flat or tall

@@ -6,6 +6,8 @@ tensor cores. Both panels lie with the depth innermost, as words that go into re
 
 from __future__ import annotations
 
+import functools
+
 from kgraph.codegen.cuda.mma import COLUMNS, INSTRUCTIONS, LANES, ROWS
 from kgraph.codegen.cuda.source import KernelSource, Operand
 from kgraph.codegen.cuda.tiles import BY_DEPTH, BY_LINE, Panel, Side, Tile, TileProduct
@@ -98,20 +100,21 @@ class TensorProduct(TileProduct):
         k, tile, instruction = self.k, self.tile, self.instruction
         across = instruction.depth // instruction.packed  # words of a row that one instruction multiplies
         offset = lambda depth: depth // instruction.packed
-        from_left = self._first_left(step)
+        # In 64 bits, what is known once loops are unrolled becomes part of the instructions that read.
+        from_left, from_right = (k.let(f"int64({at})") for at in (self._first_left(step), self._from_right))
+        away = lambda base, *distances: f"int64({base} + int64({functools.reduce(k.add, distances)}))"
         with k.range(0, k.i(tile.depth // instruction.depth), 1) as part:
-            left = k.let(k.add(from_left, k.mul(part, across)))
-            right = k.let(k.add(self._from_right, k.mul(part, across)))
+            along = k.let(k.mul(part, across))
             with k.range(0, k.i(tile.height // 2), 1) as i:
-                line = k.let(k.add(left, k.mul(i, ROWS * self.left_pitch)))
+                line = k.mul(i, ROWS * self.left_pitch)
                 for n, (row, depth) in enumerate(instruction.a):
-                    word = k.load(self.left, k.add(line, row * self.left_pitch + offset(depth)))
+                    word = k.load(self.left, away(from_left, along, line, row * self.left_pitch + offset(depth)))
                     word = f"float_bits({word})" if self.left.dtype == "float32" else word
                     k.store(self._a, k.add(k.mul(i, len(instruction.a)), n), word)
             with k.range(0, k.i(tile.width // 2), 1) as j:
-                line = k.let(k.add(right, k.mul(j, COLUMNS * self.pitch)))
+                line = k.mul(j, COLUMNS * self.pitch)
                 for n, depth in enumerate(instruction.b):
-                    word = k.load(self.right, k.add(line, offset(depth)))
+                    word = k.load(self.right, away(from_right, along, line, offset(depth)))
                     k.store(self._b, k.add(k.mul(j, len(instruction.b)), n), word)
             with k.range(0, k.i(tile.height // 2), 1) as i, k.range(0, k.i(tile.width // 2), 1) as j:
                 self._multiply(i, j)

@@ -51,9 +51,9 @@ WORD = 16  # bytes that a thread reads at once at most
 UNROLLED = 64  # products of a thread that the compiler writes out at least; of 150 and more it makes a loop
 SIMULATED_TILE = Tile(4, 4, 4, 2, 2)
 SIMULATED_TENSOR_TILE = Tile(16, 16, 16, 2, 4)  # one warp
-# From the widest on; all take 256 threads.
-TILES = (Tile(128, 128, 16, 8, 8), Tile(128, 64, 16, 8, 4), Tile(128, 32, 16, 4, 4), Tile(256, 16, 16, 4, 4))
-SMALL_TILE = Tile(64, 64, 16, 4, 4)
+# From the widest on. A thread has as many results as its registers hold: 128 threads then share a narrow tile.
+TILES = (Tile(128, 128, 16, 8, 8), Tile(128, 64, 16, 8, 8), Tile(128, 32, 16, 8, 4), Tile(256, 16, 16, 4, 4))
+SMALL_TILE = Tile(64, 64, 16, 8, 4)
 
 
 def choose_tile(rows, columns: int, batch: int, dtype: str, target, instruction: str = "") -> Tile:
