@@ -19,12 +19,18 @@ from tests.cuda import driver
 from tests.cuda.emulator.counts import Counts
 from tests.cuda.emulator.machine import Kernel
 from tests.cuda.test_conv import convolution
+from tests.cuda.test_pool import attributes, pooling
 
 WARP = 32
 
 
 def depthwise(image, window, channels=32, **options):
     return convolution((1, *image, channels), (*window, 1, channels), feature_groups=channels, **options)
+
+
+def pool(kind, window, stride, padding):
+    padding = ((0, 0), padding, padding, (0, 0))
+    return pooling((1, 32, 32, 32), attributes(kind, (1, window, window, 1), (1, stride, stride, 1), padding))
 
 
 NODES = {
@@ -34,6 +40,12 @@ NODES = {
     "depthwise 3x3 of images dilated by 2": lambda: depthwise(
         (16, 16), (3, 3), padding=((2, 1), (2, 1)), lhs_dilation=2
     ),
+}
+
+NODES |= {
+    "maximum of 3x3": lambda: pool("max", 3, 1, (1, 1)),
+    "maximum of 3x3 by 2": lambda: pool("max", 3, 2, (0, 1)),
+    "sum of 2x2 by 2": lambda: pool("sum", 2, 2, (0, 0)),
 }
 
 

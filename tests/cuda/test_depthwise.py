@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgraph.codegen.cuda import depthwise, depthwise_strips, families
+from kgraph.codegen.cuda import depthwise, depthwise_strips, families, strips
 from kgraph.codegen.cuda.strips import Strip
 from kgraph.codegen.cuda.target import make_target, simulator_target
 from kgraph.ir import Dim, TensorType
@@ -14,14 +14,15 @@ from tests.cuda.test_conv import convolution
 from tests.cuda.windowed import check
 
 N, W = Dim.symbol("N"), Dim.symbol("W")
-TILES = [(4, 4), (2, 4), (1, 2)]
+TILES = [(4, 4), (2, 4), (4, 1)]
 
 
 @pytest.fixture(params=TILES, ids=str)
 def tile(request, monkeypatch):
     """The tile of all geometries for which it is not too large."""
-    monkeypatch.setattr(depthwise_strips, "TILES", (request.param, (1, 2)))
-    monkeypatch.setattr(depthwise_strips, "THREADS", 0)
+    monkeypatch.setattr(strips, "TILES", (request.param, (1, 2)))
+    monkeypatch.setattr(strips, "THREADS", 0)
+    monkeypatch.setattr(strips, "FEW", 0)
     return request.param
 
 
@@ -159,6 +160,14 @@ def test_small_results_take_small_tiles():
     assert counts(56, 56) == [2, 4]
     assert counts(28, 28) == [1, 2]
     assert counts(28, 28, images=N) == [4, 4]
+
+
+def test_few_channels_take_tiles_along_the_outer_axis():
+    target = make_target((9, 0))
+    of = lambda channels: [
+        s.length for s in strips_of(depthwise_node((28, 28), (3, 3), channels, padding=1, images=128), target)
+    ]
+    assert (of(3), of(16)) == ([4, 2], [4, 4])
 
 
 def test_strips():

@@ -20,6 +20,9 @@ LIMITS = {
     "depthwise 3x3 by 2": 53,
     "depthwise 5x5": 67,
     "depthwise 3x3 of images dilated by 2": 21,
+    "maximum of 3x3": 48,
+    "maximum of 3x3 by 2": 68,
+    "sum of 2x2 by 2": 33,
 }
 
 

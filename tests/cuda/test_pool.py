@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgraph.codegen.cuda import families, pool, pool_gradient
+from kgraph.codegen.cuda import families, pool, pool_gradient, strips
 from kgraph.codegen.cuda.target import simulator_target
 from kgraph.codegen.lower import lower
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node
@@ -76,6 +76,70 @@ def test_epilogue():
     body.outputs = [add(body, "relu", add(body, "add", add(body, "mul", pooled, scale), bias))]
     node = Node(FUSION, [Value(t) for t in types], {"kind": "pool", "body": body}, [v.type for v in body.outputs])
     assert families.family_of(node) is pool
+    check(node)
+
+
+TILES = [(4, 4), (2, 4), (1, 2)]
+
+
+@pytest.fixture(params=TILES, ids=str)
+def tile(request, monkeypatch):
+    """The tile of all windows for which it is not too large."""
+    monkeypatch.setattr(strips, "TILES", (request.param, (1, 2)))
+    monkeypatch.setattr(strips, "THREADS", 0)
+    monkeypatch.setattr(strips, "FEW", 0)
+    return request.param
+
+
+def strips_of(node):
+    (call,) = families.lower(node, simulator_target())
+    return call.spec.params[4]
+
+
+@pytest.mark.parametrize("kind", ["max", "min", "sum"])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((3, 3), (2, 2), ((0, 1), (0, 1))),
+        ((2, 2), (2, 2), ((0, 0), (0, 0))),
+        ((2, 3), (3, 1), ((1, 2), (-1, 2))),
+    ],
+)
+def test_tiles_that_do_not_divide_the_image(tile, kind, window, strides, padding):
+    attrs = attributes(kind, (1, *window, 1), (1, *strides, 1), ((0, 0), *padding, (0, 0)))
+    node = pooling((2, 7, 9, 3), attrs)
+    assert [s.length for s in strips_of(node)] == list(tile)
+    check(node)
+
+
+def test_distances_and_dilation_of_tiles(tile):
+    dilated = {"window_dilation": (1, 2, 1, 1), "base_dilation": (1, 1, 3, 1)}
+    check(
+        pooling(
+            (1, 6, 5, 2), attributes("max", (1, 3, 3, 1), (1, 1, 2, 1), ((0, 0), (2, 1), (1, 1), (0, 0)), **dilated)
+        )
+    )
+    check(pooling((1, 4, 3, 5, 1), attributes("sum", (1, 2, 2, 3, 1))))
+    check(pooling((2, 11), attributes("max", (1, 4), (1, 3))))
+
+
+def test_nan_and_infinities_of_tiles(tile):
+    """Padding is less than all elements, and NaN more than all others."""
+    x = np.array([[-np.inf, -np.inf, -np.inf, np.nan, 1.0, np.inf, 2.0]], np.float32)
+    node = pooling(x.shape, attributes("max", (1, 2), padding=((0, 0), (1, 0))))
+    (result,) = run_node(node, [x])
+    np.testing.assert_array_equal(result, [[-np.inf, -np.inf, -np.inf, np.nan, np.nan, np.inf, np.inf]])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5, 2), (2, 0, 5, 2), (1, 1, 1, 1), (1, 3, 3, 33)])
+def test_images_of_tiles(tile, shape):
+    check(pooling(shape, attributes("sum", (1, 3, 3, 1), padding=((0, 0), (2, 2), (1, 1), (0, 0)))))
+
+
+def test_large_windows_have_no_tiles():
+    node = pooling((1, 14, 15, 2), attributes("max", (1, 13, 14, 1)))
+    assert strips_of(node) is None
     check(node)
 
 

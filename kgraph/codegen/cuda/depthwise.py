@@ -15,6 +15,7 @@ from kgraph.codegen.cuda import depthwise_strips, scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, is_dilated, read_axes, walk
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource, index_type
+from kgraph.codegen.cuda.strips import block_of, threads_of
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
 from kgraph.ir.dims import ceil_div, product
@@ -44,14 +45,14 @@ def call(parts: Parts, target) -> KernelCall:
     dilated = is_dilated(node)
     indices, finish = index_type([x.type.size, parts.result.size]), Finish.params(parts, accumulate)
     sizes = [x.shape[0], channels, filters // node.attrs["feature_groups"]]
-    strips = depthwise_strips.choose_strips(node, target)
+    strips = depthwise_strips.strips_of(node, target)
     plan: DepthwisePlan | depthwise_strips.StripPlan
     if strips is not None:
         multiplied = filters != channels
         plan = depthwise_strips.StripPlan(name, x.dtype, accumulate, strips, multiplied, indices, finish)
-        template, block = depthwise_strips.TEMPLATE, depthwise_strips.block_of(target)
+        template, block = depthwise_strips.TEMPLATE, block_of(target)
         sizes += depthwise_strips.strip_sizes(node)
-        threads = depthwise_strips.threads(parts.result.shape, strips)
+        threads = threads_of(parts.result.shape, strips)
     else:
         plan = DepthwisePlan(name, x.dtype, accumulate, len(window), dilated, indices, finish)
         template, block = "kgraph.codegen.cuda.depthwise:render_depthwise", target.block

@@ -3,22 +3,16 @@ filter, whose weights it reads once. Neighbouring threads have neighbouring filt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource
-from kgraph.codegen.cuda.strips import Strip, Tile, at_least_1
+from kgraph.codegen.cuda.strips import Strip, Tile, at_least_1, block_of, choose_strips
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.ir import Dim, Node
-from kgraph.ir.dims import ceil_div, product
+from kgraph.ir.dims import product
 
-TILES = ((4, 4), (2, 4), (1, 4), (1, 2))  # positions of a thread along the two innermost axes
-THREADS = 256  # that a multiprocessor is left by tiles, if there are as many
-MOST_PRODUCTS = 400  # of a tile; the loops over more are not unrolled
-MOST_REGISTERS = 140  # for elements, weights and sums
-BLOCK = 128  # threads: where each has many registers, more of such blocks fit
 TEMPLATE = "kgraph.codegen.cuda.depthwise_strips:render_strips"
 
 
@@ -38,11 +32,6 @@ class StripPlan(NamedTuple):
     finish: tuple
 
 
-def block_of(target) -> int:
-    """The threads of a block."""
-    return min(target.block, BLOCK)
-
-
 def strip_sizes(node: Node) -> list:
     """The sizes of the axes; see `StripPlan`."""
     sizes: list = []
@@ -51,33 +40,14 @@ def strip_sizes(node: Node) -> list:
     return sizes
 
 
-def choose_strips(node: Node, target) -> tuple[Strip, ...] | None:
-    """The largest tile that leaves the multiprocessors enough threads, else the smallest one that is unrolled. Sizes
-    that are not known count as many."""
+def strips_of(node: Node, target) -> tuple[Strip, ...] | None:
+    """The tile of a thread; None where the geometry is not known, or no tile is small enough."""
     attrs, window = node.attrs, node.inputs[1].shape[:-2]
     lows = [low for low, _ in attrs["padding"]]
-    geometry = (window, attrs["strides"], attrs["rhs_dilation"], attrs["lhs_dilation"], lows)
+    geometry = [*zip(window, attrs["strides"], attrs["rhs_dilation"], attrs["lhs_dilation"], lows, strict=True)]
     if any(isinstance(n, Dim) for along in geometry for n in along):
         return None
-    chosen = None
-    for tile in TILES:
-        counts = ((1,) * len(window) + tile)[-len(window) :]
-        strips = tuple(Strip.make(*numbers) for numbers in zip(counts, *geometry, strict=True))
-        positions, taps = product([s.length for s in strips]), product(window)
-        elements = product([s.span[1] for s in strips])
-        if positions * taps > MOST_PRODUCTS or positions + taps + elements > MOST_REGISTERS:
-            continue
-        chosen = strips
-        busy = threads(node.output.shape, strips)
-        if isinstance(busy, Dim) or busy >= THREADS * target.num_sms:
-            break
-    return chosen
-
-
-def threads(shape: Sequence, strips: Sequence[Strip]):
-    """How many a result of this shape keeps busy."""
-    tiles = product([ceil_div(n, s.length) for n, s in zip(shape[1:-1], strips, strict=True)])
-    return shape[0] * tiles * shape[-1]
+    return choose_strips(geometry, node.output.shape, target, registers=product(window))
 
 
 def render_strips(params: tuple, target) -> str:

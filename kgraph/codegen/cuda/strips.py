@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 from kgraph.codegen.cuda.conv_geometry import inside, period
 from kgraph.codegen.cuda.source import KernelSource, Operand
+from kgraph.ir import Dim
 from kgraph.ir.dims import ceil_div, product
+
+TILES = ((4, 4), (2, 4), (1, 4), (1, 2))  # positions of a thread along the two innermost axes
+FEW = 8  # channels, below which threads had better be neighbours along the innermost axis
+THREADS = 256  # that a multiprocessor is left by tiles, if there are as many
+MOST_UNROLLED = 400  # pairs of a position and a tap
+MOST_REGISTERS = 140  # for arrays
+BLOCK = 128  # threads: where each has many registers, more of such blocks fit
 
 
 class Strip(NamedTuple):
@@ -50,6 +58,43 @@ class Strip(NamedTuple):
         places = [position * self.stride + tap * self.reach + self.rest for position, tap in taps]
         met = [place // self.dilation for place in places if place % self.dilation == 0]
         return (min(met), max(met) - min(met) + 1) if met else (0, 1)
+
+
+def choose_strips(geometry: Sequence[tuple], shape: Sequence, target, registers: int = 0) -> tuple[Strip, ...] | None:
+    """The largest tile that leaves the multiprocessors enough threads, else the smallest one that is unrolled; None
+    where there is none.
+
+    geometry: (window, stride, reach, dilation, low padding) of each axis, as in `Strip`. shape: of the result, whose
+    first axis is of images and whose last one of channels; sizes that are not known count as many. registers: that a
+    thread needs beside those for elements and positions.
+    """
+    if not geometry:
+        return None
+    few = isinstance(shape[-1], int) and shape[-1] < FEW
+    chosen = None
+    for tile in TILES:
+        lengths = ((1,) * len(geometry) + (tile[::-1] if few else tile))[-len(geometry) :]
+        strips = tuple(Strip.make(length, *along) for length, along in zip(lengths, geometry, strict=True))
+        positions, taps = product([s.length for s in strips]), product([s.window for s in strips])
+        elements = product([s.span[1] for s in strips])
+        if positions * taps > MOST_UNROLLED or positions + elements + registers > MOST_REGISTERS:
+            continue
+        chosen = strips
+        threads = threads_of(shape, strips)
+        if isinstance(threads, Dim) or threads >= THREADS * target.num_sms:
+            break
+    return chosen
+
+
+def threads_of(shape: Sequence, strips: Sequence[Strip]):
+    """How many a result of this shape keeps busy."""
+    tiles = product([ceil_div(n, s.length) for n, s in zip(shape[1:-1], strips, strict=True)])
+    return shape[0] * tiles * shape[-1]
+
+
+def block_of(target) -> int:
+    """The threads of a block."""
+    return min(target.block, BLOCK)
 
 
 class Tile:
@@ -125,18 +170,44 @@ class Tile:
     @contextmanager
     def meetings(self) -> Iterator[tuple[str, str, str]]:
         """Loops over all positions and the taps that meet elements there: (position, tap, number of the element)."""
-        k = self.k
         position = tap = element = ""
         with ExitStack() as loops:
             for strip, span in zip(self.strips, self.spans):
-                p, t = (loops.enter_context(self.each(n)) for n in (strip.length, strip.window))
-                at = k.let(k.add(k.add(k.mul(p, strip.stride), k.mul(t, strip.reach)), strip.rest))
-                if strip.dilation > 1:
-                    loops.enter_context(k.suite(f"if {k.mod(at, strip.dilation)} == {k.i(0)}:"))
-                    at = k.div(at, strip.dilation)
+                p = loops.enter_context(self.each(strip.length))
+                t, at = loops.enter_context(self._taps(strip, p))
                 position, tap = self._join(position, strip.length, p), self._join(tap, strip.window, t)
-                element = self._join(element, span, k.sub(at, k.i(strip.span[0])))
+                element = self._join(element, span, at)
             yield position, tap, element
+
+    def reduce(self, first: str, combine: Callable[[str, str], str]) -> Operand:
+        """The windows' elements combined, by position in the tile. One axis after the other: what is made of the taps
+        along the first ones serves all positions along the others. first: what no elements give."""
+        k, source = self.k, self.elements
+        lengths = [strip.length for strip in self.strips]
+        for axis, strip in enumerate(self.strips):
+            before, behind = product(lengths[:axis]), product(self.spans[axis + 1 :])
+            result = k.local(source.dtype, before * strip.length * behind)
+            with ExitStack() as loops:
+                b, p, a = (loops.enter_context(self.each(n)) for n in (before, strip.length, behind))
+                to = k.let(k.add(k.mul(k.add(k.mul(b, strip.length), p), behind), a))
+                k.store(result, to, first)
+                with self._taps(strip, p) as (_, element):
+                    at = k.add(k.mul(k.add(k.mul(b, self.spans[axis]), element), behind), a)
+                    k.store(result, to, combine(k.load(result, to), k.load(source, at)))
+            source = result
+        return source
+
+    @contextmanager
+    def _taps(self, strip: Strip, position: str) -> Iterator[tuple[str, str]]:
+        """A loop over the taps that meet elements at a position along one axis: (tap, element)."""
+        k = self.k
+        with ExitStack() as loops:
+            tap = loops.enter_context(self.each(strip.window))
+            at = k.let(k.add(k.add(k.mul(position, strip.stride), k.mul(tap, strip.reach)), strip.rest))
+            if strip.dilation > 1:
+                loops.enter_context(k.suite(f"if {k.mod(at, strip.dilation)} == {k.i(0)}:"))
+                at = k.div(at, strip.dilation)
+            yield tap, k.let(k.sub(at, strip.span[0]))
 
     @contextmanager
     def positions(self, outs: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -162,4 +233,4 @@ def at_least_1(k: KernelSource, n: str) -> str:
     return k.let(f"({n} if {n} > {k.i(1)} else {k.i(1)})")
 
 
-__all__ = ["Strip", "Tile", "at_least_1"]
+__all__ = ["Strip", "Tile", "at_least_1", "block_of", "choose_strips", "threads_of"]
