@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgraph.codegen.cuda import depthwise, depthwise_strips, families, strips
+from kgraph.codegen.cuda import conv_filter_depthwise, depthwise, depthwise_strips, families, strips
 from kgraph.codegen.cuda.strips import Strip
 from kgraph.codegen.cuda.target import make_target, simulator_target
 from kgraph.ir import Dim, TensorType
 from tests.codegen.contractions import add
-from tests.cuda.test_conv import convolution
+from tests.cuda.test_conv import convolution, filter_gradient
 from tests.cuda.windowed import check
 
 N, W = Dim.symbol("N"), Dim.symbol("W")
@@ -170,6 +170,81 @@ def test_few_channels_take_tiles_along_the_outer_axis():
     assert (of(3), of(16)) == ([4, 2], [4, 4])
 
 
+# -- cotangents of weights --------------------------------------------------------------------------------------------
+def depthwise_gradient(image, window, channels=3, multiplier=1, dtype="float32", images=1, **options):
+    x = (images, *image, channels)
+    return filter_gradient(x, channels * multiplier, window, dtype, channels, **options)
+
+
+def strips_of_gradient(node):
+    return families.lower(node, simulator_target())[0].spec.params[3]
+
+
+@pytest.fixture(params=[*TILES, None], ids=str)
+def tile_or_position(request, monkeypatch):
+    """As `tile`, or None for single positions."""
+    if request.param is None:
+        monkeypatch.setattr(conv_filter_depthwise, "choose_strips", lambda *arguments, **options: None)
+    else:
+        monkeypatch.setattr(strips, "TILES", (request.param, (1, 2)))
+        monkeypatch.setattr(strips, "THREADS", 0)
+        monkeypatch.setattr(strips, "FEW", 0)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": 1},
+        {"padding": ((0, 1), (1, 2)), "strides": 2},
+        {"padding": ((-1, 2), (3, 0)), "strides": (1, 3)},
+        {"padding": 2, "rhs_dilation": 2},
+    ],
+)
+@pytest.mark.parametrize("window", [(3, 3), (2, 4)])
+def test_gradients_of_tiles_that_do_not_divide_the_image(tile_or_position, window, options):
+    node = depthwise_gradient((6, 9), window, images=2, **options)
+    assert (strips_of_gradient(node) is None) == (tile_or_position is None)
+    check(node)
+
+
+@pytest.mark.parametrize(("channels", "multiplier"), [(3, 3), (33, 1)])
+def test_channels_and_filters_of_gradients(tile_or_position, channels, multiplier):
+    check(depthwise_gradient((3, 5), (3, 3), channels, multiplier, padding=1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_dtypes_of_gradients(tile_or_position, dtype):
+    check(depthwise_gradient((4, 5), (3, 3), 2, dtype=dtype, padding=1))
+
+
+def test_gradients_of_few_pixels_and_axes(tile_or_position):
+    check(depthwise_gradient((1, 1), (3, 3), 2, padding=1))
+    check(depthwise_gradient((0, 2), (3, 3), 2, padding=2))
+    check(depthwise_gradient((4, 4), (3, 3), 2, padding=1, images=0))
+    check(depthwise_gradient((11,), (4,), 2, padding=2))
+    check(depthwise_gradient((3, 3, 5), (2, 3, 2), 2, padding=1))
+
+
+def test_gradients_of_symbolic_images_and_wide_indices(tile_or_position, monkeypatch):
+    node = filter_gradient((N, 3, W, 2), 2, (3, 3), groups=2, padding=1)
+    for sizes in ({"N": 1, "W": 5}, {"N": 2, "W": 4}):
+        check(node, sizes)
+    monkeypatch.setattr(conv_filter_depthwise, "index_type", lambda sizes: "int64")
+    check(depthwise_gradient((4, 5), (3, 3), 2, padding=1))
+
+
+def test_sums_that_do_not_fit_shared_memory():
+    """Blocks get smaller, then positions are taken one by one."""
+    target = make_target((9, 0))
+    plan = lambda window, dtype: conv_filter_depthwise.Plan(
+        *families.lower(depthwise_gradient((32, 32), window, 64, dtype=dtype, padding=3), target)[0].spec.params
+    )
+    assert (plan((5, 5), "float32").block, plan((7, 7), "float32").block) == (256, 128)
+    assert plan((7, 7), "float64").strips is None
+
+
+# -- geometry ---------------------------------------------------------------------------------------------------------
 def test_strips():
     strip = Strip.make(4, 3, 2, 1, 1, 1)
     assert (strip.step, strip.span, strip.rest) == (8, (0, 9), 0)

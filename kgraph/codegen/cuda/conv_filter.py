@@ -8,7 +8,7 @@ memory. Those with one channel per group go to `conv_filter_depthwise`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kgraph.codegen.contractions import accumulate_dtype, has_products
 from kgraph.codegen.cuda import conv_filter_depthwise, conv_library, reduce, scalar_ops
@@ -45,11 +45,10 @@ def lower(node: Node, target) -> list[KernelCall]:
     """One call that sums pieces of the positions, and those that add the pieces' sums where there are several."""
     x, cotangent, out = *node.inputs, node.output
     accumulate = accumulate_dtype(x.dtype, out.dtype)
-    positions = product(cotangent.shape[:-1])
     depthwise = conv_filter_depthwise.takes(node)
     make = conv_filter_depthwise.Plan.make if depthwise else FilterPlan.make
-    plan, tiles, depth, block = make(node, accumulate, target)
-    pieces = _pieces(positions, tiles, depth * (2 if target.simulator else CHUNKS), target)
+    plan, tiles, positions, depth, block = make(node, accumulate, target)
+    pieces = _pieces(positions, tiles, depth * (2 if target.simulator else plan.chunks(CHUNKS)), target)
     partial = Temporary(TensorType((pieces, *out.shape), accumulate))
     single = pieces == 1 and accumulate == compute_dtype(out.dtype)
     plan = plan._replace(output=out.dtype if single else accumulate)
@@ -100,9 +99,13 @@ class FilterPlan(NamedTuple):
     def template(self) -> str:
         return "kgraph.codegen.cuda.conv_filter:render_filter"
 
+    def chunks(self, most: int) -> int:
+        """Of a piece, at least; see `CHUNKS`."""
+        return most
+
     @staticmethod
-    def make(node: Node, accumulate: str, target) -> tuple[FilterPlan, int, int, int]:
-        """(plan, tiles of the result, positions of a chunk, threads of a block)."""
+    def make(node: Node, accumulate: str, target) -> tuple[FilterPlan, int, Any, int, int]:
+        """(plan, tiles of the result, positions, how many of them a chunk has, threads of a block)."""
         x, cotangent = node.inputs
         groups, window = node.attrs["feature_groups"], node.attrs["window"]
         rows, columns = product(window) * node.output.shape[-2], node.output.shape[-1] // groups
@@ -112,7 +115,8 @@ class FilterPlan(NamedTuple):
             tile = SMALL_TILE
         index = index_type([x.type.size, cotangent.type.size, node.output.type.size])
         plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, tensor, index)
-        return plan, groups * -(-rows // tile.rows) * -(-columns // tile.columns), tile.depth, tile.block
+        tiles = groups * -(-rows // tile.rows) * -(-columns // tile.columns)
+        return plan, tiles, product(cotangent.shape[:-1]), tile.depth, tile.block
 
 
 def render_filter(params: tuple, target) -> str:

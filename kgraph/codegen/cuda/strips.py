@@ -222,6 +222,18 @@ class Tile:
                     loops.enter_context(k.suite(f"if {places[-1]} < {out}:"))
             yield position, places
 
+    @contextmanager
+    def all_positions(self, outs: Sequence[str]) -> Iterator[tuple[str, list[str], str]]:
+        """Loops over all positions: what `positions` gives, and the condition that they are there."""
+        k, position, places, conditions = self.k, "", [], []
+        with ExitStack() as loops:
+            for number, strip, out in zip(self.numbers, self.strips, outs):
+                p = loops.enter_context(self.each(strip.length))
+                position = self._join(position, strip.length, p)
+                places.append(k.let(k.add(k.mul(number, strip.length), p), "at"))
+                conditions.append(f"{places[-1]} < {out}")
+            yield position, places, k.let(" and ".join(conditions), "inside")
+
     def _join(self, number: str, size: int, further: str) -> str:
         """The number in an array that has one more axis."""
         k = self.k
