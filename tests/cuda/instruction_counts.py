@@ -2,8 +2,9 @@
 tests.cuda.instruction_counts OUTPUT`.
 
 OUTPUT gets JSON: by the name of a node, for each of its launches the instructions of threads per element of the node's
-result ("instructions") and by kind ("mix"), and whether arrays of threads are in memory ("local"). It runs in a process
-of its own, in which Numba's simulator is off. The target has one multiprocessor, so that small nodes keep it busy.
+result, or of the cotangent where that is one of weights ("instructions"), the same by kind ("mix"), and whether arrays
+of threads are in memory ("local"). It runs in a process of its own, in which Numba's simulator is off. The target has
+one multiprocessor, so that small nodes keep it busy.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from tests.codegen.contractions import filled
 from tests.cuda import driver
 from tests.cuda.emulator.counts import Counts
 from tests.cuda.emulator.machine import Kernel
-from tests.cuda.test_conv import convolution
-from tests.cuda.test_pool import attributes, pooling
+from tests.cuda.test_conv import convolution, filter_gradient
+from tests.cuda.test_pool import attributes, pooling, resampling
 
 WARP = 32
 
@@ -46,6 +47,11 @@ NODES |= {
     "maximum of 3x3": lambda: pool("max", 3, 1, (1, 1)),
     "maximum of 3x3 by 2": lambda: pool("max", 3, 2, (0, 1)),
     "sum of 2x2 by 2": lambda: pool("sum", 2, 2, (0, 0)),
+    "depthwise weights 3x3": lambda: filter_gradient((4, 32, 32, 32), 32, (3, 3), groups=32, padding=1),
+}
+NODES |= {
+    method: lambda method=method: resampling((1, 16, 16, 64), (32, 32), method)
+    for method in ("nearest", "bilinear", "bicubic")
 }
 
 
@@ -65,7 +71,7 @@ def count(node) -> list[dict]:
         driver.run_node(node, arrays, target=make_target((9, 0), num_sms=1), most_blocks=1 << 30)
     finally:
         Kernel.launch = launch
-    elements = product(node.output.shape)
+    elements = product((node.inputs[1] if node.name == "conv_filter_gradient" else node.output).shape)
     per_element = lambda n: round(n * WARP / elements, 2)
     return [
         {

@@ -23,6 +23,10 @@ LIMITS = {
     "maximum of 3x3": 48,
     "maximum of 3x3 by 2": 68,
     "sum of 2x2 by 2": 33,
+    "depthwise weights 3x3": 38,
+    "nearest": 23,
+    "bilinear": 42,
+    "bicubic": 110,
 }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgraph.codegen.cuda import families, pool, pool_gradient, strips
-from kgraph.codegen.cuda.target import simulator_target
+from kgraph.codegen.cuda import families, pool, pool_gradient, resize, strips
+from kgraph.codegen.cuda.target import make_target, simulator_target
 from kgraph.codegen.lower import lower
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node
 from kgraph.ir.graph import Node
@@ -177,6 +177,59 @@ def test_wide_indices(monkeypatch):
 def resampling(shape, size, method, dtype="float32", antialias=False):
     attrs = {"size": size, "method": method, "antialias": antialias}
     return make_node(RESIZE, [Value(TensorType(shape, dtype))], attrs)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def sharing(request, monkeypatch):
+    """How many elements threads have, along any axis that does not change."""
+    monkeypatch.setattr(resize, "SHARING", (request.param,))
+    monkeypatch.setattr(resize, "THREADS", 0)
+    monkeypatch.setattr(resize, "FEW", 0)
+    return request.param
+
+
+def shared_axis(node, target=None):
+    return families.lower(node, target or simulator_target())[0].spec.params[3]
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic"])
+def test_places_that_share_their_taps(sharing, method):
+    """Along the channels, or along the images where those lie between axes that change."""
+    for channels in (1, 3, 4, 9):
+        node = resampling((2, 3, 4, channels), (5, 3), method)
+        assert shared_axis(node) == (3, sharing)
+        check(node)
+    check(resampling((1, 3, 2, 1), (3, 2), method))
+
+
+def test_images_that_share_their_taps(monkeypatch):
+    monkeypatch.setattr(resize, "THREADS", 0)
+    node = resampling((5, 3, 4, 2), (4, 6), "bilinear")
+    assert shared_axis(node) == (0, 8)
+    check(node)
+    assert shared_axis(resampling((3, 3, 4, 2), (4, 6), "bilinear")) == (0, 1)
+    check(resampling((N, 3, 4, 2), (4, 6), "bilinear"), {"N": 3})
+    check(resampling((N, 3, 4, 2), (4, 6), "nearest"), {"N": 9})
+
+
+def test_small_images_share_less():
+    target = make_target((9, 0))
+    of = lambda size: shared_axis(resampling((1, 8, 8, 64), (size, size), "bilinear"), target)
+    assert (of(128), of(32), of(16)) == ((3, 8), (3, 1), (3, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "uint8"])
+def test_dtypes_that_share_their_taps(sharing, dtype):
+    check(resampling((1, 3, 2, 5), (2, 3), "nearest", dtype))
+    if dtype != "uint8":
+        check(resampling((1, 3, 2, 5), (2, 3), "bilinear", dtype))
+        check(resampling((1, 40, 2, 5), (2, 3), "bilinear", dtype, antialias=True))
+
+
+def test_wide_indices_of_resampling(sharing, monkeypatch):
+    monkeypatch.setattr(resize, "index_type", lambda sizes: "int64")
+    check(resampling((1, 3, 2, 5), (2, 3), "bilinear"))
+    check(resampling((1, 3, 2, 5), (2, 3), "nearest"))
 
 
 def test_volumes_and_axes_that_stay():
