@@ -41,7 +41,7 @@ def strips_of(node, target=None):
 @pytest.mark.parametrize("window", [(3, 3), (2, 5)])
 def test_tiles_that_do_not_divide_the_image(tile, window, stride):
     node = depthwise_node((6, 9), window, strides=stride, padding=((1, 1), (0, 3)))
-    fits = (tile, stride) != ((4, 4), 3)
+    fits = (tile, stride) != ((4, 4), 3)  # too many elements
     assert [s.length for s in strips_of(node)] == list(tile if fits else (1, 2))
     check(node)
 
@@ -160,6 +160,12 @@ def test_small_results_take_small_tiles():
     assert counts(56, 56) == [2, 4]
     assert counts(28, 28) == [1, 2]
     assert counts(28, 28, images=N) == [4, 4]
+
+
+def test_wide_numbers_take_small_tiles():
+    target = make_target((9, 0))
+    node = lambda dtype: depthwise_node((32, 32), (5, 5), 64, padding=2, images=64, dtype=dtype)
+    assert [[s.length for s in strips_of(node(d), target)] for d in ("float32", "float64")] == [[4, 4], [1, 4]]
 
 
 def test_few_channels_take_tiles_along_the_outer_axis():

@@ -64,7 +64,7 @@ class Plan(NamedTuple):
         block, nbytes = target.block, taps * np_dtype(accumulate).itemsize
         while block > LEAST_BLOCK and block * nbytes > target.shared_bytes:
             block //= 2
-        strips = _strips_of(node, target) if block * nbytes <= target.shared_bytes else None
+        strips = _strips_of(node, accumulate, target) if block * nbytes <= target.shared_bytes else None
         block = target.block if strips is None else block
         at_once = taps if strips is not None else min(taps, TAPS)
         rank = x.type.rank - 2
@@ -75,14 +75,14 @@ class Plan(NamedTuple):
         return plan, blocks, x.shape[0] * product(counts), block // width, block
 
 
-def _strips_of(node: Node, target) -> tuple[Strip, ...] | None:
+def _strips_of(node: Node, accumulate: str, target) -> tuple[Strip, ...] | None:
     """The tile of a thread; None where the geometry is not known, or no tile is small enough."""
     attrs, window = node.attrs, node.attrs["window"]
     lows = [low for low, _ in attrs["padding"]]
     geometry = [*zip(window, attrs["strides"], attrs["rhs_dilation"], (1,) * len(window), lows, strict=True)]
     if any(isinstance(n, Dim) for along in geometry for n in along):
         return None
-    return choose_strips(geometry, node.inputs[1].shape, target, registers=product(window))
+    return choose_strips(geometry, node.inputs[1].shape, accumulate, target, further=product(window))
 
 
 def render_filter(params: tuple, target) -> str:

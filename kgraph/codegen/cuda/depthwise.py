@@ -45,7 +45,7 @@ def call(parts: Parts, target) -> KernelCall:
     dilated = is_dilated(node)
     indices, finish = index_type([x.type.size, parts.result.size]), Finish.params(parts, accumulate)
     sizes = [x.shape[0], channels, filters // node.attrs["feature_groups"]]
-    strips = depthwise_strips.strips_of(node, target)
+    strips = depthwise_strips.strips_of(node, accumulate, target)
     plan: DepthwisePlan | depthwise_strips.StripPlan
     if strips is not None:
         multiplied = filters != channels

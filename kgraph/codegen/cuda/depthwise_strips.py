@@ -40,14 +40,14 @@ def strip_sizes(node: Node) -> list:
     return sizes
 
 
-def strips_of(node: Node, target) -> tuple[Strip, ...] | None:
+def strips_of(node: Node, accumulate: str, target) -> tuple[Strip, ...] | None:
     """The tile of a thread; None where the geometry is not known, or no tile is small enough."""
     attrs, window = node.attrs, node.inputs[1].shape[:-2]
     lows = [low for low, _ in attrs["padding"]]
     geometry = [*zip(window, attrs["strides"], attrs["rhs_dilation"], attrs["lhs_dilation"], lows, strict=True)]
     if any(isinstance(n, Dim) for along in geometry for n in along):
         return None
-    return choose_strips(geometry, node.output.shape, target, registers=product(window))
+    return choose_strips(geometry, node.output.shape, accumulate, target, further=product(window))
 
 
 def render_strips(params: tuple, target) -> str:

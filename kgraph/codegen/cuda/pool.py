@@ -51,7 +51,7 @@ def lower(node: Node, target) -> list[KernelCall]:
     windows = windows_of(core)
     shape = [sizes[0], *sizes[2:-1:2], sizes[-1]]
     geometry = [(window, stride, reach, dilation, low) for window, stride, low, reach, dilation in windows]
-    strips = choose_strips(geometry, shape, target)
+    strips = choose_strips(geometry, shape, compute_dtype(x.dtype), target)
     block = target.block if strips is None else block_of(target)
     params = (
         name,

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from kgraph.codegen.cuda.conv_geometry import inside, period
 from kgraph.codegen.cuda.source import KernelSource, Operand
-from kgraph.ir import Dim
+from kgraph.ir import Dim, np_dtype
 from kgraph.ir.dims import ceil_div, product
 
 TILES = ((4, 4), (2, 4), (1, 4), (1, 2))  # positions of a thread along the two innermost axes
 FEW = 8  # channels, below which threads had better be neighbours along the innermost axis
 THREADS = 256  # that a multiprocessor is left by tiles, if there are as many
 MOST_UNROLLED = 400  # pairs of a position and a tap
-MOST_REGISTERS = 140  # for arrays
+MOST_REGISTERS = 140  # for arrays, of four bytes
 BLOCK = 128  # threads: where each has many registers, more of such blocks fit
 
 
@@ -60,13 +60,15 @@ class Strip(NamedTuple):
         return (min(met), max(met) - min(met) + 1) if met else (0, 1)
 
 
-def choose_strips(geometry: Sequence[tuple], shape: Sequence, target, registers: int = 0) -> tuple[Strip, ...] | None:
+def choose_strips(
+    geometry: Sequence[tuple], shape: Sequence, dtype: str, target, further: int = 0
+) -> tuple[Strip, ...] | None:
     """The largest tile that leaves the multiprocessors enough threads, else the smallest one that is unrolled; None
     where there is none.
 
     geometry: (window, stride, reach, dilation, low padding) of each axis, as in `Strip`. shape: of the result, whose
-    first axis is of images and whose last one of channels; sizes that are not known count as many. registers: that a
-    thread needs beside those for elements and positions.
+    first axis is of images and whose last one of channels; sizes that are not known count as many. A thread has a
+    number of `dtype` for each element and each position, and `further` ones.
     """
     if not geometry:
         return None
@@ -76,8 +78,10 @@ def choose_strips(geometry: Sequence[tuple], shape: Sequence, target, registers:
         lengths = ((1,) * len(geometry) + (tile[::-1] if few else tile))[-len(geometry) :]
         strips = tuple(Strip.make(length, *along) for length, along in zip(lengths, geometry, strict=True))
         positions, taps = product([s.length for s in strips]), product([s.window for s in strips])
-        elements = product([s.span[1] for s in strips])
-        if positions * taps > MOST_UNROLLED or positions + elements + registers > MOST_REGISTERS:
+        if positions * taps > MOST_UNROLLED:
+            continue
+        numbers = positions + product([s.span[1] for s in strips]) + further
+        if numbers * ceil_div(np_dtype(dtype).itemsize, 4) > MOST_REGISTERS:
             continue
         chosen = strips
         threads = threads_of(shape, strips)
