@@ -24,7 +24,7 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.ir import Dim, Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
-WAVES = 2  # blocks per multiprocessor that positions are cut for
+WAVES = 2  # blocks of usual size per multiprocessor that positions are cut for
 CHUNKS = 16  # of a tile's depth that a piece has at least, where sizes are known; 2 in the simulator
 
 
@@ -48,7 +48,8 @@ def lower(node: Node, target) -> list[KernelCall]:
     depthwise = conv_filter_depthwise.takes(node)
     make = conv_filter_depthwise.Plan.make if depthwise else FilterPlan.make
     plan, tiles, positions, depth, block = make(node, accumulate, target)
-    pieces = _pieces(positions, tiles, depth * (2 if target.simulator else plan.chunks(CHUNKS)), target)
+    least = depth * (2 if target.simulator else plan.chunks(CHUNKS))
+    pieces = _pieces(positions, tiles, least, WAVES * target.num_sms * max(target.block // block, 1))
     partial = Temporary(TensorType((pieces, *out.shape), accumulate))
     single = pieces == 1 and accumulate == compute_dtype(out.dtype)
     plan = plan._replace(output=out.dtype if single else accumulate)
@@ -70,9 +71,10 @@ def lower(node: Node, target) -> list[KernelCall]:
     return calls if library is None else offer(calls, library)
 
 
-def _pieces(positions, tiles: int, least: int, target) -> int:
-    """Into how many pieces of at least so many positions they are cut; sizes that are not known count as many."""
-    pieces = WAVES * target.num_sms // tiles
+def _pieces(positions, tiles: int, least: int, blocks: int) -> int:
+    """Into how many pieces of at least so many positions they are cut, such that there are about so many blocks; sizes
+    that are not known count as many."""
+    pieces = blocks // tiles
     if isinstance(positions, int):
         pieces = min(pieces, positions // least)
     return max(pieces, 1)

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.conv_geometry import inside, read_axes
 from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
-from kgraph.codegen.cuda.strips import Strip, Tile, at_least_1, choose_strips
+from kgraph.codegen.cuda.strips import Strip, Tile, at_least_1, block_of, choose_strips
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.ir import Dim, Node, np_dtype
 from kgraph.ir.dims import ceil_div, product
 
 TAPS = 9  # sums of a thread that takes single positions
-LEAST_BLOCK = 128  # threads of a block whose threads have many sums
 
 
 def takes(node: Node) -> bool:
@@ -61,10 +60,9 @@ class Plan(NamedTuple):
         width = min(target.group, 1 << (filters - 1).bit_length())
         index = index_type([x.type.size, cotangent.type.size])
         # The sums of all taps pass through shared memory.
-        block, nbytes = target.block, taps * np_dtype(accumulate).itemsize
-        while block > LEAST_BLOCK and block * nbytes > target.shared_bytes:
-            block //= 2
-        strips = _strips_of(node, accumulate, target) if block * nbytes <= target.shared_bytes else None
+        block = block_of(target)
+        fits = taps * block * np_dtype(accumulate).itemsize <= target.shared_bytes
+        strips = _strips_of(node, accumulate, target) if fits else None
         block = target.block if strips is None else block
         at_once = taps if strips is not None else min(taps, TAPS)
         rank = x.type.rank - 2
