@@ -178,7 +178,8 @@ def test_dtypes_of_filter_gradients(dtype):
     check(filter_gradient((1, 3, 3, 2), 2, (2, 2), dtype, groups=2))
 
 
-def test_more_taps_than_a_block_sums():
+def test_more_taps_than_a_block_sums(monkeypatch):
+    monkeypatch.setattr(conv_filter_depthwise, "choose_strips", lambda *arguments, **options: None)
     assert conv_filter_depthwise.TAPS < 12
     check(filter_gradient((1, 5, 5, 2), 4, (3, 4), groups=2, padding=1))
 

@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 import kgraph
+from kgraph.codegen.cuda.target import make_target
+from kgraph.ir.dims import product
 from kgraph.runtime.cuda.device import device_for
-from tests.cuda.driver import DEVICE, IS_EMULATED
+from tests.codegen.contractions import filled
+from tests.cuda.driver import DEVICE, IS_EMULATED, run_node
 from tests.cuda.emulator.counts import Counts
+from tests.cuda.test_conv import convolution, filter_gradient
+from tests.cuda.test_pool import attributes, pooling, resampling
 
 pytestmark = pytest.mark.skipif(not IS_EMULATED, reason="counted on the emulated GPU")
 layers = keras.layers
@@ -62,3 +67,53 @@ def test_channels_that_do_not_come_in_groups():
     model = keras.Model(inputs, layers.Conv2D(5, 3, padding="same")(inputs))
     x = np.random.default_rng(0).standard_normal((2, 9, 9, 6)).astype(np.float32)
     np.testing.assert_allclose(np.asarray(kgraph.compile(model, target=DEVICE)(x)), model(x), rtol=1e-5, atol=1e-5)
+
+
+# -- kernels whose threads share what they read -----------------------------------------------------------------------
+WARP = 32
+
+
+def depthwise(image, window, channels=32, **options):
+    return convolution((1, *image, channels), (*window, 1, channels), feature_groups=channels, **options)
+
+
+def pool(kind, window, stride, padding):
+    padding = ((0, 0), padding, padding, (0, 0))
+    return pooling((1, 32, 32, 32), attributes(kind, (1, window, window, 1), (1, stride, stride, 1), padding))
+
+
+def resized(method):
+    return resampling((1, 16, 16, 64), (32, 32), method)
+
+
+# A node, and the most instructions of threads per element of its result (of the cotangent where that is one of weights)
+# in all launches: some percent above what there is. A GPU has time for about 7 per byte of memory.
+NODES = {
+    "depthwise 3x3": (lambda: depthwise((32, 32), (3, 3), padding=1), 38),
+    "depthwise 3x3 by 2": (lambda: depthwise((32, 32), (3, 3), padding=((0, 1), (0, 1)), strides=2), 53),
+    "depthwise 5x5": (lambda: depthwise((32, 32), (5, 5), padding=2), 67),
+    "depthwise 3x3 of images dilated by 2": (
+        lambda: depthwise((16, 16), (3, 3), padding=((2, 1), (2, 1)), lhs_dilation=2),
+        21,
+    ),
+    "depthwise weights 3x3": (lambda: filter_gradient((4, 32, 32, 32), 32, (3, 3), groups=32, padding=1), 38),
+    "maximum of 3x3": (lambda: pool("max", 3, 1, (1, 1)), 48),
+    "maximum of 3x3 by 2": (lambda: pool("max", 3, 2, (0, 1)), 68),
+    "sum of 2x2 by 2": (lambda: pool("sum", 2, 2, (0, 0)), 33),
+    "nearest": (lambda: resized("nearest"), 23),
+    "bilinear": (lambda: resized("bilinear"), 42),
+    "bicubic": (lambda: resized("bicubic"), 110),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_instructions_per_element(name):
+    make, most = NODES[name]
+    node = make()
+    arrays = [filled(v.shape, v.dtype, n) for n, v in enumerate(node.inputs)]
+    with device_for("cuda:0").driver._library.counted() as found:
+        # One multiprocessor, which small nodes keep busy, with all blocks that they may have.
+        run_node(node, arrays, target=make_target((9, 0), num_sms=1), most_blocks=1 << 30)
+    elements = product((node.inputs[1] if node.name == "conv_filter_gradient" else node.output).shape)
+    assert sum(c.instructions.total() for _, c in found) * WARP / elements <= most
+    assert not any(c.local_bytes for _, c in found)  # threads' arrays are in registers

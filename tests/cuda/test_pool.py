@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kgraph.codegen.cuda import families, pool, pool_gradient
-from kgraph.codegen.cuda.target import simulator_target
+from kgraph.codegen.cuda import families, pool, pool_gradient, resize, strips
+from kgraph.codegen.cuda.target import make_target, simulator_target
 from kgraph.codegen.lower import lower
 from kgraph.ir import PRIMITIVES, Dim, Graph, TensorType, Value, make_node
 from kgraph.ir.graph import Node
@@ -79,6 +79,70 @@ def test_epilogue():
     check(node)
 
 
+TILES = [(4, 4), (2, 4), (1, 2)]
+
+
+@pytest.fixture(params=TILES, ids=str)
+def tile(request, monkeypatch):
+    """The tile of all windows for which it is not too large."""
+    monkeypatch.setattr(strips, "TILES", (request.param, (1, 2)))
+    monkeypatch.setattr(strips, "THREADS", 0)
+    monkeypatch.setattr(strips, "FEW", 0)
+    return request.param
+
+
+def strips_of(node):
+    (call,) = families.lower(node, simulator_target())
+    return call.spec.params[4]
+
+
+@pytest.mark.parametrize("kind", ["max", "min", "sum"])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((3, 3), (1, 1), ((1, 1), (1, 1))),
+        ((3, 3), (2, 2), ((0, 1), (0, 1))),
+        ((2, 2), (2, 2), ((0, 0), (0, 0))),
+        ((2, 3), (3, 1), ((1, 2), (-1, 2))),
+    ],
+)
+def test_tiles_that_do_not_divide_the_image(tile, kind, window, strides, padding):
+    attrs = attributes(kind, (1, *window, 1), (1, *strides, 1), ((0, 0), *padding, (0, 0)))
+    node = pooling((2, 7, 9, 3), attrs)
+    assert [s.length for s in strips_of(node)] == list(tile)
+    check(node)
+
+
+def test_distances_and_dilation_of_tiles(tile):
+    dilated = {"window_dilation": (1, 2, 1, 1), "base_dilation": (1, 1, 3, 1)}
+    check(
+        pooling(
+            (1, 6, 5, 2), attributes("max", (1, 3, 3, 1), (1, 1, 2, 1), ((0, 0), (2, 1), (1, 1), (0, 0)), **dilated)
+        )
+    )
+    check(pooling((1, 4, 3, 5, 1), attributes("sum", (1, 2, 2, 3, 1))))
+    check(pooling((2, 11), attributes("max", (1, 4), (1, 3))))
+
+
+def test_nan_and_infinities_of_tiles(tile):
+    """Padding is less than all elements, and NaN more than all others."""
+    x = np.array([[-np.inf, -np.inf, -np.inf, np.nan, 1.0, np.inf, 2.0]], np.float32)
+    node = pooling(x.shape, attributes("max", (1, 2), padding=((0, 0), (1, 0))))
+    (result,) = run_node(node, [x])
+    np.testing.assert_array_equal(result, [[-np.inf, -np.inf, -np.inf, np.nan, np.nan, np.inf, np.inf]])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5, 2), (2, 0, 5, 2), (1, 1, 1, 1), (1, 3, 3, 33)])
+def test_images_of_tiles(tile, shape):
+    check(pooling(shape, attributes("sum", (1, 3, 3, 1), padding=((0, 0), (2, 2), (1, 1), (0, 0)))))
+
+
+def test_large_windows_have_no_tiles():
+    node = pooling((1, 14, 15, 2), attributes("max", (1, 13, 14, 1)))
+    assert strips_of(node) is None
+    check(node)
+
+
 # -- the gradient of maxima -------------------------------------------------------------------------------------------
 def test_the_first_of_equal_elements_gets_the_cotangent():
     x = np.array([[2.0, 2.0, 1.0, np.nan, np.nan]], np.float32)
@@ -113,6 +177,59 @@ def test_wide_indices(monkeypatch):
 def resampling(shape, size, method, dtype="float32", antialias=False):
     attrs = {"size": size, "method": method, "antialias": antialias}
     return make_node(RESIZE, [Value(TensorType(shape, dtype))], attrs)
+
+
+@pytest.fixture(params=[1, 2, 4])
+def sharing(request, monkeypatch):
+    """How many elements threads have, along any axis that does not change."""
+    monkeypatch.setattr(resize, "SHARING", (request.param,))
+    monkeypatch.setattr(resize, "THREADS", 0)
+    monkeypatch.setattr(resize, "FEW", 0)
+    return request.param
+
+
+def shared_axis(node, target=None):
+    return families.lower(node, target or simulator_target())[0].spec.params[3]
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic"])
+def test_places_that_share_their_taps(sharing, method):
+    """Along the channels, or along the images where those lie between axes that change."""
+    for channels in (1, 3, 4, 9):
+        node = resampling((2, 3, 4, channels), (5, 3), method)
+        assert shared_axis(node) == (3, sharing)
+        check(node)
+    check(resampling((1, 3, 2, 1), (3, 2), method))
+
+
+def test_images_that_share_their_taps(monkeypatch):
+    monkeypatch.setattr(resize, "THREADS", 0)
+    node = resampling((5, 3, 4, 2), (4, 6), "bilinear")
+    assert shared_axis(node) == (0, 8)
+    check(node)
+    assert shared_axis(resampling((3, 3, 4, 2), (4, 6), "bilinear")) == (0, 1)
+    check(resampling((N, 3, 4, 2), (4, 6), "bilinear"), {"N": 3})
+    check(resampling((N, 3, 4, 2), (4, 6), "nearest"), {"N": 9})
+
+
+def test_small_images_share_less():
+    target = make_target((9, 0))
+    of = lambda size: shared_axis(resampling((1, 8, 8, 64), (size, size), "bilinear"), target)
+    assert (of(128), of(32), of(16)) == ((3, 8), (3, 1), (3, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "uint8"])
+def test_dtypes_that_share_their_taps(sharing, dtype):
+    check(resampling((1, 3, 2, 5), (2, 3), "nearest", dtype))
+    if dtype != "uint8":
+        check(resampling((1, 3, 2, 5), (2, 3), "bilinear", dtype))
+        check(resampling((1, 40, 2, 5), (2, 3), "bilinear", dtype, antialias=True))
+
+
+def test_wide_indices_of_resampling(sharing, monkeypatch):
+    monkeypatch.setattr(resize, "index_type", lambda sizes: "int64")
+    check(resampling((1, 3, 2, 5), (2, 3), "bilinear"))
+    check(resampling((1, 3, 2, 5), (2, 3), "nearest"))
 
 
 def test_volumes_and_axes_that_stay():

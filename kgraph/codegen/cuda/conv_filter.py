@@ -8,7 +8,7 @@ memory. Those with one channel per group go to `conv_filter_depthwise`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kgraph.codegen.contractions import accumulate_dtype, has_products
 from kgraph.codegen.cuda import conv_filter_depthwise, conv_library, reduce, scalar_ops
@@ -24,7 +24,7 @@ from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch, Temporary
 from kgraph.ir import Dim, Node, TensorType
 from kgraph.ir.dims import ceil_div, product
 
-WAVES = 2  # blocks per multiprocessor that positions are cut for
+WAVES = 2  # blocks of usual size per multiprocessor that positions are cut for
 CHUNKS = 16  # of a tile's depth that a piece has at least, where sizes are known; 2 in the simulator
 
 
@@ -45,11 +45,11 @@ def lower(node: Node, target) -> list[KernelCall]:
     """One call that sums pieces of the positions, and those that add the pieces' sums where there are several."""
     x, cotangent, out = *node.inputs, node.output
     accumulate = accumulate_dtype(x.dtype, out.dtype)
-    positions = product(cotangent.shape[:-1])
     depthwise = conv_filter_depthwise.takes(node)
     make = conv_filter_depthwise.Plan.make if depthwise else FilterPlan.make
-    plan, tiles, depth, block = make(node, accumulate, target)
-    pieces = _pieces(positions, tiles, depth * (2 if target.simulator else CHUNKS), target)
+    plan, tiles, positions, depth, block = make(node, accumulate, target)
+    least = depth * (2 if target.simulator else plan.chunks(CHUNKS))
+    pieces = _pieces(positions, tiles, least, WAVES * target.num_sms * max(target.block // block, 1))
     partial = Temporary(TensorType((pieces, *out.shape), accumulate))
     single = pieces == 1 and accumulate == compute_dtype(out.dtype)
     plan = plan._replace(output=out.dtype if single else accumulate)
@@ -71,9 +71,10 @@ def lower(node: Node, target) -> list[KernelCall]:
     return calls if library is None else offer(calls, library)
 
 
-def _pieces(positions, tiles: int, least: int, target) -> int:
-    """Into how many pieces of at least so many positions they are cut; sizes that are not known count as many."""
-    pieces = WAVES * target.num_sms // tiles
+def _pieces(positions, tiles: int, least: int, blocks: int) -> int:
+    """Into how many pieces of at least so many positions they are cut, such that there are about so many blocks; sizes
+    that are not known count as many."""
+    pieces = blocks // tiles
     if isinstance(positions, int):
         pieces = min(pieces, positions // least)
     return max(pieces, 1)
@@ -101,9 +102,13 @@ class FilterPlan(NamedTuple):
     def template(self) -> str:
         return "kgraph.codegen.cuda.conv_filter:render_filter"
 
+    def chunks(self, most: int) -> int:
+        """Of a piece, at least; see `CHUNKS`."""
+        return most
+
     @staticmethod
-    def make(node: Node, accumulate: str, target) -> tuple[FilterPlan, int, int, int]:
-        """(plan, tiles of the result, positions of a chunk, threads of a block)."""
+    def make(node: Node, accumulate: str, target) -> tuple[FilterPlan, int, Any, int, int]:
+        """(plan, tiles of the result, positions, how many of them a chunk has, threads of a block)."""
         x, cotangent = node.inputs
         groups, window = node.attrs["feature_groups"], node.attrs["window"]
         rows, columns = product(window) * node.output.shape[-2], node.output.shape[-1] // groups
@@ -114,7 +119,8 @@ class FilterPlan(NamedTuple):
         index = index_type([x.type.size, cotangent.type.size, node.output.type.size])
         together = group_of(x.dtype, node.output.shape[-2]), group_of(cotangent.dtype, columns)
         plan = FilterPlan("conv_filter_gradient", x.dtype, accumulate, len(window), tile, tensor, index, together)
-        return plan, groups * -(-rows // tile.rows) * -(-columns // tile.columns), tile.depth, tile.block
+        tiles = groups * -(-rows // tile.rows) * -(-columns // tile.columns)
+        return plan, tiles, product(cotangent.shape[:-1]), tile.depth, tile.block
 
 
 def render_filter(params: tuple, target) -> str:

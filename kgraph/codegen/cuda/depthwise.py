@@ -1,7 +1,8 @@
 """Depthwise convolutions: every channel by itself, with a fused epilogue.
 
-A thread has one element of the result; neighbours have neighbouring filters, so they read neighbouring elements of
-image and weight. With input dilation each element meets the taps of its phase only.
+Where the geometry is known at compile time and the window is small, `depthwise_strips` has the kernel. In that of this
+module a thread has one element of the result; neighbours have neighbouring filters, so they read neighbouring elements
+of image and weight. With input dilation each element meets the taps of its phase only.
 """
 
 from __future__ import annotations
@@ -10,20 +11,18 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from kgraph.codegen.contractions import Parts, accumulate_dtype
-from kgraph.codegen.cuda import scalar_ops
+from kgraph.codegen.cuda import depthwise_strips, scalar_ops
 from kgraph.codegen.cuda.conv_geometry import axis_sizes, inside, is_dilated, read_axes, walk
 from kgraph.codegen.cuda.epilogue import Finish
 from kgraph.codegen.cuda.source import KernelSource, index_type
+from kgraph.codegen.cuda.strips import block_of, threads_of
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
-from kgraph.ir import Dim
 from kgraph.ir.dims import ceil_div, product
-
-MOST_UNROLLED = 49  # taps of windows that are part of the code
 
 
 class DepthwisePlan(NamedTuple):
-    """Params of `render_depthwise`. window: taps along each spatial axis, 0 where they are a run-time size only.
+    """Params of `render_depthwise`. rank: spatial axes.
 
     Sizes of the kernel: images, channels, filters per channel, the result's spatial sizes, then `axis_sizes`.
     """
@@ -31,7 +30,7 @@ class DepthwisePlan(NamedTuple):
     name: str
     dtype: str
     accumulate: str
-    window: tuple[int, ...]
+    rank: int
     dilated: bool
     indices: str
     finish: tuple
@@ -41,36 +40,35 @@ def call(parts: Parts, target) -> KernelCall:
     """The call that computes the node."""
     node = parts.node
     x, w = node.inputs
-    window, channels = w.shape[:-2], x.shape[-1]
-    accumulate = accumulate_dtype(x.dtype, parts.result.dtype)
+    window, channels, filters = w.shape[:-2], x.shape[-1], w.shape[-1]
+    name, accumulate = "depthwise" + parts.name, accumulate_dtype(x.dtype, parts.result.dtype)
     dilated = is_dilated(node)
-    known = not dilated and not any(isinstance(n, Dim) for n in window) and product(window) <= MOST_UNROLLED
-    plan = DepthwisePlan(
-        name="depthwise" + parts.name,
-        dtype=x.dtype,
-        accumulate=accumulate,
-        window=tuple(window) if known else (0,) * len(window),
-        dilated=dilated,
-        indices=index_type([x.type.size, parts.result.size]),
-        finish=Finish.params(parts, accumulate),
-    )
+    indices, finish = index_type([x.type.size, parts.result.size]), Finish.params(parts, accumulate)
+    sizes = [x.shape[0], channels, filters // node.attrs["feature_groups"]]
+    strips = depthwise_strips.strips_of(node, accumulate, target)
+    plan: DepthwisePlan | depthwise_strips.StripPlan
+    if strips is not None:
+        multiplied = filters != channels
+        plan = depthwise_strips.StripPlan(name, x.dtype, accumulate, strips, multiplied, indices, finish)
+        template, block = depthwise_strips.TEMPLATE, block_of(target)
+        sizes += depthwise_strips.strip_sizes(node)
+        threads = threads_of(parts.result.shape, strips)
+    else:
+        plan = DepthwisePlan(name, x.dtype, accumulate, len(window), dilated, indices, finish)
+        template, block = "kgraph.codegen.cuda.depthwise:render_depthwise", target.block
+        sizes += [*parts.result.shape[1:-1], *axis_sizes(node, window)]
+        threads = parts.result.size
     met = x.shape[1:-1] if dilated else parts.result.shape[1:-1]
     return KernelCall(
-        spec=KernelSpec(plan.name, "kgraph.codegen.cuda.depthwise:render_depthwise", tuple(plan)),
+        spec=KernelSpec(name, template, tuple(plan)),
         operands=[*parts.operands, *(v for _, v in parts.extras), *parts.outputs],
         outputs=len(parts.outputs),
-        sizes=[
-            x.shape[0],
-            channels,
-            w.shape[-1] // node.attrs["feature_groups"],
-            *parts.result.shape[1:-1],
-            *axis_sizes(node, window),
-        ],
-        extent=ceil_div(parts.result.size, target.block),
-        flops=2 * x.shape[0] * product(met) * product(window) * w.shape[-1],
+        sizes=sizes,
+        extent=ceil_div(threads, block),
+        flops=2 * x.shape[0] * product(met) * product(window) * filters,
         bytes=x.type.nbytes + w.type.nbytes + sum((v.type.nbytes for v in parts.outputs), start=0),
         notes={"inplace": parts.inplace(2)},
-        launch=Launch(target.block),
+        launch=Launch(block),
     )
 
 
@@ -80,9 +78,7 @@ def render_depthwise(params: tuple, target) -> str:
     x, w = k.operand(plan.dtype), k.operand(plan.dtype)
     finish = Finish(k, *plan.finish)
     images, channels, multiplier = (k.size() for _ in range(3))
-    axes = read_axes(k, plan.dilated, [k.size() for _ in plan.window])
-    for axis, count in zip(axes, plan.window):
-        axis.window = k.i(count) if count else axis.window
+    axes = read_axes(k, plan.dilated, [k.size() for _ in range(plan.rank)])
     outs, windows = [axis.out for axis in axes], [axis.window for axis in axes]
     spanned = [True] * len(axes)
     filters = k.let(k.mul(channels, multiplier), "filters")

@@ -22,6 +22,7 @@ class Finish:
         self.k, self.accumulate, self.result, self.expression = k, accumulate, result, expression
         self.extras = [(kind, k.operand(dtype)) for kind, dtype in extras]
         self.outputs = [k.operand(dtype) for dtype in outputs]
+        self._kept: dict[int, str] = {}
 
     @staticmethod
     def params(parts, accumulate: str) -> tuple:
@@ -29,6 +30,14 @@ class Finish:
         extras = tuple((kind, value.dtype) for kind, value in parts.extras)
         outputs = tuple(value.dtype for value in parts.outputs)
         return accumulate, parts.result.dtype, extras, outputs, parts.expression
+
+    def begin(self, column: str) -> None:
+        """Reads what all rows of a column share, for stores of that column alone: behind the first of them the compiler
+        would read it again."""
+        places = {"channel": column, "scalar": self.k.i(0)}
+        for n, (kind, operand) in enumerate(self.extras):
+            if kind in places:
+                self._kept[n] = self.k.load(operand, places[kind])
 
     def store(self, value: str, row: str, column: str, columns: str) -> None:
         """Stores what becomes of the sum of one row (a pixel) and column, of `columns`."""
@@ -38,7 +47,10 @@ class Finish:
         results = [value]
         if self.expression is not None:
             places = {"full": at, "row": row, "channel": column, "scalar": k.i(0)}
-            extras = [k.load(operand, places[kind]) for kind, operand in self.extras]
+            extras = [
+                self._kept[n] if n in self._kept else k.load(operand, places[kind])
+                for n, (kind, operand) in enumerate(self.extras)
+            ]
             results = k.emit(self.expression, [value, *extras])
         for output, result in zip(self.outputs, results, strict=True):
             k.store(output, at, result)

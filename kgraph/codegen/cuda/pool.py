@@ -1,19 +1,21 @@
 """reduce_window: maxima, minima and sums over sliding windows, with a fused elementwise epilogue (kind "pool").
 
-Axes that no window touches merge into a batch ahead of the windowed ones and into channels behind them. A thread has
-one element of the result, and neighbours have neighbouring channels. Windows are part of the code, sizes are not.
+Axes that no window touches merge into a batch ahead of the windowed ones and into channels behind them. A thread has a
+tile of positions (`strips`), or one element of the result where the window is too large for that; neighbours have
+neighbouring channels. Windows are part of the code, sizes are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from kgraph.codegen import expressions
 from kgraph.codegen.cuda import scalar_ops
 from kgraph.codegen.cuda.conv_geometry import inside
-from kgraph.codegen.cuda.source import KernelSource, index_type
+from kgraph.codegen.cuda.source import KernelSource, Operand, index_type
+from kgraph.codegen.cuda.strips import Strip, Tile, at_least_1, block_of, choose_strips, threads_of
 from kgraph.codegen.expressions import compute_dtype
 from kgraph.codegen.kernel import KernelCall, KernelSpec, Launch
 from kgraph.codegen.reductions import neutral
@@ -45,11 +47,18 @@ def lower(node: Node, target) -> list[KernelCall]:
         (v.dtype, tuple(isinstance(n, int) and n == 0 for n in s)) for v, s in zip(parts.extras, strides, strict=True)
     )
     name = "_".join(filter(None, (f"pool_{kind}", expressions.name(parts.expression))))
+    sizes = sizes_of(core, x.shape, out.shape)
+    windows = windows_of(core)
+    shape = [sizes[0], *sizes[2:-1:2], sizes[-1]]
+    geometry = [(window, stride, reach, dilation, low) for window, stride, low, reach, dilation in windows]
+    strips = choose_strips(geometry, shape, compute_dtype(x.dtype), target)
+    block = target.block if strips is None else block_of(target)
     params = (
         name,
         kind,
         x.dtype,
-        windows_of(core),
+        windows,
+        strips,
         extras,
         tuple(v.dtype for v in parts.outputs),
         parts.expression,
@@ -60,11 +69,11 @@ def lower(node: Node, target) -> list[KernelCall]:
             KernelSpec(name, TEMPLATE, params),
             [x, *parts.extras, *parts.outputs],
             outputs=len(parts.outputs),
-            sizes=sizes_of(core, x.shape, out.shape),
-            extent=ceil_div(out.type.size, target.block),
+            sizes=sizes,
+            extent=ceil_div(out.type.size if strips is None else threads_of(shape, strips), block),
             flops=out.type.size * (product(core.attrs["window"]) + expressions.flops(parts.expression)),
             bytes=x.type.nbytes + sum((v.type.nbytes for v in (*parts.extras, *parts.outputs)), start=0),
-            launch=Launch(target.block),
+            launch=Launch(block),
         )
     ]
 
@@ -108,6 +117,11 @@ class WindowAxis:
         at = k.mul(position, self.stride)
         return k.let(k.sub(at, self.low) if self.low >= 0 else k.add(at, -self.low), "start")
 
+    def first(self, k: KernelSource) -> str:
+        """The element that lies where the first window starts, or the last one before it; below 0 it has wrapped."""
+        first = -self.low // self.base_dilation
+        return k.i(first % (1 << 32) if k.index == "uint32" else first)
+
     @contextmanager
     def taps(self, k: KernelSource, start: str) -> Iterator[tuple[str, str]]:
         """A loop over the taps that meet an element: (tap, place of the element)."""
@@ -140,28 +154,64 @@ def walk_window(k: KernelSource, axes: Sequence[WindowAxis], starts: Sequence[st
 
 
 def render_pool(params: tuple, target) -> str:
-    name, kind, dtype, windows, extras, outputs, expression, index = params
-    k = KernelSource(name, target, target.block, index)
+    name, kind, dtype, windows, strips, extras, outputs, expression, index = params
+    k = KernelSource(name, target, target.block if strips is None else block_of(target), index)
     x = k.operand(dtype)
     read = [(k.operand(extra), absent) for extra, absent in extras]
     written = [k.operand(output) for output in outputs]
     batch, axes, channels = read_sizes(k, windows)
     result_sizes = [batch, *(axis.out for axis in axes), channels]
+    combine = lambda *values: scalar_ops.form(
+        k, COMBINE[kind], values, [compute_dtype(dtype)] * 2, compute_dtype(dtype)
+    )
+    first = k.literal(neutral(kind, dtype), compute_dtype(dtype))
+
+    def store(pooled: str, coordinates: list[str]) -> None:
+        values = [pooled]
+        for operand, absent in read:
+            values.append(k.load(operand, k.offset(coordinates, result_sizes, [not a for a in absent])))
+        at = k.let(k.offset(coordinates, result_sizes, [True] * len(result_sizes)), "at")
+        for output, value in zip(written, k.emit(expression, values), strict=True):
+            k.store(output, at, value)
+
+    if strips is None:
+        _one_by_one(k, x, (batch, axes, channels), first, combine, store)
+    else:
+        _by_tiles(k, x, (batch, axes, channels), [Strip(*s) for s in strips], first, combine, store)
+    return k.text()
+
+
+def _one_by_one(k: KernelSource, x: Operand, sizes: tuple, first: str, combine: Callable, store: Callable) -> None:
+    """Threads have one element of the result each. sizes: as of `read_sizes`."""
+    batch, axes, channels = sizes
+    result_sizes = [batch, *(axis.out for axis in axes), channels]
     source_sizes = [batch, *(axis.size for axis in axes), channels]
-    compute = compute_dtype(dtype)
     with k.grid_stride(k.let(k.product(result_sizes), "total")) as i:
         coordinates = k.coordinates(i, result_sizes)
         image, *positions, channel = coordinates
         starts = [axis.start(k, position) for axis, position in zip(axes, positions)]
         pooled = k.fresh("pooled")
-        k.line(f"{pooled} = {k.literal(neutral(kind, dtype), compute)}")
+        k.line(f"{pooled} = {first}")
         with walk_window(k, axes, starts) as (_, places):
             value = k.load(x, k.offset([image, *places, channel], source_sizes, [True] * len(source_sizes)))
-            combined = scalar_ops.form(k, COMBINE[kind], [pooled, value], [compute] * 2, compute)
-            k.line(f"{pooled} = {combined}")
-        values = [pooled]
-        for operand, absent in read:
-            values.append(k.load(operand, k.offset(coordinates, result_sizes, [not a for a in absent])))
-        for output, value in zip(written, k.emit(expression, values), strict=True):
-            k.store(output, i, value)
-    return k.text()
+            k.line(f"{pooled} = {combine(pooled, value)}")
+        store(pooled, coordinates)
+
+
+def _by_tiles(
+    k: KernelSource, x: Operand, sizes: tuple, strips: list[Strip], first: str, combine: Callable, store: Callable
+) -> None:
+    """Threads have a tile of one channel each. sizes: as of `read_sizes`."""
+    batch, axes, channels = sizes
+    outs = [axis.out for axis in axes]
+    counts = [k.let(k.ceil_div(out, s.length), "strips") for out, s in zip(outs, strips)]
+    total = k.let(k.product([batch, *counts, channels]), "total")
+    tile = Tile(k, strips, x.dtype)
+    divisors = [at_least_1(k, n) for n in (*counts, channels)]
+    with k.grid_stride(total) as i:
+        image, *numbers, channel = k.coordinates(i, [batch, *divisors])
+        tile.place(numbers, [axis.first(k) for axis in axes])
+        tile.read(x, image, [axis.size for axis in axes], channels, channel, str, first)
+        pooled = tile.reduce(first, combine)
+        with tile.positions(outs) as (position, places):
+            store(k.load(pooled, position), [image, *places, channel])

@@ -18,7 +18,8 @@ class Counts:
     instructions: of warps, by the first part of the opcode and the type (`fma.f32`). sectors: that warps ask for at
     loads and stores of global memory, each counted once per instruction. bytes: that threads ask for there.
     touched: bytes of all different sectors. passes: of shared memory, one for each word that an instruction of a warp
-    wants of the same bank; accesses: instructions of warps on shared memory. Dicts are by "ld" and "st".
+    wants of the same bank; accesses: instructions of warps on shared memory. local_bytes: of a thread's arrays that are
+    not in registers. Dicts are by "ld" and "st".
     """
 
     grid: int
@@ -29,6 +30,7 @@ class Counts:
     touched: Counter[str] = field(default_factory=Counter)
     passes: int = 0
     accesses: int = 0
+    local_bytes: int = 0
     _seen: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"ld": [], "st": []}, repr=False)
 
     def access_global(self, what: str, at: np.ndarray, width: int, warp: np.ndarray) -> None:

@@ -200,6 +200,7 @@ class Kernel:
         before = memory.in_use.copy()
         self._run(grid, block, dynamic, words, _in_step)
         if self.counts is not None:
+            self.counts.local_bytes = self.code(self.module.entry.name).local_bytes
             self.counts.finish()
             self.counts = None
         if not memory.suspicion:
