@@ -1,5 +1,5 @@
-"""Every primitive that a CUDA family takes, on the samples of its record, in the simulator, on a GPU or an emulated one,
-against its reference."""
+"""Every primitive that a CUDA family takes, on the samples of its record, against its reference: in the simulator, on a
+GPU or an emulated one."""
 
 from __future__ import annotations
 
