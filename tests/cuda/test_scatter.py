@@ -7,9 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kgraph import ops
 from kgraph.codegen.cuda import families
 from kgraph.codegen.cuda.target import simulator_target
+from kgraph.compiler import compile_graph
+from kgraph.frontend.tracer import trace
+from kgraph.ir import type_of
+from kgraph.ir.interpreter import evaluate
 from kgraph.ops.scatter import REDUCTIONS, SCATTER_ALONG_AXIS, SCATTER_ND
+from kgraph.passes.pipeline import TRAINING
+from kgraph.runtime.cuda.device_array import DeviceArray
+from kgraph.runtime.cuda.simulator import _Pointer
+from kgraph.targets import resolve
 from tests.cuda.driver import run_node
 from tests.cuda.test_data_movement import node_of
 
@@ -113,3 +122,52 @@ def test_scatters_along_every_axis(axis, reduction):
     for target in (simulator_target(), replace(SPLIT, num_sms=100)):
         (out,) = run_node(node, [base, indices, updates], target=target)
         np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-6)
+
+
+def updated(form: str, on_base):
+    """(graph, arrays, places that are updated, in the order of the result's elements) of a scatter to `on_base(x)`."""
+    if form == "rows":
+        base, indices, updates = operands(9, 5, 4)
+        indices[:, 0] = [7, 2, -2, 99]  # the third hits what the first does, the last one nothing
+        scatter = lambda *values: ops.scatter_nd(*values, reduction="add")
+        places = [5 * row + column for row in (7, 2) for column in range(5)]
+    else:
+        base, updates = RNG.uniform(-1, 1, (6, 8)).astype("float32"), RNG.uniform(-1, 1, (1, 8)).astype("float32")
+        indices = np.array([[5, 0, 1, 2, 3, -1, 4, 99]], "int32")
+        scatter = lambda *values: ops.scatter_along_axis(*values, axis=0, reduction="update")
+        places = [8 * (row % 6) + column for column, row in enumerate(indices[0]) if row < 6]
+    graph = trace(lambda x, i, u: scatter(on_base(x), i, u), *map(type_of, (base, indices, updates)))
+    return graph, [base, indices, updates], sorted(places)
+
+
+@pytest.fixture
+def stored(monkeypatch):
+    """The elements that kernels write, in the order in which they do."""
+    seen, store = [], _Pointer.__setitem__
+
+    def counted(pointer, index, value):
+        seen.append(int(index))
+        store(pointer, index, value)
+
+    monkeypatch.setattr(_Pointer, "__setitem__", counted)
+    return seen
+
+
+@pytest.mark.parametrize("form", ["rows", "columns"])
+@pytest.mark.parametrize("base", ["donated", "made", "read later"])
+def test_updates_in_place_touch_their_places_alone(base, form, stored):
+    graph, arrays, places = updated(form, (lambda x: x) if base == "donated" else ops.neg)
+    if base == "read later":
+        graph.outputs = [graph.outputs[0], graph.nodes[0].output]
+    donations = ((0, 0),) if base == "donated" else ()
+    program = compile_graph(graph, None, TRAINING, donations, target=resolve("cuda-simulator")).program
+    given = [DeviceArray.copy_of(program.device, a) for a in arrays]
+    expected = evaluate(graph, arrays, [], precision="float64")
+    stored.clear()
+    results = program(given)
+    for got, wanted in zip(results, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(got), wanted, rtol=1e-6, atol=1e-6)
+    assert (results[0] is given[0]) == (base == "donated")
+    whole = [*range(arrays[0].size)]
+    wholes = {"donated": 0, "made": 1, "read later": 2}[base]  # tables that are written in full
+    assert sorted(stored) == sorted(places + whole * wholes)

@@ -7,6 +7,7 @@ applies the listed updates of its own elements. All blocks read all indices, whi
 from the cache; the number of blocks is bounded by the device, so that the work grows with the updates alone. A place
 stays in a register as long as updates of it follow each other, and some updates are loaded ahead: a table of which
 one row is hit by most indices (an embedding whose sequences are padded) waits for memory once for several of them.
+Where the result lies where the base lay, nothing is copied: updated places alone are touched.
 
 Additions to a table that is too small for the device's blocks are cut into parts, each with a table of its own; sums of
 these follow. How many depends on the sizes and the device alone.
@@ -95,6 +96,11 @@ def combined(k: KernelSource, reduction: str, before: str, value: str, dtype: st
     return scalar_ops.form(k, COMBINE[reduction], [before, value], [kept] * 2, kept)
 
 
+def _is_filled_first(base: Operand | None, out: Operand) -> str:
+    """The condition that the result does not lie where the base lay, which is there already."""
+    return f"not same_place({base.name}, {out.name})" if base else "True"
+
+
 # -- ranges of rows ---------------------------------------------------------------------------------------------------
 def _lower_ranges(node: Node, outer, sizes: Sequence, row, count, inner, target) -> list[KernelCall]:
     """outer: independent scatters side by side, each with `count` updates. inner: None for index tuples; else update u
@@ -165,7 +171,10 @@ def render_ranges(params: tuple, target) -> str:
         last = k.let(f"({last} if {last} < {rows} else {rows})", "last")
         table = k.let(k.mul(which, k.mul(rows, row)), "table")
         # The barriers of the first list come between these copies and any update.
-        with k.suite(f"if {column} < {row}:"), k.range(k.add(first, slot), last, slots) as r:
+        with (
+            k.suite(f"if {column} < {row} and {_is_filled_first(base, out)}:"),
+            k.range(k.add(first, slot), last, slots) as r,
+        ):
             at = k.let(k.add(table, k.add(k.mul(r, row), column)))
             k.store(out, at, k.load(base, at) if base else k.literal(0, dtype))
         begin, own = k.let(k.mul(which, count), "begin"), count
@@ -308,7 +317,7 @@ def render_columns(params: tuple, target) -> str:
         which, column = k.coordinates(i, [outer, inner])
         table = k.let(k.add(k.mul(k.mul(which, n), inner), column), "table")
         first = k.let(k.add(k.mul(k.mul(which, count), inner), column), "first")
-        with k.range(k.i(0), n, 1) as r:
+        with k.suite(f"if {_is_filled_first(base, out)}:"), k.range(k.i(0), n, 1) as r:
             at = k.let(k.add(table, k.mul(r, inner)))
             k.store(out, at, k.load(base, at))
         with k.range(k.i(0), count, 1) as u:
